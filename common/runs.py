@@ -1,0 +1,340 @@
+"""One run: its directory, its TensorBoard logs, its clock, and the true record of its result."""
+
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from rich.console import Console
+from rich.table import Table
+from tensorboard.plugins.hparams import api as hparams
+
+from common.cli import SharedConfig, TrainingFailed, UserError
+from common.data import Data
+from common.evaluation import Report, curves_figure, figure_png, picture_figure
+from common.hardware import apply, choose, describe_machine, hardware_record
+
+_PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "tensorboard", "numpy", "scikit-learn")
+
+
+def start_run(recipe: str, config: SharedConfig) -> "Run":
+    """Sets up hardware and seeds as `config` says, and makes the run directory.
+
+    Args:
+        recipe: name of the recipe, the first part of the default run directory.
+        config: the whole configuration.
+
+    Raises:
+        UserError: a hardware flag that does not fit the machine, or a directory that can't be used.
+    """
+    started = time.perf_counter()
+    machine = describe_machine()
+    choices = choose(machine, config)
+    directory = _make_directory(recipe, config)
+    # The same layer names in the second run of a process as in the first; before `apply`, as it also
+    # forgets the precision.
+    keras.utils.clear_session()
+    strategy = apply(choices, config.deterministic)
+    keras.utils.set_random_seed(config.seed)
+    if not config.quiet:
+        print(choices.line(machine))
+    write_json(directory / "config.json", {"recipe": recipe, **dataclasses.asdict(config)})
+    return Run(recipe, config, directory, strategy, hardware_record(machine, choices), started)
+
+
+def _make_directory(recipe: str, config: SharedConfig) -> pathlib.Path:
+    moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    directory = pathlib.Path(config.run_dir or pathlib.Path("runs", recipe, moment))
+    if (directory / "config.json").exists():
+        raise UserError(f"--run-dir {directory}: holds a run already; choose another folder or remove it")
+    try:
+        for part in ("tensorboard", "plots"):
+            (directory / part).mkdir(parents=True, exist_ok=True)
+        probe = directory / "config.json.part"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--run-dir {directory}: can't be written to ({error.strerror}); choose a folder that can"
+        ) from error
+    return directory
+
+
+class Run:
+    """A training run, between `start_run` and `finish`.
+
+    Attributes:
+        directory: holds everything that the run writes.
+        strategy: the `tf.distribute.Strategy` to build and compile the model under.
+        verbose: the value for `fit`: a progress bar for people, a line per epoch for files.
+    """
+
+    def __init__(
+        self,
+        recipe: str,
+        config: SharedConfig,
+        directory: pathlib.Path,
+        strategy: tf.distribute.Strategy,
+        hardware: dict[str, Any],
+        started: float,
+    ):
+        self.directory, self.strategy = directory, strategy
+        self.verbose = 0 if config.quiet else 1 if sys.stdout.isatty() else 2
+        self._recipe, self._config, self._hardware, self._started = recipe, config, hardware, started
+        self._watch = Watch()
+        self._writer = tf.summary.create_file_writer(str(directory / "tensorboard"))
+
+    def callbacks(self, data: Data) -> list[keras.callbacks.Callback]:
+        """The callbacks for `fit`: clock and divergence watch first, then TensorBoard.
+
+        Also writes what TensorBoard can show from the start: the run card and examples of the data.
+        """
+        if not self._config.quiet:
+            counts = ", ".join(f"{len(getattr(data, split)):,} {split}" for split in _SPLITS)
+            print(f"data: {data.name} ({data.source}): {counts}")
+        with self._writer.as_default(step=0):
+            tf.summary.text("run_card", self._run_card(data))
+            hparams.hparams(self._hyperparameters(data))
+            for name, value in _example_summaries(data).items():
+                value(name)
+        self._writer.flush()
+        self._watch.examples_per_epoch = len(data.train)
+        return [
+            self._watch,
+            keras.callbacks.TensorBoard(
+                str(self.directory / "tensorboard"),
+                histogram_freq=int(self._config.histograms),
+                profile_batch=(2, 4) if self._config.profile else 0,
+            ),
+        ]
+
+    def _hyperparameters(self, data: Data) -> dict[str, Any]:
+        chosen = dataclasses.asdict(self._config)
+        for name in ("data_dir", "run_dir", "quiet"):
+            del chosen[name]
+        return {"recipe": self._recipe, **chosen, "data": data.name}
+
+    def _run_card(self, data: Data) -> str:
+        card = {
+            "command": _command(),
+            "data": f"{data.name} ({data.source})",
+            **{split: f"{len(getattr(data, split)):,} examples" for split in _SPLITS},
+            **{f"config: {name}": value for name, value in dataclasses.asdict(self._config).items()},
+            **{f"hardware: {name}": value for name, value in self._hardware.items()},
+            **{f"version: {name}": value for name, value in _versions().items()},
+        }
+        return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in card.items())])
+
+    def finish(self, model: keras.Model, data: Data, report: Report, beside: dict[str, float]) -> dict[str, float]:
+        """Saves the model, the plots and `result.json`, and prints the result.
+
+        Args:
+            model: the trained model, which takes what a user has.
+            data: what it was trained on.
+            report: its test metrics.
+            beside: figures to compare them with, such as a baseline's.
+
+        Returns:
+            All metrics: those of the report and those beside it.
+        """
+        metrics = {**report.metrics, **beside}
+        figures = {"learning_curves": curves_figure(self._watch.history), **report.figures}
+        with self._writer.as_default(step=self._watch.steps):
+            for name, value in metrics.items():
+                tf.summary.scalar(f"test/{name}", value)
+            for name, figure in figures.items():
+                png = figure_png(figure)
+                (self.directory / "plots" / f"{name}.png").write_bytes(png)
+                tf.summary.image(name, tf.image.decode_png(png, channels=3)[None])
+            for name, text in report.texts.items():
+                tf.summary.text(name, text)
+        self._writer.close()
+        _save_model(model, self.directory / "model.keras")
+        result = {
+            "recipe": self._recipe,
+            "data": {
+                "source": data.source,
+                "name": data.name,
+                "digest": data.digest(),
+                **{split: len(getattr(data, split)) for split in _SPLITS},
+            },
+            "metrics": metrics,
+            "parameters": sum(math.prod(weight.shape) for weight in model.trainable_weights),
+            "seed": self._config.seed,
+            "epochs": len(self._watch.history),
+            "steps": self._watch.steps,
+            "seconds": {"data": data.seconds, **self._watch.seconds(), "total": time.perf_counter() - self._started},
+            "examples_per_second": self._watch.examples_per_second(),
+            "peak_memory_bytes": _peak_memory_bytes(),
+            "weights_sha256": weights_sha256(model),
+            "hardware": self._hardware,
+            "versions": _versions(),
+            "commit": _commit(),
+            "command": _command(),
+            "history": self._watch.history,
+            "evaluation": report.details,
+        }
+        write_json(self.directory / "result.json", result)
+        if not self._config.quiet:
+            self._print(result)
+        return metrics
+
+    def _print(self, result: dict[str, Any]) -> None:
+        table = Table(title=f"{self._recipe}: test split of {result['data']['name']} ({result['data']['source']})")
+        table.add_column("figure")
+        table.add_column("value", justify="right")
+        for name, value in result["metrics"].items():
+            table.add_row(name.replace("_", " "), f"{value:.4f}")
+        table.add_row("parameters", f"{result['parameters']:,}")
+        table.add_row("training seconds", f"{result['seconds']['train']:.1f}")
+        if result["examples_per_second"]:
+            table.add_row("examples per second", f"{result['examples_per_second']:,.0f}")
+        Console().print(table)
+        print(f"run directory: {self.directory}")
+        print(f"watch it: tensorboard --logdir {shlex.quote(str(self.directory))}")
+
+
+_SPLITS = ("train", "validation", "test")
+
+
+class Watch(keras.callbacks.Callback):
+    """Measures the time of training, keeps the history, and stops at a loss that is not finite.
+
+    The first execution traces the graph, so it counts as `compile` and not into the throughput.
+    Validation counts into the seconds of `train`, but not into the throughput.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.examples_per_epoch = 0
+        self.history: list[dict[str, float]] = []
+        self.steps = 0
+        self._begin = self._traced = self._end = math.nan
+        self._measured_seconds = self._measured_steps = 0.0
+
+    def on_train_begin(self, logs=None):
+        self._begin = time.perf_counter()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch_begin = time.perf_counter()
+        self._epoch_steps = 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        # With several steps per execution, `batch` is the last one of them.
+        now = time.perf_counter()
+        if math.isnan(self._traced):
+            self._traced = self._epoch_begin = now
+            self._uncounted = batch + 1
+        self._epoch_steps = batch + 1
+        self._epoch_end = now
+        if not math.isfinite(logs["loss"]):
+            raise TrainingFailed(
+                f"the loss is {logs['loss']} at step {self.steps + batch + 1}; "
+                "try a smaller --learning-rate, and inputs of a sensible scale"
+            )
+
+    def on_epoch_end(self, epoch, logs=None):
+        counted = self._epoch_steps - (self._uncounted if not self.history else 0)
+        seconds = self._epoch_end - self._epoch_begin
+        share = self.examples_per_epoch / self._epoch_steps
+        self.steps += self._epoch_steps
+        self._measured_steps += counted
+        self._measured_seconds += seconds
+        if counted and logs is not None:
+            logs["examples_per_second"] = counted * share / seconds
+        self._examples_per_step = share
+        self.history.append({name: float(value) for name, value in logs.items()})
+
+    def on_train_end(self, logs=None):
+        self._end = time.perf_counter()
+
+    def seconds(self) -> dict[str, float]:
+        """The seconds of compiling (up to the end of the first execution), training, and all since."""
+        return {
+            "compile": self._traced - self._begin,
+            "train": self._end - self._traced,
+            "evaluate": time.perf_counter() - self._end,
+        }
+
+    def examples_per_second(self) -> float | None:
+        """Training throughput without the first execution; None if that was all."""
+        if not self._measured_steps:
+            return None
+        return self._measured_steps * self._examples_per_step / self._measured_seconds
+
+
+def _example_summaries(data: Data) -> dict:
+    """What TensorBoard shows of the training examples: a function of the tag that writes it, by tag."""
+    inputs = data.train.inputs[:25].numpy()
+    names = [data.class_names[label] for label in np.asarray(data.train.targets[:25]).argmax(1)] if (
+        data.class_names
+    ) else []
+    if inputs.dtype == np.uint8:
+        png = figure_png(picture_figure(inputs, names))
+        return {"examples": lambda tag: tf.summary.image(tag, tf.image.decode_png(png, channels=3)[None])}
+    if inputs.dtype == object:
+        rows = [f"| {name} | {text.decode(errors='replace')} |" for name, text in zip(names, inputs, strict=True)]
+        return {"examples": lambda tag: tf.summary.text(tag, "\n".join(["| class | text |", "|---|---|", *rows]))}
+    return {}
+
+
+def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all: under another name first, then renamed."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def _save_model(model: keras.Model, path: pathlib.Path) -> None:
+    part = path.with_name("part." + path.name)  # Keras wants the suffix .keras.
+    model.save(part)
+    os.replace(part, path)
+
+
+def weights_sha256(model: keras.Model) -> str:
+    """SHA-256 over the weights in the model's order: equal digests, bit-identical weights."""
+    sha256 = hashlib.sha256()
+    for weight in model.weights:
+        values = np.ascontiguousarray(keras.ops.convert_to_numpy(weight))
+        sha256.update(f"{values.dtype}{values.shape}".encode() + values.tobytes())
+    return sha256.hexdigest()
+
+
+def _peak_memory_bytes() -> int:
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+
+
+def _commit() -> str | None:
+    """The commit of the code, with a mark where files differ from it; None outside a repository."""
+    here = pathlib.Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
+
+
+def _command() -> str:
+    return shlex.join(["python", *sys.argv])

@@ -1,0 +1,44 @@
+"""Imports TensorFlow without its start-up banner."""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+@contextlib.contextmanager
+def quiet_native_stderr() -> Iterator[None]:
+    """Holds back what native code writes to file descriptor 2; shows it after all if the block fails.
+
+    Setting `TF_CPP_MIN_LOG_LEVEL` is not enough: TensorFlow 2.21 prints its oneDNN and CUDA lines before
+    its logging has read that variable ("All log messages before absl::InitializeLog() is called are
+    written to STDERR").
+    """
+    try:
+        saved = os.dup(2)
+    except OSError:  # The process was started without a stderr: nothing to keep quiet.
+        yield
+        return
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(saved, held.read())
+            raise
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+with quiet_native_stderr():
+    import tensorflow as tf
+
+    # The first look for GPUs prints lines of its own.
+    tf.config.list_physical_devices()
