@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from common.cli import SharedConfig, UserError
+from common.upstream import cure_symbolic_build
 
 _AMPERE = (8, 0)
 
@@ -168,6 +169,7 @@ def apply(choices: Choices, deterministic: bool) -> tf.distribute.Strategy:
     keras.config.set_dtype_policy(choices.precision)
     if choices.strategy == "none":
         return tf.distribute.get_strategy()
+    cure_symbolic_build()
     kind = "GPU" if gpus else "CPU"
     return tf.distribute.MirroredStrategy([f"/{kind}:{index}" for index in range(choices.devices)])
 

@@ -1,0 +1,130 @@
+"""Text classifier: tell praise from blame in film reviews, from the raw text.
+
+Teaches   a vocabulary of words and word pairs as a layer of the model, and embeddings learned from scratch
+Data      IMDB reviews: 22,500 train, 2,500 validation, 25,000 test; a grammar's where there is no network
+Result    not yet measured
+Run       python recipes/text_classifier.py
+"""
+
+import dataclasses
+
+from common.batches import evaluation_batches, steps_per_epoch, steps_per_execution, training_batches
+from common.cli import SharedConfig, run_recipe
+from common.data import Data, load_texts
+from common.evaluation import evaluate_classifier
+from common.examples import Split
+from common.runs import start_run
+
+import keras
+import numpy as np
+import sklearn.feature_extraction
+import sklearn.linear_model
+import sklearn.pipeline
+import tensorflow as tf
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(SharedConfig):
+    epochs: int = 8  # passes over the training texts
+    batch_size: int = 256  # texts per step, over all devices together
+    learning_rate: float = 0.003  # step size of Adam at the start; it falls to zero along a cosine
+    vocabulary: int = 100_000  # words and word pairs the model knows: the most frequent ones
+    length: int = 800  # words and word pairs of a text that are looked at
+    dimensions: int = 32  # size of an embedding
+    text_column: str = "text"  # the column with the text, with --data FILE.csv
+    label_column: str = "label"  # the column with the class, with --data FILE.csv
+
+
+def load_data(config: Config) -> Data:
+    return load_texts("imdb_reviews", config, config.text_column, config.label_column)
+
+
+def build_tokenizer(config: Config, data: Data) -> keras.layers.TextVectorization:
+    """Lower case, no punctuation; words, then pairs of neighbours, as numbers. Fitted on train only."""
+    tokenizer = keras.layers.TextVectorization(
+        max_tokens=config.vocabulary,
+        standardize="lower_and_strip_punctuation",
+        ngrams=2,
+        output_sequence_length=config.length,
+        name="tokenizer",
+    )
+    tokenizer.adapt(tf.data.Dataset.from_tensor_slices(data.train.inputs).batch(1000))
+    return tokenizer
+
+
+def build_model(config: Config, data: Data) -> keras.Model:
+    """From token numbers to probabilities; the tokenizer goes in front when training is done."""
+    tokens = keras.Input([config.length], dtype="int32", name="tokens")
+    x = keras.layers.Embedding(config.vocabulary, config.dimensions, mask_zero=True)(tokens)
+    x = keras.layers.GlobalAveragePooling1D()(x)
+    # In float32 whatever the precision of the rest: probabilities need the digits.
+    probabilities = keras.layers.Dense(len(data.class_names), activation="softmax", dtype="float32")(x)
+    return keras.Model(tokens, probabilities, name="text_classifier")
+
+
+def train(config: Config, data: Data | None = None) -> dict[str, float]:
+    run = start_run("text_classifier", config)
+    data = data or load_data(config)
+    steps = steps_per_epoch(data.train, config.batch_size)
+
+    # Tokenized once, not in every epoch.
+    tokenizer = build_tokenizer(config, data)
+    train_tokens, validation_tokens, test_tokens = (
+        tokenized(split, tokenizer) for split in (data.train, data.validation, data.test)
+    )
+    schedule = keras.optimizers.schedules.CosineDecay(config.learning_rate, decay_steps=config.epochs * steps)
+    with run.strategy.scope():
+        model = build_model(config, data)
+        model.compile(
+            optimizer=keras.optimizers.Adam(schedule),
+            loss=keras.losses.CategoricalCrossentropy(),
+            metrics=["accuracy"],
+            steps_per_execution=steps_per_execution(steps, run.strategy),
+        )
+    model.fit(
+        training_batches(train_tokens, config.batch_size, config.seed, strategy=run.strategy),
+        steps_per_epoch=steps,
+        shuffle=False,  # Shuffled already.
+        epochs=config.epochs,
+        validation_data=evaluation_batches(validation_tokens, config.batch_size, run.strategy),
+        validation_steps=steps_per_epoch(validation_tokens, config.batch_size),
+        callbacks=run.callbacks(data),
+        verbose=run.verbose,
+    )
+    report = evaluate_classifier(
+        model, test_tokens, data.class_names, config.batch_size, run.strategy, data.test.inputs
+    )
+    texts = keras.Input([], dtype="string", name="text")
+    from_text = keras.Model(texts, model(tokenizer(texts)), name="text_classifier")
+    return run.finish(from_text, data, report, baselines(data) if config.baseline else {})
+
+
+def tokenized(split: Split, tokenizer: keras.layers.TextVectorization) -> Split:
+    chunks = [tokenizer(split.inputs[start : start + 1000]) for start in range(0, len(split), 1000)]
+    return Split.of(np.concatenate(chunks).astype(np.int32), split.targets)
+
+
+def baselines(data: Data) -> dict[str, float]:
+    """Test accuracy of always saying the commonest class, and of a linear model on counted words."""
+
+    def labels(split):
+        return np.asarray(split.targets).argmax(axis=1)
+
+    commonest = np.bincount(labels(data.train)).argmax()
+    counted_words = sklearn.pipeline.make_pipeline(
+        sklearn.feature_extraction.text.CountVectorizer(binary=True, max_features=20_000),
+        sklearn.linear_model.LogisticRegression(C=0.1, max_iter=1000),
+    )
+    counted_words.fit(data.train.inputs.numpy(), labels(data.train))
+    return {
+        "majority_accuracy": float(np.mean(labels(data.test) == commonest)),
+        "bag_of_words_accuracy": counted_words.score(data.test.inputs.numpy(), labels(data.test)),
+    }
+
+
+def main() -> None:
+    run_recipe(train, Config, __doc__)
+
+
+if __name__ == "__main__":
+    main()

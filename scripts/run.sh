@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Sets up and runs a recipe: scripts/run.sh NAME [FLAGS]
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+recipe=${1:-}
+recipe=${recipe%.py}
+if [ ! -f "$here/../recipes/$recipe.py" ]; then
+    echo "error: no recipe '$recipe'; choose one of:" $(cd "$here/../recipes" && ls -- *.py | sed 's/\.py$//') >&2
+    exit 2
+fi
+shift
+source "$here/setup.sh" requirements.txt
+exec "$python" "$root/recipes/$recipe.py" "$@"

@@ -1,0 +1,33 @@
+# Sourced by run.sh and test.sh: makes .venv, or brings it up to date when the requirements have changed.
+# Usage: source scripts/setup.sh REQUIREMENTS_FILE; sets $python to the interpreter of .venv.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+requirements=$1
+python=$root/.venv/bin/python
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+if ! "$python" -c '' 2>/dev/null; then
+    for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+            found=$candidate
+            break
+        fi
+    done
+    [ -n "${found:-}" ] || fail "no Python 3.11, 3.12 or 3.13 found; install one, or name it: PYTHON=/path/to/python"
+    echo "setting up $root/.venv with $("$found" --version)" >&2
+    "$found" -m venv --clear "$root/.venv" || fail "$found can't make a virtual environment; on Debian: apt install python3-venv"
+fi
+
+# The stamp is written last, so that an interrupted installation is done again.
+stamp=$root/.venv/$requirements.sha256
+wanted=$(cd "$root" && cat requirements*.txt constraints.txt pyproject.toml | sha256sum)
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing $requirements (about 2.5 GB on disk)" >&2
+    (cd "$root" && "$python" -m pip install --quiet --disable-pip-version-check --requirement "$requirements" --constraint constraints.txt >&2) ||
+        fail "pip could not install $requirements; see its lines above"
+    echo "$wanted" >"$stamp"
+fi

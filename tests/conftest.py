@@ -1,0 +1,63 @@
+import functools
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import pytest
+
+from common.cli import SharedConfig
+from common.data import Data
+from common.hardware import apply, choose, describe_machine
+
+ROOT = pathlib.Path(__file__).parent.parent
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+# What an installation at the user's would not see: libraries' own warnings count as errors in this process
+# only, since a subprocess knows no filters by module.
+NO_NETWORK = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+
+# Two logical CPU devices for all tests of this process, so that `none` and `mirrored` can both run in it.
+apply(choose(describe_machine(), SharedConfig(devices=2, strategy="none", threads=2)), deterministic=True)
+
+
+@functools.cache
+def load_recipe(name: str) -> types.ModuleType:
+    specification = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # Dataclasses look their module up.
+    specification.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def smoke_data(name: str) -> Data:
+    """A recipe's sample, cut small."""
+    module = load_recipe(name)
+    return module.load_data(module.Config(data="sample", smoke=True))
+
+
+@pytest.fixture(params=RECIPES)
+def recipe(request) -> types.ModuleType:
+    return load_recipe(request.param)
+
+
+def smoke_config(recipe: types.ModuleType, run_dir: pathlib.Path, **settings):
+    """A small deterministic configuration for runs inside the test process."""
+    small = {"vocabulary": 2000, "length": 60} if recipe.__name__ == "text_classifier" else {}
+    standard = {"data": "sample", "smoke": True, "epochs": 2, "devices": 2, "strategy": "none", "quiet": True}
+    standard |= {"threads": 2, "deterministic": True, "baseline": False, "run_dir": str(run_dir)}
+    return recipe.Config(**{**standard, **small, **settings})
+
+
+def run_program(*words: str, cwd: pathlib.Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """Runs a Python program of this project as a user would, and returns what it printed."""
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )

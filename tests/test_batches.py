@@ -1,0 +1,162 @@
+"""Section by section: batch t from (seed, t) alone."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import smoke_config, smoke_data
+
+from common.batches import (
+    BatchRandom,
+    evaluation_batches,
+    random_mirror,
+    random_shift,
+    steps_per_epoch,
+    steps_per_execution,
+    training_batches,
+)
+from common.examples import Split
+
+
+class Workers:
+    """Stands for a strategy of several workers: hands out each worker's own data set."""
+
+    def __init__(self, pipelines: int, replicas: int):
+        self.pipelines, self.num_replicas_in_sync = pipelines, replicas
+
+    def distribute_datasets_from_function(self, of_worker):
+        return [
+            of_worker(tf.distribute.InputContext(self.pipelines, number, self.num_replicas_in_sync))
+            for number in range(self.pipelines)
+        ]
+
+
+@pytest.fixture
+def stream(recipe, tmp_path, monkeypatch):
+    """What a recipe hands to `training_batches`: split, batch size, seed and augmentation."""
+    handed = {}
+
+    class Enough(Exception):
+        pass
+
+    def record(split, batch_size, seed, augment=None, strategy=None):
+        handed.update(split=split, batch_size=37, seed=seed, augment=augment)
+        raise Enough
+
+    monkeypatch.setattr(recipe, "training_batches", record)
+    with pytest.raises(Enough):
+        recipe.train(smoke_config(recipe, tmp_path), smoke_data(recipe.__name__))
+    return handed
+
+
+def first(dataset, count):
+    return [tuple(np.asarray(part) for part in batch) for batch in dataset.take(count)]
+
+
+def assert_equal_batches(some, others):
+    assert len(some) == len(others)
+    for one, other in zip(some, others, strict=True):
+        for part, twin in zip(one, other, strict=True):
+            np.testing.assert_array_equal(part, twin)
+
+
+def test_a_batch_does_not_depend_on_where_the_stream_was_started(stream):
+    from_start = first(training_batches(**stream), 40)
+    for start in (1, 17, 39):
+        assert_equal_batches(from_start[start:], first(training_batches(**stream, start_step=start), 40 - start))
+
+
+def test_an_epoch_is_a_permutation_and_the_next_epoch_another(stream):
+    numbered = Split.of(np.arange(len(stream["split"])), np.asarray(stream["split"].targets))
+    steps = steps_per_epoch(numbered, 37)
+    seen = [numbers for numbers, _ in first(training_batches(numbered, 37, stream["seed"]), 2 * steps)]
+    epochs = np.concatenate(seen[:steps]), np.concatenate(seen[steps:])
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(len(numbered)))
+    assert not np.array_equal(*epochs)
+    assert not np.array_equal(epochs[0], np.arange(len(numbered)))
+    assert {len(batch) for batch in seen} <= {len(numbered) // steps, len(numbered) // steps + 1}
+
+
+def test_targets_stay_with_their_inputs():
+    numbered = Split.of(np.arange(100), np.arange(100)[:, None])
+    for inputs, targets in first(training_batches(numbered, 9, seed=3), 24):
+        np.testing.assert_array_equal(inputs, targets[:, 0])
+
+
+def test_another_seed_gives_another_order(stream):
+    some = first(training_batches(**stream), 1)
+    other = first(training_batches(**{**stream, "seed": stream["seed"] + 1}), 1)
+    assert not np.array_equal(some[0][0], other[0][0])
+
+
+@pytest.mark.parametrize(("workers", "replicas"), [(1, 2), (2, 2), (3, 3), (2, 4)])
+def test_the_slices_of_workers_join_to_the_global_batch(stream, workers, replicas):
+    whole = first(training_batches(**stream), 20)
+    local = replicas // workers
+    parts = [first(each, 20 * local) for each in training_batches(**stream, strategy=Workers(workers, replicas))]
+    for step, (inputs, targets) in enumerate(whole):
+        slices = [part[step * local + number] for part in parts for number in range(local)]
+        np.testing.assert_array_equal(np.concatenate([piece[0] for piece in slices]), inputs)
+        np.testing.assert_array_equal(np.concatenate([piece[1] for piece in slices]), targets)
+        assert min(len(piece[0]) for piece in slices) > 0
+        # Keras takes the mean over each slice, then over the slices: with the weights, all count the same.
+        each = np.concatenate([piece[2] / len(piece[2]) / replicas for piece in slices])
+        np.testing.assert_allclose(each, 1 / len(inputs), rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 36, 37, 38, 100])
+def test_evaluation_sees_every_example_once_in_order(size):
+    numbered = Split.of(np.arange(size), np.zeros((size, 1), np.float32))
+    seen = np.concatenate([inputs for inputs, _ in first(evaluation_batches(numbered, 37), -1)])
+    np.testing.assert_array_equal(seen, np.arange(size))
+
+
+def test_evaluation_on_two_workers_sees_every_example_once():
+    numbered = Split.of(np.arange(100), np.zeros((100, 1), np.float32))
+    steps = steps_per_epoch(numbered, 33)
+    parts = [first(each, steps) for each in evaluation_batches(numbered, 33, Workers(2, 2))]
+    seen = [part[step][0] for step in range(steps) for part in parts]
+    np.testing.assert_array_equal(np.concatenate(seen), np.arange(100))
+
+
+def test_an_empty_split_gives_no_batches():
+    assert evaluation_batches(Split.of(np.zeros((0, 2)), np.zeros((0, 1))), 8) is None
+
+
+def test_steps_per_execution_divides_the_epoch():
+    strategy = tf.distribute.get_strategy()
+    assert [steps_per_execution(steps, strategy) for steps in (1, 6, 37, 64, 176)] == [1, 6, 1, 32, 22]
+
+
+def batch_random(size: int) -> BatchRandom:
+    numbers = (tf.constant(value, tf.int64) for value in (size, 0, size))
+    return BatchRandom(tf.constant([5, 7], tf.int64), *numbers)
+
+
+def test_random_shift_equals_reflection_padding_and_cropping():
+    images = np.random.default_rng(0).integers(0, 256, (200, 8, 6, 3), np.uint8)
+    shifted = random_shift(tf.constant(images), batch_random(200), pixels=2).numpy()
+    assert shifted.dtype == np.uint8
+    offsets = set()
+    for image, moved in zip(images, shifted, strict=True):
+        padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect")
+        crops = {
+            (down, right): padded[down : down + 8, right : right + 6] for down in range(5) for right in range(5)
+        }
+        (found,) = (offset for offset, crop in crops.items() if np.array_equal(crop, moved))
+        offsets.add(found)
+    assert len(offsets) == 25
+
+
+def test_random_mirror_mirrors_about_half():
+    images = np.random.default_rng(0).integers(0, 256, (400, 4, 5, 1), np.uint8)
+    mirrored = random_mirror(tf.constant(images), batch_random(400)).numpy()
+    same = np.array([np.array_equal(*pair) for pair in zip(images, mirrored, strict=True)])
+    np.testing.assert_array_equal(mirrored[~same], images[~same][:, :, ::-1])
+    assert 150 < same.sum() < 250
+
+
+def test_the_data_are_kept_once():
+    images = tf.zeros([64, 8, 8, 3], tf.uint8)
+    assert Split.of(images, np.zeros((64, 1), np.float32)).inputs is images
+    assert np.shares_memory(np.asarray(images), np.asarray(images))
