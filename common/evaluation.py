@@ -49,7 +49,7 @@ def evaluate_classifier(
     probabilities = _predict(model, split, batch_size, strategy)
     truth = np.asarray(split.targets)
     labels, predicted = truth.argmax(axis=1), probabilities.argmax(axis=1)
-    loss = float(np.mean(keras.ops.convert_to_numpy(model.loss(truth, probabilities))))
+    loss = float(np.mean(keras.losses.get(model.loss)(truth, probabilities)))
     numbers = range(len(class_names))
     precision, recall, f1, support = sklearn.metrics.precision_recall_fscore_support(
         labels, predicted, labels=numbers, zero_division=0

@@ -1,0 +1,85 @@
+import dataclasses
+
+import pytest
+
+
+from common.cli import SharedConfig, TrainingFailed, UserError, field_comments, parse_config, run_recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(SharedConfig):
+    epochs: int = 7  # passes, 100 % of them
+    warmup: float = 0.1  # share
+
+
+def test_flags_become_fields_of_their_types():
+    config = parse_config(Config, ["--batch-size", "8", "--warmup", "0.5", "--deterministic", "--no-baseline"])
+    assert (config.batch_size, config.warmup, config.deterministic, config.baseline) == (8, 0.5, True, False)
+    assert config.epochs == 7
+
+
+def test_smoke_shortens_training_and_changes_nothing_else():
+    plain, smoke = parse_config(Config, []), parse_config(Config, ["--smoke"])
+    assert dataclasses.replace(smoke, smoke=False, epochs=plain.epochs) == plain
+    assert smoke.epochs == 2
+    assert parse_config(Config, ["--smoke", "--epochs", "1"]).epochs == 1
+
+
+def test_help_shows_the_comment_of_each_field(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse_config(Config, ["--help"])
+    assert left.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "passes, 100 % of them (default: 7)" in shown
+    assert "step size of the optimizer" in shown
+
+
+def test_every_field_has_a_comment(recipe):
+    comments = field_comments(recipe.Config)
+    for field in dataclasses.fields(recipe.Config):
+        assert comments.get(field.name), f"{recipe.__name__}: --{field.name} has no help"
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--no-such-flag", "1"], "--no-such-flag"),
+        (["--batch", "8"], "--batch"),
+        (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
+        (["--batch-size", "many"], "--batch-size"),
+        (["--epochs", "-1"], "--epochs -1: must be at least 1"),
+        (["--learning-rate", "0"], "--learning-rate 0.0: must be greater than 0"),
+        (["--learning-rate", "nan"], "--learning-rate nan"),
+        (["--validation-size", "1"], "--validation-size 1.0: must be at least 0 and less than 1"),
+        (["--seed", "-3"], "--seed -3: must not be negative"),
+        (["--strategy", "fast"], "--strategy"),
+        (["--precision", "int8"], "--precision"),
+        (["--devices", "-2"], "--devices -2"),
+        (["extra"], "extra"),
+    ],
+)
+def test_bad_flags_are_named(flags, named):
+    with pytest.raises(UserError, match="--") as error:
+        parse_config(Config, flags)
+    assert named in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        (UserError("file.csv: no rows;\nadd some"), 2, "error: file.csv: no rows; add some\n"),
+        (TrainingFailed("the loss is nan"), 3, "training failed: the loss is nan\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_exit_codes(monkeypatch, capsys, raised, code, line):
+    def train(config):
+        raise raised
+
+    monkeypatch.setattr("sys.argv", ["recipe.py"])
+    with pytest.raises(SystemExit) as left:
+        run_recipe(train, Config)
+    assert left.value.code == code
+    assert capsys.readouterr() == ("", line)
+
+

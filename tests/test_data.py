@@ -1,0 +1,298 @@
+"""Where the examples come from, and that the splits keep apart."""
+
+import dataclasses
+import os
+import pathlib
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+import requests
+from conftest import load_recipe, smoke_config, smoke_data
+from PIL import Image
+
+from common import data as data_module
+from common.cli import SharedConfig, UserError
+from common.data import Data, load_images, load_texts, tfds_folder
+from common.examples import Examples, Split
+from common.runs import weights_sha256
+
+SPLITS = ("train", "validation", "test")
+SHAPE = (8, 8, 3)
+
+
+def rows(split: Split) -> list[bytes]:
+    """Each input as bytes, to compare contents."""
+    inputs = np.asarray(split.inputs)
+    return list(inputs) if inputs.dtype == object else [each.tobytes() for each in inputs]
+
+
+def full_sample(recipe) -> Data:
+    return recipe.load_data(recipe.Config(data="sample"))
+
+
+# Section 6, for each recipe.
+
+
+def test_no_example_is_in_two_splits(recipe):
+    data = full_sample(recipe)
+    contents = {split: set(rows(getattr(data, split))) for split in SPLITS}
+    assert all(contents.values())
+    assert not contents["train"] & contents["validation"]
+    assert not contents["train"] & contents["test"]
+    assert not contents["validation"] & contents["test"]
+
+
+def test_validation_is_cut_from_train_by_the_seed(recipe):
+    whole = recipe.load_data(recipe.Config(data="sample", validation_size=0.0))
+    assert len(whole.validation) == 0
+    for seed in (0, 1):
+        data = recipe.load_data(recipe.Config(data="sample", seed=seed))
+        assert len(data.validation) == round(0.1 * len(whole.train))
+        assert sorted(rows(data.train) + rows(data.validation)) == sorted(rows(whole.train))
+        assert rows(data.test) == rows(whole.test)
+        assert data.class_names == whole.class_names
+    assert rows(data.validation) != rows(full_sample(recipe).validation)
+    assert full_sample(recipe).digest() == full_sample(recipe).digest() != data.digest()
+
+
+def test_nothing_is_fitted_on_validation_or_test(recipe, tmp_path):
+    """Other validation and test examples, the same model: so only train had a say in it."""
+    data = smoke_data(recipe.__name__)
+    other = dataclasses.replace(data, validation=data.test, test=data.validation)
+    models = []
+    for number, used in enumerate((data, other)):
+        directory = tmp_path / str(number)
+        recipe.train(smoke_config(recipe, directory, epochs=1), used)
+        models.append(keras.models.load_model(directory / "model.keras"))
+    assert weights_sha256(models[0]) == weights_sha256(models[1])
+    # The vocabulary is no weight; it shows in what the models make of raw inputs.
+    raw = data.train.inputs[:20]
+    np.testing.assert_array_equal(models[0](raw), models[1](raw))
+
+
+def test_a_class_has_one_number_in_every_split(recipe, monkeypatch):
+    """The label of each example, traced back through its content to how it was read."""
+    data = full_sample(recipe)
+    if not data.class_names:
+        assert data.train.targets.shape[1] == 1
+        return
+    read = {}
+    original = Examples.split
+
+    def remember(self, order):
+        split = original(self, order)
+        labels = [self.class_names[label] for label in self.targets[order]]
+        read.update(zip(rows(split), labels, strict=True))
+        return split
+
+    monkeypatch.setattr(Examples, "split", remember)
+    data = full_sample(recipe)
+    for split in (data.train, data.validation, data.test):
+        targets = np.asarray(split.targets)
+        assert targets.shape[1] == len(data.class_names)
+        np.testing.assert_array_equal(targets.sum(axis=1), 1)
+        found = [data.class_names[label] for label in targets.argmax(axis=1)]
+        assert found == [read[content] for content in rows(split)]
+        assert set(found) == set(data.class_names)
+
+
+def test_examples_are_kept_small(recipe):
+    data = smoke_data(recipe.__name__)
+    assert data.train.inputs.dtype.name in ("uint8", "string", "float32")
+    assert data.train.targets.dtype.name == "float32"
+
+
+def test_smoke_shrinks_both_splits(recipe):
+    data, whole = smoke_data(recipe.__name__), full_sample(recipe)
+    assert len(data.train) + len(data.validation) == min(600, len(whole.train) + len(whole.validation))
+    assert len(data.test) == 200
+    assert set(rows(data.test)) < set(rows(whole.test))
+
+
+# Sources.
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    def refuse(*arguments, **settings):
+        raise requests.ConnectionError
+
+    monkeypatch.setattr(requests, "head", refuse)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "empty"))
+
+
+def test_auto_falls_back_to_the_sample_and_says_so(no_network, capsys):
+    data = load_images("cifar10", SharedConfig(smoke=True), SHAPE)
+    assert (data.source, data.name) == ("sample", "drawn shapes")
+    (line,) = capsys.readouterr().out.strip().splitlines()
+    assert line.startswith("Not CIFAR-10: training on the sample, drawn shapes.")
+    assert "www.cs.toronto.edu is out of reach" in line
+    assert "copy a prepared cifar10 folder there" in line
+
+
+def test_tfds_without_network_is_refused(no_network, tmp_path):
+    with pytest.raises(UserError, match=r"No MNIST in .*empty, and storage.googleapis.com is out of reach"):
+        load_images("mnist", SharedConfig(data="tfds"), (28, 28, 1))
+    assert not (tmp_path / "empty").exists()
+
+
+def test_a_silent_network_is_noticed_in_seconds(monkeypatch):
+    monkeypatch.setattr(data_module, "_NETWORK_TIMEOUT_SECONDS", 0.2)
+    asked = []
+    monkeypatch.setattr(requests, "head", lambda *_, **settings: asked.append(settings) or data_module.time.sleep(60))
+    assert not data_module._reachable("https://example.invalid/set")
+    assert asked[0]["timeout"] == 0.2
+
+
+def test_the_sample_never_asks_the_network(monkeypatch):
+    monkeypatch.setattr(data_module, "_reachable", lambda address: pytest.fail("asked the network"))
+    assert load_texts("imdb_reviews", SharedConfig(data="sample", smoke=True), "text", "label").source == "sample"
+
+
+def test_data_dir_comes_before_the_environment(monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", "/from/environment")
+    assert tfds_folder(SharedConfig(data_dir="/from/flag")) == pathlib.Path("/from/flag")
+    assert tfds_folder(SharedConfig()) == pathlib.Path("/from/environment")
+    monkeypatch.delenv("TFDS_DATA_DIR")
+    assert tfds_folder(SharedConfig()) == pathlib.Path.home() / "tensorflow_datasets"
+
+
+def test_a_failed_download_is_told_in_one_line(monkeypatch, tmp_path):
+    import tensorflow_datasets as tfds
+
+    class Failing:
+        def download_and_prepare(self):
+            raise OSError("disk full\nmore lines")
+
+    monkeypatch.setattr(data_module, "_reachable", lambda address: True)
+    monkeypatch.setattr(tfds, "builder", lambda *_, **__: Failing())
+    with pytest.raises(UserError, match="disk full") as error:
+        load_images("mnist", SharedConfig(data="tfds", data_dir=str(tmp_path)), (28, 28, 1))
+    assert "more lines" not in str(error.value)
+
+
+# The user's own files.
+
+
+def write_pictures(folder: pathlib.Path, classes=("cat", "dog"), count=12, mode="RGB") -> pathlib.Path:
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            # Wider than high: 12 x 6, of one grey that tells class and picture.
+            Image.new("L", (12, 6), 100 * number + 5 * index + 20).convert(mode).save(folder / name / f"{index}.png")
+    return folder
+
+
+def test_a_folder_per_class_becomes_pictures_with_their_aspect_kept(tmp_path):
+    write_pictures(tmp_path)
+    (tmp_path / "cat" / "notes.txt").write_text("no picture")
+    (tmp_path / ".hidden").mkdir()
+    data = load_images("cifar10", SharedConfig(data=str(tmp_path)), SHAPE)
+    assert data.source == "files"
+    assert data.class_names == ("cat", "dog")
+    assert [len(getattr(data, split)) for split in SPLITS] == [20, 2, 2]
+    for split in SPLITS:
+        images, labels = np.asarray(getattr(data, split).inputs), np.asarray(getattr(data, split).targets).argmax(1)
+        assert images.shape[1:] == SHAPE
+        np.testing.assert_array_equal(images[:, 4, 4, 0] >= 120, labels == 1)
+        assert not images[:, [0, 1, 6, 7]].any(), "12 x 6 in 8 x 8 leaves two black rows above and below"
+        assert images[:, 2:6].all()
+
+
+def test_grey_and_colour_pictures_fit_either_recipe(tmp_path):
+    grey = write_pictures(tmp_path / "grey", mode="L")
+    colour = write_pictures(tmp_path / "colour", mode="RGBA")
+    for folder in (grey, colour):
+        for channels in (1, 3):
+            data = load_images("mnist", SharedConfig(data=str(folder)), (8, 8, channels))
+            assert data.train.inputs.shape[1:] == (8, 8, channels)
+
+
+def test_folders_for_the_splits_are_used_as_they_are(tmp_path):
+    write_pictures(tmp_path / "train")
+    write_pictures(tmp_path / "test", count=3)
+    data = load_images("cifar10", SharedConfig(data=str(tmp_path), validation_size=0.25), SHAPE)
+    assert [len(getattr(data, split)) for split in SPLITS] == [18, 6, 6]
+    write_pictures(tmp_path / "validation", count=5)
+    data = load_images("cifar10", SharedConfig(data=str(tmp_path)), SHAPE)
+    assert [len(getattr(data, split)) for split in SPLITS] == [24, 10, 6]
+
+
+def test_the_test_split_of_own_files_is_the_same_for_all_seeds(tmp_path):
+    write_pictures(tmp_path)
+    tests = [load_images("cifar10", SharedConfig(data=str(tmp_path), seed=seed), SHAPE).test for seed in (0, 1)]
+    assert rows(tests[0]) == rows(tests[1])
+
+
+def test_texts_from_a_csv_and_from_folders(tmp_path):
+    reviews = [f"text {number}, with comma" for number in range(40)]
+    labels = ["good", "bad", "mixed", "bad"] * 10
+    pd.DataFrame({"review": reviews, "verdict": labels}).to_csv(tmp_path / "reviews.csv", index=False)
+    for number, (review, label) in enumerate(zip(reviews, labels, strict=True)):
+        (tmp_path / "folders" / label).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folders" / label / f"{number}.txt").write_text(review)
+    for path in (tmp_path / "reviews.csv", tmp_path / "folders"):
+        data = load_texts("imdb_reviews", SharedConfig(data=str(path)), "review", "verdict")
+        assert data.class_names == ("bad", "good", "mixed")
+        for split in SPLITS:
+            pairs = zip(rows(getattr(data, split)), np.asarray(getattr(data, split).targets).argmax(1), strict=True)
+            for text, label in pairs:
+                assert data.class_names[label] == labels[reviews.index(text.decode())]
+
+
+@pytest.mark.parametrize("name", ["dense_classifier", "dense_regression", "linear_regression"])
+def test_tables_from_a_csv(tmp_path, name):
+    recipe = load_recipe(name)
+    numbers = np.random.default_rng(0).normal(size=(60, 4))
+    path = tmp_path / "table.csv"
+    pd.DataFrame(numbers, columns=list("abcd")).assign(c=lambda table: (table.c > 0) * 1).to_csv(path, index=False)
+    data = recipe.load_data(recipe.Config(data=str(path), target="c"))
+    assert data.train.inputs.shape == (49, 3)
+    assert data.class_names == (("0", "1") if name == "dense_classifier" else ())
+    by_row = {np.float32(row[[0, 1, 3]]).tobytes(): row[2] > 0 for row in numbers}
+    truth = [by_row[content] for content in rows(data.train)]
+    np.testing.assert_array_equal(np.asarray(data.train.targets)[:, -1], np.float32(truth))
+
+
+# Real data, where it is at hand.
+
+REAL = pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="TFDS_DATA_DIR names no prepared data")
+
+
+@pytest.mark.real_data
+@REAL
+@pytest.mark.parametrize(
+    ("name", "counts", "class_names"),
+    [
+        ("mnist", (54_000, 6_000, 10_000), tuple("0123456789")),
+        (
+            "cifar10",
+            (45_000, 5_000, 10_000),
+            ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        ),
+        ("imdb_reviews", (22_500, 2_500, 25_000), ("neg", "pos")),
+    ],
+)
+def test_real_sets_without_touching_the_network(monkeypatch, name, counts, class_names):
+    monkeypatch.setattr(data_module, "_reachable", lambda address: pytest.fail("asked the network"))
+    config = SharedConfig(data="tfds")
+    data = load_texts(name, config, "", "") if name == "imdb_reviews" else load_images(name, config, SHAPE)
+    assert data.source == "tfds"
+    assert tuple(len(getattr(data, split)) for split in SPLITS) == counts
+    assert data.class_names == class_names
+    shares = np.asarray(data.test.targets).mean(axis=0)
+    np.testing.assert_allclose(shares, 1 / len(class_names), atol=0.02)
+
+
+@pytest.mark.real_data
+@REAL
+@pytest.mark.parametrize("name", ["mnist_cnn", "cifar10_cnn", "text_classifier"])
+def test_recipes_train_on_the_real_set(tmp_path, name):
+    recipe = load_recipe(name)
+    config = smoke_config(recipe, tmp_path, data="tfds", smoke=False, epochs=1)
+    data = recipe.load_data(config)
+    few = {split: Split.of(getattr(data, split).inputs[:4000], getattr(data, split).targets[:4000]) for split in SPLITS}
+    metrics = recipe.train(config, dataclasses.replace(data, **few))
+    assert metrics["accuracy"] > {"mnist_cnn": 0.8, "cifar10_cnn": 0.15, "text_classifier": 0.52}[name]

@@ -1,0 +1,60 @@
+"""The decisions are a pure function of a description of the machine, so they are tested without a GPU."""
+
+import pytest
+
+from common.cli import SharedConfig, UserError
+from common.hardware import Gpu, Machine, choose, describe_machine
+
+LAPTOP = Machine("Laptop", 4, 8 << 30)
+T4, A100 = Gpu("T4", (7, 5)), Gpu("A100", (8, 0))
+
+
+def with_gpus(*gpus: Gpu) -> Machine:
+    return Machine("Server", 16, 64 << 30, gpus)
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "expected"),
+    [
+        (LAPTOP, {}, ("none", 1, "float32", 4)),
+        (LAPTOP, {"devices": 2}, ("mirrored", 2, "float32", 4)),
+        (LAPTOP, {"devices": 2, "strategy": "none"}, ("none", 2, "float32", 4)),
+        (LAPTOP, {"threads": 1, "precision": "mixed_bfloat16"}, ("none", 1, "mixed_bfloat16", 1)),
+        (with_gpus(T4), {}, ("none", 1, "mixed_float16", 16)),
+        (with_gpus(A100), {}, ("none", 1, "mixed_bfloat16", 16)),
+        (with_gpus(A100), {"precision": "float32"}, ("none", 1, "float32", 16)),
+        (with_gpus(A100, A100), {}, ("mirrored", 2, "mixed_bfloat16", 16)),
+        (with_gpus(A100, T4), {}, ("mirrored", 2, "mixed_float16", 16)),
+        (with_gpus(A100, A100), {"devices": 1}, ("none", 1, "mixed_bfloat16", 16)),
+        (with_gpus(A100, A100), {"strategy": "none"}, ("none", 2, "mixed_bfloat16", 16)),
+    ],
+)
+def test_choices(machine, flags, expected):
+    choices = choose(machine, SharedConfig(**flags))
+    assert (choices.strategy, choices.devices, choices.precision, choices.threads) == expected
+    line = choices.line(machine)
+    assert "\n" not in line
+    for reason in choices.reasons.values():
+        assert f"({reason})" in line
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "named"),
+    [
+        (LAPTOP, {"strategy": "mirrored"}, "--strategy mirrored: there is only one device"),
+        (with_gpus(T4), {"strategy": "mirrored"}, "--strategy mirrored: there is only one device"),
+        (with_gpus(T4), {"devices": 2}, "--devices 2: this machine has 1 GPU"),
+        (LAPTOP, {"precision": "mixed_float16"}, "--precision mixed_float16: a CPU computes"),
+        (LAPTOP, {"devices": 4, "batch_size": 3}, "--batch-size 3: 4 devices need"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_refused(machine, flags, named):
+    with pytest.raises(UserError, match=named):
+        choose(machine, SharedConfig(**flags))
+
+
+def test_this_machine_is_described():
+    machine = describe_machine()
+    assert machine.processor
+    assert machine.cores >= 1
+    assert machine.memory_bytes > 1 << 28
