@@ -53,6 +53,12 @@ _LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     "epochs": (lambda value: value >= 1, "must be at least 1"),
     "learning_rate": (lambda value: value > 0, "must be greater than 0"),
     "validation_size": (lambda value: 0 <= value < 1, "must be at least 0 and less than 1"),
+    "warmup": (lambda value: 0 <= value < 1, "must be at least 0 and less than 1"),
+    "token_dropout": (lambda value: 0 <= value < 1, "must be at least 0 and less than 1"),
+    "vocabulary": (lambda value: value >= 3, "must be at least 3"),
+    "length": (lambda value: value >= 1, "must be at least 1"),
+    "dimensions": (lambda value: value >= 1, "must be at least 1"),
+    "naive_epochs": (lambda value: value >= 1, "must be at least 1"),
     "label_smoothing": (lambda value: 0 <= value < 1, "must be at least 0 and less than 1"),
 }
 _NOT_NEGATIVE = (lambda value: value >= 0, "must not be negative")

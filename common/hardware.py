@@ -1,6 +1,7 @@
 """Chooses strategy, precision and threads for the machine at hand, and says why."""
 
 import dataclasses
+import functools
 import os
 import platform
 from typing import Any
@@ -152,9 +153,9 @@ def apply(choices: Choices, deterministic: bool) -> tf.distribute.Strategy:
     try:
         for gpu in gpus:
             tf.config.experimental.set_memory_growth(gpu, True)
-        if tf.config.threading.get_intra_op_parallelism_threads() != choices.threads:
-            tf.config.threading.set_intra_op_parallelism_threads(choices.threads)
-            tf.config.threading.set_inter_op_parallelism_threads(choices.threads)
+        # Without --threads, nothing to set: TensorFlow's own default is one per core too.
+        if choices.reasons["threads"] == "--threads":
+            _set_threads(choices.threads)
         configured = tf.config.get_logical_device_configuration(cpu) or [None]
         if not gpus and len(configured) < choices.devices:
             devices = [tf.config.LogicalDeviceConfiguration()] * choices.devices
@@ -170,8 +171,19 @@ def apply(choices: Choices, deterministic: bool) -> tf.distribute.Strategy:
     if choices.strategy == "none":
         return tf.distribute.get_strategy()
     cure_symbolic_build()
-    kind = "GPU" if gpus else "CPU"
-    return tf.distribute.MirroredStrategy([f"/{kind}:{index}" for index in range(choices.devices)])
+    return _mirrored("GPU" if gpus else "CPU", choices.devices)
+
+
+def _set_threads(threads: int) -> None:
+    if tf.config.threading.get_intra_op_parallelism_threads() != threads:
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(threads)
+
+
+@functools.cache
+def _mirrored(kind: str, devices: int) -> tf.distribute.Strategy:
+    # One for the whole process: the collective operations of a second one would take the keys of the first.
+    return tf.distribute.MirroredStrategy([f"/{kind}:{index}" for index in range(devices)])
 
 
 def hardware_record(machine: Machine, choices: Choices) -> dict[str, Any]:

@@ -25,12 +25,14 @@ import tensorflow as tf
 
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
-    epochs: int = 8  # passes over the training texts
+    epochs: int = 5  # passes over the training texts
     batch_size: int = 256  # texts per step, over all devices together
-    learning_rate: float = 0.003  # step size of Adam at the start; it falls to zero along a cosine
-    vocabulary: int = 100_000  # words and word pairs the model knows: the most frequent ones
-    length: int = 800  # words and word pairs of a text that are looked at
-    dimensions: int = 32  # size of an embedding
+    learning_rate: float = 0.02  # step size of Adam at the start; it falls to zero along a cosine
+    label_smoothing: float = 0.1  # share of each label that is spread over all classes
+    token_dropout: float = 0.5  # share of a training text's words and pairs left out, others in each epoch
+    vocabulary: int = 200_000  # words and word pairs the model knows: the most frequent ones
+    length: int = 1000  # words and word pairs of a text that are looked at
+    dimensions: int = 16  # size of an embedding
     text_column: str = "text"  # the column with the text, with --data FILE.csv
     label_column: str = "label"  # the column with the class, with --data FILE.csv
 
@@ -72,17 +74,22 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     train_tokens, validation_tokens, test_tokens = (
         tokenized(split, tokenizer) for split in (data.train, data.validation, data.test)
     )
+
+    def augment(tokens, labels, random):
+        left_out = random.uniform(0.0, 1.0, (config.length,)) < config.token_dropout
+        return tf.where(left_out, 0, tokens), labels
+
     schedule = keras.optimizers.schedules.CosineDecay(config.learning_rate, decay_steps=config.epochs * steps)
     with run.strategy.scope():
         model = build_model(config, data)
         model.compile(
             optimizer=keras.optimizers.Adam(schedule),
-            loss=keras.losses.CategoricalCrossentropy(),
+            loss=keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing),
             metrics=["accuracy"],
             steps_per_execution=steps_per_execution(steps, run.strategy),
         )
     model.fit(
-        training_batches(train_tokens, config.batch_size, config.seed, strategy=run.strategy),
+        training_batches(train_tokens, config.batch_size, config.seed, augment, run.strategy),
         steps_per_epoch=steps,
         shuffle=False,  # Shuffled already.
         epochs=config.epochs,
@@ -100,7 +107,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
 
 
 def tokenized(split: Split, tokenizer: keras.layers.TextVectorization) -> Split:
-    chunks = [tokenizer(split.inputs[start : start + 1000]) for start in range(0, len(split), 1000)]
+    """The texts of a split as token numbers [n, length], a thousand at a time to save memory."""
+    chunks = [tokenizer(split.inputs[start : start + 1000]) for start in range(0, len(split) or 1, 1000)]
     return Split.of(np.concatenate(chunks).astype(np.int32), split.targets)
 
 

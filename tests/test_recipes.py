@@ -1,0 +1,213 @@
+"""Each recipe as a user runs it, and the promises that every recipe keeps."""
+
+import ast
+import json
+import os
+
+import keras
+import numpy as np
+import pytest
+from conftest import ROOT, load_recipe, run_program, smoke_config, smoke_data
+
+from common.batches import evaluation_batches
+from common.runs import Run, weights_sha256
+
+PARAMETERS = {
+    "linear_regression": 3,
+    "dense_classifier": 11_274,
+    "dense_regression": 550_701,
+    "mnist_cnn": 225_034,
+    "cifar10_cnn": 122_570,
+}
+RESULT_FIELDS = {
+    *("recipe", "data", "metrics", "parameters", "seed", "epochs", "steps", "seconds", "examples_per_second"),
+    *("peak_memory_bytes", "weights_sha256", "hardware", "versions", "commit", "command"),
+}
+
+
+def run_smoke(recipe, directory, *flags):
+    """Starts a recipe from a foreign directory; no file of this repository is in the way of its imports."""
+    path = os.path.relpath(ROOT / "recipes" / f"{recipe.__name__}.py", directory)
+    flags = ("--smoke", "--data", "sample", "--deterministic", *flags)
+    return run_program(path, *flags, cwd=directory)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished smoke run per recipe: what it printed, and its directory."""
+    runs = {}
+
+    def run(recipe):
+        if recipe not in runs:
+            directory = tmp_path_factory.mktemp(recipe.__name__)
+            runs[recipe] = run_smoke(recipe, directory, "--run-dir", "first"), directory / "first"
+        return runs[recipe]
+
+    return run
+
+
+def test_smoke_run_from_a_foreign_directory(recipe, finished):
+    printed, directory = finished(recipe)
+    assert printed.returncode == 0, printed.stderr
+    assert printed.stderr == ""
+    lines = printed.stdout.splitlines()
+    assert lines[0].startswith("hardware: ")
+    assert lines[-2:] == ["run directory: first", "watch it: tensorboard --logdir first"]
+    for name in ("config.json", "result.json", "model.keras", "tensorboard", "plots/learning_curves.png"):
+        assert (directory / name).exists(), name
+    assert not list(directory.glob("*part*"))
+
+
+def test_result_says_what_was_run(recipe, finished):
+    printed, directory = finished(recipe)
+    result = json.loads((directory / "result.json").read_text())
+    assert set(result) >= RESULT_FIELDS
+    data = smoke_data(recipe.__name__)
+    assert result["recipe"] == recipe.__name__
+    assert result["data"] == {
+        "source": data.source,
+        "name": data.name,
+        "digest": data.digest(),
+        "train": len(data.train),
+        "validation": len(data.validation),
+        "test": len(data.test),
+    }
+    assert data.name in printed.stdout
+    assert result["parameters"] == PARAMETERS.get(recipe.__name__, result["parameters"])
+    steps = -(-len(data.train) // recipe.Config().batch_size)
+    assert (result["seed"], result["epochs"], result["steps"]) == (0, 2, 2 * steps)
+    assert result["command"].endswith("--smoke --data sample --deterministic --run-dir first")
+    seconds = result["seconds"]
+    parts = sum(seconds[part] for part in ("data", "compile", "train", "evaluate"))
+    assert 0 < parts < seconds["total"]
+    for name, value in result["metrics"].items():
+        assert np.isfinite(value), name
+        assert f"{value:.4f}" in printed.stdout
+    config = json.loads((directory / "config.json").read_text())
+    assert config["recipe"] == recipe.__name__
+    assert config["batch_size"] == recipe.Config().batch_size
+
+
+def test_the_saved_model_takes_what_a_user_has(recipe, finished):
+    """Bytes of pixels, raw strings, raw columns: and gives the metric that the result states."""
+    _, directory = finished(recipe)
+    result = json.loads((directory / "result.json").read_text())
+    model = keras.models.load_model(directory / "model.keras")
+    assert weights_sha256(model) == result["weights_sha256"]
+    test = smoke_data(recipe.__name__).test
+    outputs, targets = model(test.inputs).numpy(), test.targets.numpy()
+    if "accuracy" in result["metrics"]:
+        np.testing.assert_allclose(outputs.sum(axis=1), 1, rtol=1e-5)
+        accuracy = np.mean(outputs.argmax(axis=1) == targets.argmax(axis=1))
+        assert accuracy == pytest.approx(result["metrics"]["accuracy"], abs=0.011)
+    else:
+        assert np.mean((outputs - targets) ** 2) == pytest.approx(result["metrics"]["mse"], rel=1e-3)
+
+
+def test_the_same_command_gives_the_same_weights(recipe, finished):
+    _, directory = finished(recipe)
+    again = run_smoke(recipe, directory.parent, "--run-dir", "second", "--quiet", "--no-baseline")
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    digests = [
+        json.loads((directory.parent / name / "result.json").read_text())["weights_sha256"]
+        for name in ("first", "second")
+    ]
+    assert digests[0] == digests[1]
+
+
+class StopAfterTwoEpochs(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.stop_training = epoch == 1
+
+
+@pytest.mark.parametrize("validation_size", [0.1, 0.085])
+def test_mirrored_computes_what_one_device_computes(recipe, tmp_path, monkeypatch, validation_size):
+    """The first 20 steps of a training as long as that on the real set, at sizes that two devices can't halve.
+
+    As long, because the schedules stretch with it: in a training of 20 steps in all, the learning rate
+    would be so high that a single unit of max pooling or relu that rounding tips over shows in 1e-5.
+    """
+    original = Run.callbacks
+    monkeypatch.setattr(Run, "callbacks", lambda run, data: [*original(run, data), StopAfterTwoEpochs()])
+    config = smoke_config(recipe, tmp_path / "data", validation_size=validation_size)
+    data = recipe.load_data(config)
+    batch_size = -(-len(data.train) // 10)
+    outcomes = []
+    for strategy in ("none", "mirrored"):
+        directory = tmp_path / strategy
+        config = smoke_config(recipe, directory, strategy=strategy, batch_size=batch_size, epochs=500)
+        metrics = recipe.train(config, data)
+        result = json.loads((directory / "result.json").read_text())
+        assert (result["steps"], result["hardware"]["strategy"]) == (20, strategy)
+        weights = keras.models.load_model(directory / "model.keras").get_weights()
+        outcomes.append((weights, metrics, [logs["val_loss"] for logs in result["history"]]))
+    (weights, metrics, losses), (mirrored_weights, mirrored_metrics, mirrored_losses) = outcomes
+    for one, other in zip(weights, mirrored_weights, strict=True):
+        np.testing.assert_allclose(other, one, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(mirrored_losses, losses, rtol=1e-4)
+    for name, value in metrics.items():
+        assert mirrored_metrics[name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_uneven_slices_weigh_every_example_the_same(tmp_path):
+    """What the test above relies on really happens: there are steps whose slices differ in size."""
+    data = smoke_data("linear_regression")
+    sizes = [len(targets) for _, targets in evaluation_batches(data.train, 9)]
+    assert any(size % 2 for size in sizes)
+
+
+def test_without_validation_there_is_none(recipe, tmp_path):
+    config = smoke_config(recipe, tmp_path, validation_size=0.0, epochs=1)
+    metrics = recipe.train(config)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["data"]["validation"] == 0
+    assert not [name for name in result["history"][0] if name.startswith("val_")]
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_3(tmp_path):
+    flags = ("--learning-rate", "1e30", "--quiet", "--run-dir", str(tmp_path / "run"))
+    run = run_program(str(ROOT / "recipes" / "linear_regression.py"), *flags)
+    assert (run.returncode, run.stdout) == (3, "")
+    assert run.stderr.startswith("training failed: the loss is ")
+    assert run.stderr.count("\n") == 1
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_linear_regression_finds_the_least_squares_weights(tmp_path):
+    recipe = load_recipe("linear_regression")
+    config = recipe.Config(devices=2, strategy="none", threads=2, quiet=True, run_dir=str(tmp_path))
+    metrics = recipe.train(config)
+    for name in ("weight_0", "weight_1"):
+        assert metrics[name] == pytest.approx(metrics[f"lstsq_{name}"], abs=0.02)
+    assert metrics["mse"] == pytest.approx(metrics["noise_floor_mse"], rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["dense_classifier", "dense_regression"])
+def test_dense_recipes_beat_their_linear_baseline(tmp_path, name):
+    recipe = load_recipe(name)
+    config = recipe.Config(devices=2, strategy="none", threads=2, quiet=True, epochs=12, run_dir=str(tmp_path))
+    metrics = recipe.train(config)
+    if name == "dense_classifier":
+        assert metrics["accuracy"] > metrics["logistic_regression_accuracy"] + 0.05
+    else:
+        assert metrics["noise_floor_mse"] < metrics["mse"] < metrics["ridge_mse"] / 3
+
+
+def test_the_files_keep_the_common_order(recipe):
+    """The same sections, in the same order, under the same names; nothing runs at import."""
+    tree = ast.parse((ROOT / "recipes" / f"{recipe.__name__}.py").read_text())
+    parts = ast.get_docstring(tree).split("\n")
+    assert ": " in parts[0]
+    labels = [line.split()[0] for line in parts[2:] if line and not line.startswith(" ")][:4]
+    assert labels == ["Teaches", "Data", "Result", "Run"]
+    assert f"python recipes/{recipe.__name__}.py" in ast.get_docstring(tree)
+    names = [node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    expected = ["Config", "load_data", "build_model", "train", "main"]
+    assert [name for name in names if name in expected] == expected
+    allowed = (ast.Expr, ast.Import, ast.ImportFrom, ast.Assign, ast.ClassDef, ast.FunctionDef, ast.If)
+    assert all(isinstance(node, allowed) for node in tree.body)
+    assert isinstance(tree.body[-1], ast.If)
+    own = set(recipe.Config.__annotations__)
+    assert 4 <= len(own) <= 10
+    assert len((ROOT / "recipes" / f"{recipe.__name__}.py").read_text().splitlines()) <= 200
