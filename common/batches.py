@@ -121,9 +121,7 @@ def training_batches(
     return _distribute(split, endless, steps, order, randomly, strategy, weighted=True)
 
 
-def evaluation_batches(
-    split: Split, batch_size: int, strategy: tf.distribute.Strategy | None = None
-) -> Any:
+def evaluation_batches(split: Split, batch_size: int, strategy: tf.distribute.Strategy | None = None) -> Any:
     """Every example once, in order, in batches of up to `batch_size` whose sizes differ by one at most.
 
     Returns:

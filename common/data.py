@@ -137,16 +137,16 @@ def load_table(
     """
     started = time.perf_counter()
     if config.data == "tfds":
-        raise UserError("--data tfds: this recipe generates its data; use --data auto, or a CSV file of your own")
+        raise UserError(
+            "--data tfds: this recipe generates its data; use --data auto, or a CSV file of your own"
+        )
     if config.data in ("auto", "sample"):
         return _cut(name, "generated", generate(), config, started)
     path = _existing(config.data)
     return _cut(str(path), "files", read_table(path, target, classes), config, started)
 
 
-def _load(
-    name: str, config: SharedConfig, read_files: Callable[[pathlib.Path], dict[str, Examples]]
-) -> Data:
+def _load(name: str, config: SharedConfig, read_files: Callable[[pathlib.Path], dict[str, Examples]]) -> Data:
     started = time.perf_counter()
     dataset = _DATASETS[name]
     if config.data not in ("auto", "tfds", "sample"):
@@ -158,7 +158,9 @@ def _load(
         except DataUnavailable as error:
             if config.data == "tfds":
                 raise
-            reason = f"[bold]Not {dataset.title}: training on the sample, {dataset.sample_title}.[/bold] {error}"
+            reason = (
+                f"[bold]Not {dataset.title}: training on the sample, {dataset.sample_title}.[/bold] {error}"
+            )
             rich.console.Console(soft_wrap=True, highlight=False).print(reason)
     return _cut(dataset.sample_title, "sample", dataset.sample(), config, started)
 
@@ -193,7 +195,9 @@ def _read_tfds(dataset: _Dataset, config: SharedConfig) -> dict[str, Examples]:
     try:
         builder = tfds.builder_from_directory(prepared)
         class_names = tuple(builder.info.features["label"].names)
-        return {split: _read_split(builder, split, dataset.inputs, class_names) for split in ("train", "test")}
+        return {
+            split: _read_split(builder, split, dataset.inputs, class_names) for split in ("train", "test")
+        }
     except (tf.errors.OpError, OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{prepared}: can't be read ({_first_line(error)}); delete that folder to have it prepared anew"

@@ -78,7 +78,9 @@ def evaluate_classifier(
             f"| {record['true']} | {record['predicted']} | {record['probability']:.3f} | {_excerpt(text)} |"
             for record, text in zip(records, shown, strict=True)
         ]
-        texts["worst_mistakes"] = "\n".join(["| true | predicted | probability | text |", "|---|---|---|---|", *rows])
+        texts["worst_mistakes"] = "\n".join(
+            ["| true | predicted | probability | text |", "|---|---|---|---|", *rows]
+        )
     return Report(
         metrics={
             "loss": loss,

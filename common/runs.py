@@ -139,7 +139,9 @@ class Run:
         }
         return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in card.items())])
 
-    def finish(self, model: keras.Model, data: Data, report: Report, beside: dict[str, float]) -> dict[str, float]:
+    def finish(
+        self, model: keras.Model, data: Data, report: Report, beside: dict[str, float]
+    ) -> dict[str, float]:
         """Saves the model, the plots and `result.json`, and prints the result.
 
         Args:
@@ -177,7 +179,11 @@ class Run:
             "seed": self._config.seed,
             "epochs": len(self._watch.history),
             "steps": self._watch.steps,
-            "seconds": {"data": data.seconds, **self._watch.seconds(), "total": time.perf_counter() - self._started},
+            "seconds": {
+                "data": data.seconds,
+                **self._watch.seconds(),
+                "total": time.perf_counter() - self._started,
+            },
             "examples_per_second": self._watch.examples_per_second(),
             "peak_memory_bytes": _peak_memory_bytes(),
             "weights_sha256": weights_sha256(model),
@@ -194,7 +200,9 @@ class Run:
         return metrics
 
     def _print(self, result: dict[str, Any]) -> None:
-        table = Table(title=f"{self._recipe}: test split of {result['data']['name']} ({result['data']['source']})")
+        table = Table(
+            title=f"{self._recipe}: test split of {result['data']['name']} ({result['data']['source']})"
+        )
         table.add_column("figure")
         table.add_column("value", justify="right")
         for name, value in result["metrics"].items():
@@ -215,7 +223,8 @@ class Watch(keras.callbacks.Callback):
     """Measures the time of training, keeps the history, and stops at a loss that is not finite.
 
     The first execution traces the graph, so it counts as `compile` and not into the throughput.
-    Validation counts into the seconds of `train`, but not into the throughput.
+    Validation counts into the seconds of `train`, but not into the throughput. `history` holds the logs
+    of each epoch, and the seconds from the start of training to its end.
     """
 
     def __init__(self):
@@ -257,7 +266,8 @@ class Watch(keras.callbacks.Callback):
         if counted and logs is not None:
             logs["examples_per_second"] = counted * share / seconds
         self._examples_per_step = share
-        self.history.append({name: float(value) for name, value in logs.items()})
+        logged = {name: float(value) for name, value in logs.items()}
+        self.history.append({**logged, "seconds": time.perf_counter() - self._begin})
 
     def on_train_end(self, logs=None):
         self._end = time.perf_counter()
@@ -280,15 +290,21 @@ class Watch(keras.callbacks.Callback):
 def _example_summaries(data: Data) -> dict:
     """What TensorBoard shows of the training examples: a function of the tag that writes it, by tag."""
     inputs = data.train.inputs[:25].numpy()
-    names = [data.class_names[label] for label in np.asarray(data.train.targets[:25]).argmax(1)] if (
-        data.class_names
-    ) else []
+    names = (
+        [data.class_names[label] for label in np.asarray(data.train.targets[:25]).argmax(1)]
+        if (data.class_names)
+        else []
+    )
     if inputs.dtype == np.uint8:
         png = figure_png(picture_figure(inputs, names))
         return {"examples": lambda tag: tf.summary.image(tag, tf.image.decode_png(png, channels=3)[None])}
     if inputs.dtype == object:
-        rows = [f"| {name} | {text.decode(errors='replace')} |" for name, text in zip(names, inputs, strict=True)]
-        return {"examples": lambda tag: tf.summary.text(tag, "\n".join(["| class | text |", "|---|---|", *rows]))}
+        rows = [
+            f"| {name} | {text.decode(errors='replace')} |" for name, text in zip(names, inputs, strict=True)
+        ]
+        return {
+            "examples": lambda tag: tf.summary.text(tag, "\n".join(["| class | text |", "|---|---|", *rows]))
+        }
     return {}
 
 
@@ -320,7 +336,10 @@ def _peak_memory_bytes() -> int:
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
 
 
 def _commit() -> str | None:

@@ -41,7 +41,9 @@ def read_labelled_texts(path: pathlib.Path, text_column: str, label_column: str)
     table = _read_csv(path, [text_column, label_column])
     texts = table[text_column]
     for row in np.flatnonzero(texts.str.strip() == ""):
-        raise UserError(f"{path}, row {row + 2}: no text in column {text_column!r}; fill it or remove the row")
+        raise UserError(
+            f"{path}, row {row + 2}: no text in column {text_column!r}; fill it or remove the row"
+        )
     inputs = np.array([text.encode() for text in texts], dtype=object)
     return {"train": Examples(inputs, *_class_numbers(path, table[label_column]))}
 
@@ -58,7 +60,9 @@ def read_table(path: pathlib.Path, target: str, classes: bool) -> dict[str, Exam
     return {"train": Examples(inputs, _numbers(path, table[target]))}
 
 
-def _class_files(folder: pathlib.Path, suffixes: set[str], kind: str) -> dict[str, dict[str, list[pathlib.Path]]]:
+def _class_files(
+    folder: pathlib.Path, suffixes: set[str], kind: str
+) -> dict[str, dict[str, list[pathlib.Path]]]:
     """The files by split and class name."""
     if not folder.is_dir():
         raise UserError(f"--data {folder}: not a folder; give a folder that holds a folder per class")
@@ -78,7 +82,9 @@ def _class_files(folder: pathlib.Path, suffixes: set[str], kind: str) -> dict[st
         if not found[split]:
             raise UserError(f"{place}: no folders of {kind}; make one for each class")
     if len(found["train"]) < 2:
-        raise UserError(f"{splits['train']}: only one class; a classifier needs a folder for each of two or more")
+        raise UserError(
+            f"{splits['train']}: only one class; a classifier needs a folder for each of two or more"
+        )
     return found
 
 
@@ -140,8 +146,12 @@ def _numbers(path: pathlib.Path, column: pd.Series) -> np.ndarray:
 def _class_numbers(path: pathlib.Path, column: pd.Series) -> tuple[np.ndarray, tuple[str, ...]]:
     labels = column.str.strip()
     for row in np.flatnonzero(labels == ""):
-        raise UserError(f"{path}, row {row + 2}: no label in column {column.name!r}; fill it or remove the row")
+        raise UserError(
+            f"{path}, row {row + 2}: no label in column {column.name!r}; fill it or remove the row"
+        )
     class_names, numbers = np.unique(labels.to_numpy(str), return_inverse=True)
     if len(class_names) < 2:
-        raise UserError(f"{path}: column {column.name!r} holds a single class; a classifier needs two or more")
+        raise UserError(
+            f"{path}: column {column.name!r} holds a single class; a classifier needs two or more"
+        )
     return numbers, tuple(str(name) for name in class_names)

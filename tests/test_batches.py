@@ -62,7 +62,9 @@ def assert_equal_batches(some, others):
 def test_a_batch_does_not_depend_on_where_the_stream_was_started(stream):
     from_start = first(training_batches(**stream), 40)
     for start in (1, 17, 39):
-        assert_equal_batches(from_start[start:], first(training_batches(**stream, start_step=start), 40 - start))
+        assert_equal_batches(
+            from_start[start:], first(training_batches(**stream, start_step=start), 40 - start)
+        )
 
 
 def test_an_epoch_is_a_permutation_and_the_next_epoch_another(stream):
@@ -93,7 +95,9 @@ def test_another_seed_gives_another_order(stream):
 def test_the_slices_of_workers_join_to_the_global_batch(stream, workers, replicas):
     whole = first(training_batches(**stream), 20)
     local = replicas // workers
-    parts = [first(each, 20 * local) for each in training_batches(**stream, strategy=Workers(workers, replicas))]
+    parts = [
+        first(each, 20 * local) for each in training_batches(**stream, strategy=Workers(workers, replicas))
+    ]
     for step, (inputs, targets) in enumerate(whole):
         slices = [part[step * local + number] for part in parts for number in range(local)]
         np.testing.assert_array_equal(np.concatenate([piece[0] for piece in slices]), inputs)
@@ -141,7 +145,9 @@ def test_random_shift_equals_reflection_padding_and_cropping():
     for image, moved in zip(images, shifted, strict=True):
         padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect")
         crops = {
-            (down, right): padded[down : down + 8, right : right + 6] for down in range(5) for right in range(5)
+            (down, right): padded[down : down + 8, right : right + 6]
+            for down in range(5)
+            for right in range(5)
         }
         (found,) = (offset for offset, crop in crops.items() if np.array_equal(crop, moved))
         offsets.add(found)

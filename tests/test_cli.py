@@ -13,7 +13,9 @@ class Config(SharedConfig):
 
 
 def test_flags_become_fields_of_their_types():
-    config = parse_config(Config, ["--batch-size", "8", "--warmup", "0.5", "--deterministic", "--no-baseline"])
+    config = parse_config(
+        Config, ["--batch-size", "8", "--warmup", "0.5", "--deterministic", "--no-baseline"]
+    )
     assert (config.batch_size, config.warmup, config.deterministic, config.baseline) == (8, 0.5, True, False)
     assert config.epochs == 7
 
@@ -81,5 +83,3 @@ def test_exit_codes(monkeypatch, capsys, raised, code, line):
         run_recipe(train, Config)
     assert left.value.code == code
     assert capsys.readouterr() == ("", line)
-
-

@@ -141,14 +141,19 @@ def test_tfds_without_network_is_refused(no_network, tmp_path):
 def test_a_silent_network_is_noticed_in_seconds(monkeypatch):
     monkeypatch.setattr(data_module, "_NETWORK_TIMEOUT_SECONDS", 0.2)
     asked = []
-    monkeypatch.setattr(requests, "head", lambda *_, **settings: asked.append(settings) or data_module.time.sleep(60))
+    monkeypatch.setattr(
+        requests, "head", lambda *_, **settings: asked.append(settings) or data_module.time.sleep(60)
+    )
     assert not data_module._reachable("https://example.invalid/set")
     assert asked[0]["timeout"] == 0.2
 
 
 def test_the_sample_never_asks_the_network(monkeypatch):
     monkeypatch.setattr(data_module, "_reachable", lambda address: pytest.fail("asked the network"))
-    assert load_texts("imdb_reviews", SharedConfig(data="sample", smoke=True), "text", "label").source == "sample"
+    assert (
+        load_texts("imdb_reviews", SharedConfig(data="sample", smoke=True), "text", "label").source
+        == "sample"
+    )
 
 
 def test_data_dir_comes_before_the_environment(monkeypatch):
@@ -181,7 +186,9 @@ def write_pictures(folder: pathlib.Path, classes=("cat", "dog"), count=12, mode=
         (folder / name).mkdir(parents=True)
         for index in range(count):
             # Wider than high: 12 x 6, of one grey that tells class and picture.
-            Image.new("L", (12, 6), 100 * number + 5 * index + 20).convert(mode).save(folder / name / f"{index}.png")
+            Image.new("L", (12, 6), 100 * number + 5 * index + 20).convert(mode).save(
+                folder / name / f"{index}.png"
+            )
     return folder
 
 
@@ -194,7 +201,10 @@ def test_a_folder_per_class_becomes_pictures_with_their_aspect_kept(tmp_path):
     assert data.class_names == ("cat", "dog")
     assert [len(getattr(data, split)) for split in SPLITS] == [20, 2, 2]
     for split in SPLITS:
-        images, labels = np.asarray(getattr(data, split).inputs), np.asarray(getattr(data, split).targets).argmax(1)
+        images, labels = (
+            np.asarray(getattr(data, split).inputs),
+            np.asarray(getattr(data, split).targets).argmax(1),
+        )
         assert images.shape[1:] == SHAPE
         np.testing.assert_array_equal(images[:, 4, 4, 0] >= 120, labels == 1)
         assert not images[:, [0, 1, 6, 7]].any(), "12 x 6 in 8 x 8 leaves two black rows above and below"
@@ -222,7 +232,9 @@ def test_folders_for_the_splits_are_used_as_they_are(tmp_path):
 
 def test_the_test_split_of_own_files_is_the_same_for_all_seeds(tmp_path):
     write_pictures(tmp_path)
-    tests = [load_images("cifar10", SharedConfig(data=str(tmp_path), seed=seed), SHAPE).test for seed in (0, 1)]
+    tests = [
+        load_images("cifar10", SharedConfig(data=str(tmp_path), seed=seed), SHAPE).test for seed in (0, 1)
+    ]
     assert rows(tests[0]) == rows(tests[1])
 
 
@@ -237,7 +249,9 @@ def test_texts_from_a_csv_and_from_folders(tmp_path):
         data = load_texts("imdb_reviews", SharedConfig(data=str(path)), "review", "verdict")
         assert data.class_names == ("bad", "good", "mixed")
         for split in SPLITS:
-            pairs = zip(rows(getattr(data, split)), np.asarray(getattr(data, split).targets).argmax(1), strict=True)
+            pairs = zip(
+                rows(getattr(data, split)), np.asarray(getattr(data, split).targets).argmax(1), strict=True
+            )
             for text, label in pairs:
                 assert data.class_names[label] == labels[reviews.index(text.decode())]
 
@@ -247,7 +261,9 @@ def test_tables_from_a_csv(tmp_path, name):
     recipe = load_recipe(name)
     numbers = np.random.default_rng(0).normal(size=(60, 4))
     path = tmp_path / "table.csv"
-    pd.DataFrame(numbers, columns=list("abcd")).assign(c=lambda table: (table.c > 0) * 1).to_csv(path, index=False)
+    pd.DataFrame(numbers, columns=list("abcd")).assign(c=lambda table: (table.c > 0) * 1).to_csv(
+        path, index=False
+    )
     data = recipe.load_data(recipe.Config(data=str(path), target="c"))
     assert data.train.inputs.shape == (49, 3)
     assert data.class_names == (("0", "1") if name == "dense_classifier" else ())
@@ -293,6 +309,9 @@ def test_recipes_train_on_the_real_set(tmp_path, name):
     recipe = load_recipe(name)
     config = smoke_config(recipe, tmp_path, data="tfds", smoke=False, epochs=1)
     data = recipe.load_data(config)
-    few = {split: Split.of(getattr(data, split).inputs[:4000], getattr(data, split).targets[:4000]) for split in SPLITS}
+    few = {
+        split: Split.of(getattr(data, split).inputs[:4000], getattr(data, split).targets[:4000])
+        for split in SPLITS
+    }
     metrics = recipe.train(config, dataclasses.replace(data, **few))
     assert metrics["accuracy"] > {"mnist_cnn": 0.8, "cifar10_cnn": 0.15, "text_classifier": 0.52}[name]

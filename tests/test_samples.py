@@ -10,7 +10,11 @@ from common.samples import SHAPE_NAMES, drawn_shapes, handwritten_digits, writte
 
 @pytest.mark.parametrize(
     ("sample", "counts", "classes"),
-    [(handwritten_digits, (4000, 1000), 10), (drawn_shapes, (5000, 1000), 10), (written_reviews, (4000, 800), 2)],
+    [
+        (handwritten_digits, (4000, 1000), 10),
+        (drawn_shapes, (5000, 1000), 10),
+        (written_reviews, (4000, 800), 2),
+    ],
 )
 def test_samples_are_balanced_and_made_the_same_each_time(sample, counts, classes):
     first, second = sample(), sample()

@@ -72,4 +72,3 @@ def test_the_cure_is_applied_once():
     cured = TensorFlowTrainer._maybe_symbolic_build
     upstream.cure_symbolic_build()
     assert TensorFlowTrainer._maybe_symbolic_build is cured
-

@@ -1,0 +1,201 @@
+"""Compares a recipe with the way tutorials write the same network, in alternating fresh processes.
+
+    python scripts/benchmark.py cifar10_cnn --data tfds
+
+The naive way: pixels divided to float64 by NumPy, batches of 32, Adam as it comes, plain `fit`. The recipe
+runs with `--epochs 5`. Of each, the training images per second (without the first epoch, or the first
+execution) and the seconds from the start of `fit` to the end of the first epoch that reached the target
+validation accuracy. Prints each pair's ratio and their medians, and writes results/benchmark-RECIPE.json.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from common.cli import SharedConfig
+from common.data import load_images
+from common.runs import write_json
+
+import keras
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is compared for one recipe: the layers of its network, and the accuracy to reach."""
+
+    data: str
+    shape: tuple[int, int, int]
+    filters: tuple[int, ...]
+    dense: int
+    target: float
+
+
+SUBJECTS = {
+    "cifar10_cnn": Subject("cifar10", (32, 32, 3), (32, 64, 64), 64, 0.69),
+    "mnist_cnn": Subject("mnist", (28, 28, 1), (32, 64), 128, 0.99),
+}
+
+
+class Clock(keras.callbacks.Callback):
+    """Times each epoch with epoch hooks alone, and stops at the target."""
+
+    def __init__(self, target: float):
+        super().__init__()
+        self.target, self.seconds_to_target = target, math.nan
+        self.training_seconds: list[float] = []
+
+    def on_train_begin(self, logs=None):
+        self.begin = time.perf_counter()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch_begin = time.perf_counter()
+
+    def on_test_begin(self, logs=None):
+        self.training_seconds.append(time.perf_counter() - self.epoch_begin)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if logs["val_accuracy"] >= self.target:
+            self.seconds_to_target = time.perf_counter() - self.begin
+            self.model.stop_training = epoch >= 1  # One epoch more, where the first alone was enough.
+
+
+def naive_network(subject: Subject) -> keras.Model:
+    """The network of the recipe, as tutorials write it."""
+    model = keras.Sequential([keras.Input(subject.shape)])
+    for number, filters in enumerate(subject.filters):
+        model.add(keras.layers.Conv2D(filters, 3, activation="relu"))
+        if number < 2:
+            model.add(keras.layers.MaxPooling2D())
+    model.add(keras.layers.Flatten())
+    model.add(keras.layers.Dense(subject.dense, activation="relu"))
+    model.add(keras.layers.Dense(10, activation="softmax"))
+    return model
+
+
+def train_naively(subject: Subject, config: SharedConfig, epochs: int) -> dict[str, float]:
+    """Trains the naive way until the target or `epochs`; images per second and seconds to the target."""
+    data = load_images(subject.data, config, subject.shape)
+    keras.utils.set_random_seed(config.seed)
+    x_train, x_validation = (np.asarray(split.inputs) / 255.0 for split in (data.train, data.validation))
+    y_train, y_validation = (np.asarray(split.targets).argmax(1) for split in (data.train, data.validation))
+    model = naive_network(subject)
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    clock = Clock(subject.target)
+    model.fit(
+        x_train,
+        y_train,
+        batch_size=32,
+        epochs=epochs,
+        validation_data=(x_validation, y_validation),
+        callbacks=[clock],
+        verbose=2,
+    )
+    later = clock.training_seconds[1:]
+    return {
+        "images_per_second": len(x_train) * len(later) / sum(later),
+        "seconds_to_target": clock.seconds_to_target,
+        "parameters": model.count_params(),
+    }
+
+
+def train_recipe(recipe: str, subject: Subject, arguments: argparse.Namespace) -> dict[str, float]:
+    """Runs the recipe as a user would and reads the same figures off its result.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory = pathlib.Path(folder, "run")
+        command = [
+            sys.executable,
+            str(ROOT / "recipes" / f"{recipe}.py"),
+            *data_flags(arguments),
+            "--no-baseline",
+        ]
+        command += ["--epochs", str(arguments.recipe_epochs), "--run-dir", str(directory)]
+        subprocess.run(command, check=True)
+        result = json.loads((directory / "result.json").read_text())
+    reached = [logs["seconds"] for logs in result["history"] if logs["val_accuracy"] >= subject.target]
+    return {
+        "images_per_second": result["examples_per_second"],
+        "seconds_to_target": min(reached, default=math.nan),
+        "parameters": result["parameters"],
+        "versions": result["versions"],
+        "hardware": result["hardware"],
+        "data": result["data"],
+        "commit": result["commit"],
+    }
+
+
+def data_flags(arguments: argparse.Namespace) -> list[str]:
+    flags = ["--data", arguments.data, "--data-dir", arguments.data_dir]
+    return [*flags, "--smoke"] if arguments.smoke else flags
+
+
+def compare(arguments: argparse.Namespace) -> dict:
+    """Runs the pairs and returns the record that is written."""
+    subject = SUBJECTS[arguments.recipe]
+    pairs = []
+    for number in range(arguments.pairs):
+        command = [sys.executable, __file__, arguments.recipe, *data_flags(arguments), "--naive-only"]
+        command += ["--naive-epochs", str(arguments.naive_epochs)]
+        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        naive = json.loads(printed.splitlines()[-1])
+        recipe = train_recipe(arguments.recipe, subject, arguments)
+        pairs.append({"naive": naive, "recipe": recipe})
+        print(f"pair {number + 1}: naive {shown(naive)}; recipe {shown(recipe)}", flush=True)
+    speed = [pair["recipe"]["images_per_second"] / pair["naive"]["images_per_second"] for pair in pairs]
+    spent = [pair["recipe"]["seconds_to_target"] / pair["naive"]["seconds_to_target"] for pair in pairs]
+    return {
+        "recipe": arguments.recipe,
+        "target_validation_accuracy": subject.target,
+        "recipe_epochs": arguments.recipe_epochs,
+        "median_ratio_images_per_second": statistics.median(speed),
+        "median_ratio_seconds_to_target": statistics.median(spent),
+        "pairs": pairs,
+    }
+
+
+def shown(figures: dict[str, float]) -> str:
+    return f"{figures['images_per_second']:,.0f} images/s, {figures['seconds_to_target']:.1f} s to the target"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("recipe", choices=SUBJECTS)
+    parser.add_argument("--data", default="auto", help="as for the recipe")
+    parser.add_argument("--data-dir", default="", help="as for the recipe")
+    parser.add_argument("--pairs", type=int, default=3, help="how often each is run (default: 3)")
+    parser.add_argument(
+        "--recipe-epochs", type=int, default=5, help="length of the recipe's schedule (default: 5)"
+    )
+    parser.add_argument(
+        "--naive-epochs", type=int, default=15, help="the naive way gives up then (default: 15)"
+    )
+    parser.add_argument("--smoke", action="store_true", help="a few images and epochs; writes no record")
+    parser.add_argument("--naive-only", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.naive_only:
+        config = SharedConfig(data=arguments.data, data_dir=arguments.data_dir, smoke=arguments.smoke)
+        print(json.dumps(train_naively(SUBJECTS[arguments.recipe], config, arguments.naive_epochs)))
+        return
+    record = compare(arguments)
+    print(f"images per second, recipe / naive: {record['median_ratio_images_per_second']:.2f}")
+    target = record["target_validation_accuracy"]
+    print(
+        f"seconds to {target:.0%} validation accuracy, recipe / naive: {record['median_ratio_seconds_to_target']:.2f}"
+    )
+    if not arguments.smoke:
+        write_json(ROOT / "results" / f"benchmark-{arguments.recipe}.json", record)
+
+
+if __name__ == "__main__":
+    main()

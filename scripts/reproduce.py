@@ -1,0 +1,189 @@
+"""Trains a recipe with several seeds and publishes the outcome.
+
+    python scripts/reproduce.py cifar10_cnn --seeds 0 1 2 --data tfds
+    python scripts/reproduce.py
+
+The first form writes results/cifar10_cnn.json; both bring the table in README.md and the Result lines of
+the recipes' docstrings in step with results/. Flags that are not its own go to the recipe.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+
+from common.cli import UserError
+from common.runs import write_json
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "results"
+TABLE_BEGIN, TABLE_END = "<!-- results: written by scripts/reproduce.py -->", "<!-- end of results -->"
+# Metrics beside a recipe's own, and how the table calls them; {} takes the figure.
+BESIDE = {
+    "naive_accuracy": "the same network trained naively: {}",
+    "logistic_regression_accuracy": "logistic regression: {}",
+    "bag_of_words_accuracy": "bag-of-words logistic regression: {}",
+    "majority_accuracy": "commonest class: {}",
+    "ridge_mse": "ridge regression: {}",
+    "lstsq_mse": "least squares: {}",
+    "noise_floor_mse": "noise floor: {}",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "recipe", nargs="?", help="its runs are replaced; left out: only the texts are brought in step"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (default: 0 1 2)"
+    )
+    arguments, flags = parser.parse_known_args()
+    try:
+        if arguments.recipe:
+            reproduce(arguments.recipe, arguments.seeds, flags)
+        publish()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def reproduce(recipe: str, seeds: list[int], flags: list[str]) -> None:
+    """Trains once per seed, in fresh processes, and writes results/<recipe>.json when all are done."""
+    path = ROOT / "recipes" / f"{recipe}.py"
+    if not path.exists():
+        names = ", ".join(sorted(found.stem for found in path.parent.glob("*.py")))
+        raise UserError(f"no recipe {recipe!r}; choose one of {names}")
+    runs = []
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            directory = pathlib.Path(folder, "run")
+            command = [sys.executable, str(path), *flags, "--seed", str(seed), "--run-dir", str(directory)]
+            trained = subprocess.run(command, check=False)
+            if trained.returncode:
+                raise UserError(
+                    f"{recipe} ended with exit code {trained.returncode} at seed {seed}; see its lines above"
+                )
+            result = json.loads((directory / "result.json").read_text())
+        for bulky in ("history", "evaluation"):
+            del result[bulky]
+        # As anybody would type it: where this machine keeps its data says nothing about the result.
+        result["command"] = shlex.join(
+            ["python", f"recipes/{recipe}.py", *without_places(flags), "--seed", str(seed)]
+        )
+        runs.append(result)
+    write_json(RESULTS / f"{recipe}.json", {"recipe": recipe, "runs": runs})
+
+
+def without_places(flags: list[str]) -> list[str]:
+    """The flags less `--data-dir PLACE`."""
+    if "--data-dir" in flags:
+        place = flags.index("--data-dir")
+        return flags[:place] + flags[place + 2 :]
+    return flags
+
+
+def publish() -> None:
+    """Writes what results/ holds into README.md and the recipes."""
+    readme = ROOT / "README.md"
+    readme.write_text(with_table(readme.read_text(), table()))
+    for path in sorted((ROOT / "recipes").glob("*.py")):
+        path.write_text(with_result_line(path.read_text(), result_line(path.stem)))
+
+
+def load_runs(recipe: str) -> list[dict]:
+    """The published runs of a recipe; empty if there are none."""
+    path = RESULTS / f"{recipe}.json"
+    return json.loads(path.read_text())["runs"] if path.exists() else []
+
+
+def figure(runs: list[dict], metric: str) -> str:
+    """Mean ± standard deviation of a metric over the runs, accuracies in per cent."""
+    scale, unit, digits = (100, " %", 2) if metric.endswith("accuracy") else (1, "", 4)
+    values = [run["metrics"][metric] * scale for run in runs]
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if len(set(values)) == 1:
+        return mean + unit
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}{unit}"
+
+
+def main_metric(runs: list[dict]) -> str:
+    """What a recipe is judged by."""
+    return "accuracy" if "accuracy" in runs[0]["metrics"] else "mse"
+
+
+def minutes(runs: list[dict]) -> str:
+    """Mean time of compiling and training."""
+    spent = statistics.mean(run["seconds"]["compile"] + run["seconds"]["train"] for run in runs)
+    return f"{spent / 60:.1f} min" if spent >= 60 else f"{spent:.0f} s"
+
+
+def hardware(runs: list[dict]) -> str:
+    """Processor or graphics cards of the runs."""
+    machine = runs[0]["hardware"]
+    return ", ".join(machine["gpus"]) or f"{machine['cores']} cores of {machine['processor']}"
+
+
+def result_line(recipe: str) -> str:
+    """What the docstring of a recipe says of its result."""
+    runs = load_runs(recipe)
+    if not runs:
+        return "not yet measured"
+    name = "accuracy" if main_metric(runs) == "accuracy" else "mean squared error"
+    return f"test {name} {figure(runs, main_metric(runs))} over {len(runs)} seeds, {minutes(runs)}, {hardware(runs)}"
+
+
+def table() -> str:
+    """The table of all recipes, in Markdown."""
+    lines = [
+        "| recipe | data | test result | to compare | training | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    machines = set()
+    for path in sorted((ROOT / "recipes").glob("*.py")):
+        runs = load_runs(path.stem)
+        link = f"[`{path.stem}`](recipes/{path.name})"
+        if not runs:
+            lines.append(f"| {link} | | not yet measured | | | |")
+            continue
+        metric = main_metric(runs)
+        label = "accuracy" if metric == "accuracy" else "mean squared error"
+        beside = "<br>".join(
+            text.format(figure(runs, name)) for name, text in BESIDE.items() if name in runs[0]["metrics"]
+        )
+        data = runs[0]["data"]
+        counts = f"{data['train']:,} train, {data['validation']:,} validation, {data['test']:,} test"
+        lines.append(
+            f"| {link} | {data['name']} ({data['source']}): {counts} | {label} {figure(runs, metric)} "
+            f"| {beside} | {minutes(runs)} | {', '.join(str(run['seed']) for run in runs)} |"
+        )
+        versions = runs[0]["versions"]
+        machines.add(f"{hardware(runs)}, TensorFlow {versions['tensorflow']}, Keras {versions['keras']}")
+    lines += [
+        "",
+        "Mean ± standard deviation over the seeds. Measured on: " + "; ".join(sorted(machines)) + ".",
+    ]
+    return "\n".join(lines)
+
+
+def with_table(readme: str, written: str) -> str:
+    """README.md with the table between its markers replaced."""
+    before, _, rest = readme.partition(TABLE_BEGIN)
+    _, _, after = rest.partition(TABLE_END)
+    return f"{before}{TABLE_BEGIN}\n\n{written}\n\n{TABLE_END}{after}"
+
+
+def with_result_line(source: str, line: str) -> str:
+    """A recipe with the Result line of its docstring replaced."""
+    return re.sub(r"^Result    .*$", lambda _: f"Result    {line}", source, count=1, flags=re.MULTILINE)
+
+
+if __name__ == "__main__":
+    main()
