@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-import tensorflow as tf
-
 from common.examples import Split
+
+import tensorflow as tf
 
 # Takes inputs, targets and the batch's random numbers; returns new inputs and targets.
 Augment = Callable[[tf.Tensor, tf.Tensor, "BatchRandom"], tuple[tf.Tensor, tf.Tensor]]

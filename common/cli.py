@@ -17,7 +17,7 @@ class UserError(Exception):
     """Something the user can mend. The message is one line: what, where, and the remedy."""
 
 
-class TrainingFailed(Exception):
+class TrainingFailedError(Exception):
     """Training came to a loss that is not a finite number."""
 
 
@@ -141,7 +141,7 @@ def run_recipe(
         train(parse_config(config_class, sys.argv[1:], description or ""))
     except UserError as error:
         _leave(USER_ERROR, f"error: {error}")
-    except TrainingFailed as error:
+    except TrainingFailedError as error:
         _leave(TRAINING_FAILED, f"training failed: {error}")
     except KeyboardInterrupt:
         _leave(INTERRUPTED, "interrupted")

@@ -1,4 +1,4 @@
-"""Gets examples from TFDS, from an embedded sample or from the user's own files, and cuts them into splits."""
+"""Gets examples from TFDS, an embedded sample or the user's own files, and cuts them into splits."""
 
 import dataclasses
 import hashlib
@@ -9,20 +9,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import rich.console
-import tensorflow as tf
-
 from common.cli import SharedConfig, UserError
 from common.examples import Examples, Split
 from common.samples import drawn_shapes, handwritten_digits, written_reviews
 from common.user_files import read_image_folders, read_labelled_texts, read_table
 
+import numpy as np
+import rich.console
+import tensorflow as tf
+
 _SMOKE_EXAMPLES = {"train": 600, "test": 200}
 _NETWORK_TIMEOUT_SECONDS = 4
 
 
-class DataUnavailable(UserError):
+class DataUnavailableError(UserError):
     """The real set is not on this machine and can't be fetched."""
 
 
@@ -155,7 +155,7 @@ def _load(name: str, config: SharedConfig, read_files: Callable[[pathlib.Path], 
     if config.data != "sample":
         try:
             return _cut(dataset.title, "tfds", _read_tfds(dataset, config), config, started)
-        except DataUnavailable as error:
+        except DataUnavailableError as error:
             if config.data == "tfds":
                 raise
             reason = (
@@ -219,11 +219,13 @@ def _download(dataset: _Dataset, folder: pathlib.Path) -> None:
     remedy = f"Real data: run once with network, or copy a prepared {dataset.folder} folder there"
     if not _reachable(dataset.probe):
         host = dataset.probe.split("/")[2]
-        raise DataUnavailable(f"No {dataset.title} in {folder}, and {host} is out of reach. {remedy}")
+        raise DataUnavailableError(f"No {dataset.title} in {folder}, and {host} is out of reach. {remedy}")
     try:
         tfds.builder(dataset.tfds_name, data_dir=folder).download_and_prepare()
     except Exception as error:  # TFDS lets through whatever its downloader, its parsers and the disk raise.
-        raise DataUnavailable(f"No {dataset.title} in {folder}: {_first_line(error)}. {remedy}") from error
+        raise DataUnavailableError(
+            f"No {dataset.title} in {folder}: {_first_line(error)}. {remedy}"
+        ) from error
 
 
 def _reachable(address: str) -> bool:
@@ -291,5 +293,6 @@ def _check_classes(name: str, pools: dict[str, Examples], order: dict[str, np.nd
             raise UserError(f"{name}: the classes of {split} are not those of train; give both the same ones")
         for label in np.setdiff1d(pools[split].targets[order[split]], known):
             raise UserError(
-                f"{name}: class {class_names[label]!r} is in {split} but not in train; add training examples of it"
+                f"{name}: class {class_names[label]!r} is in {split} but not in train; "
+                "add training examples of it"
             )

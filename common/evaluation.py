@@ -4,14 +4,14 @@ import dataclasses
 import io
 from typing import Any
 
+from common.batches import evaluation_batches, steps_per_epoch
+from common.examples import Split
+
 import keras
 import numpy as np
 import sklearn.metrics
 import tensorflow as tf
 from matplotlib.figure import Figure
-
-from common.batches import evaluation_batches, steps_per_epoch
-from common.examples import Split
 
 _SHOWN_MISTAKES = 25
 

@@ -6,11 +6,11 @@ import os
 import platform
 from typing import Any
 
-import keras
-import tensorflow as tf
-
 from common.cli import SharedConfig, UserError
 from common.upstream import cure_symbolic_build
+
+import keras
+import tensorflow as tf
 
 _AMPERE = (8, 0)
 

@@ -16,6 +16,11 @@ import sys
 import time
 from typing import Any
 
+from common.cli import SharedConfig, TrainingFailedError, UserError
+from common.data import Data
+from common.evaluation import Report, curves_figure, figure_png, picture_figure
+from common.hardware import apply, choose, describe_machine, hardware_record
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -23,16 +28,11 @@ from rich.console import Console
 from rich.table import Table
 from tensorboard.plugins.hparams import api as hparams
 
-from common.cli import SharedConfig, TrainingFailed, UserError
-from common.data import Data
-from common.evaluation import Report, curves_figure, figure_png, picture_figure
-from common.hardware import apply, choose, describe_machine, hardware_record
-
 _PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "tensorboard", "numpy", "scikit-learn")
 
 
 def start_run(recipe: str, config: SharedConfig) -> "Run":
-    """Sets up hardware and seeds as `config` says, and makes the run directory.
+    """Sets up hardware and seeds as `config` says, and chooses the run directory.
 
     Args:
         recipe: name of the recipe, the first part of the default run directory.
@@ -44,7 +44,7 @@ def start_run(recipe: str, config: SharedConfig) -> "Run":
     started = time.perf_counter()
     machine = describe_machine()
     choices = choose(machine, config)
-    directory = _make_directory(recipe, config)
+    directory = _choose_directory(recipe, config)
     # The same layer names in the second run of a process as in the first; before `apply`, as it also
     # forgets the precision.
     keras.utils.clear_session()
@@ -52,25 +52,22 @@ def start_run(recipe: str, config: SharedConfig) -> "Run":
     keras.utils.set_random_seed(config.seed)
     if not config.quiet:
         print(choices.line(machine))
-    write_json(directory / "config.json", {"recipe": recipe, **dataclasses.asdict(config)})
     return Run(recipe, config, directory, strategy, hardware_record(machine, choices), started)
 
 
-def _make_directory(recipe: str, config: SharedConfig) -> pathlib.Path:
+def _choose_directory(recipe: str, config: SharedConfig) -> pathlib.Path:
+    """The run directory, once it is clear that it can be made; it is made when training begins.
+
+    Until then a mistake in the data can still end the run, and that shall leave nothing behind.
+    """
     moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     directory = pathlib.Path(config.run_dir or pathlib.Path("runs", recipe, moment))
     if (directory / "config.json").exists():
         raise UserError(f"--run-dir {directory}: holds a run already; choose another folder or remove it")
-    try:
-        for part in ("tensorboard", "plots"):
-            (directory / part).mkdir(parents=True, exist_ok=True)
-        probe = directory / "config.json.part"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"--run-dir {directory}: can't be written to ({error.strerror}); choose a folder that can"
-        ) from error
+    there = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        problem = "may not be written to" if there.is_dir() else "is a file"
+        raise UserError(f"--run-dir {directory}: {there} {problem}; choose a folder you can write to")
     return directory
 
 
@@ -95,14 +92,18 @@ class Run:
         self.directory, self.strategy = directory, strategy
         self.verbose = 0 if config.quiet else 1 if sys.stdout.isatty() else 2
         self._recipe, self._config, self._hardware, self._started = recipe, config, hardware, started
-        self._watch = Watch()
-        self._writer = tf.summary.create_file_writer(str(directory / "tensorboard"))
+        self._watch = _Watch()
 
     def callbacks(self, data: Data) -> list[keras.callbacks.Callback]:
-        """The callbacks for `fit`: clock and divergence watch first, then TensorBoard.
+        """Makes the run directory and gives the callbacks for `fit`: the watch first, then TensorBoard.
 
         Also writes what TensorBoard can show from the start: the run card and examples of the data.
         """
+        for part in ("tensorboard", "plots"):
+            (self.directory / part).mkdir(parents=True, exist_ok=True)
+        configuration = {"recipe": self._recipe, **dataclasses.asdict(self._config)}
+        write_json(self.directory / "config.json", configuration)
+        self._writer = tf.summary.create_file_writer(str(self.directory / "tensorboard"))
         if not self._config.quiet:
             counts = ", ".join(f"{len(getattr(data, split)):,} {split}" for split in _SPLITS)
             print(f"data: {data.name} ({data.source}): {counts}")
@@ -219,7 +220,7 @@ class Run:
 _SPLITS = ("train", "validation", "test")
 
 
-class Watch(keras.callbacks.Callback):
+class _Watch(keras.callbacks.Callback):
     """Measures the time of training, keeps the history, and stops at a loss that is not finite.
 
     The first execution traces the graph, so it counts as `compile` and not into the throughput.
@@ -251,7 +252,7 @@ class Watch(keras.callbacks.Callback):
         self._epoch_steps = batch + 1
         self._epoch_end = now
         if not math.isfinite(logs["loss"]):
-            raise TrainingFailed(
+            raise TrainingFailedError(
                 f"the loss is {logs['loss']} at step {self.steps + batch + 1}; "
                 "try a smaller --learning-rate, and inputs of a sensible scale"
             )

@@ -4,9 +4,9 @@ The drawn shapes and the reviews are made anew each time, from a fixed seed, so 
 be stored; they are harder than they look, see `tests/test_samples.py`.
 """
 
-import numpy as np
-
 from common.examples import Examples
+
+import numpy as np
 
 SHAPE_NAMES = (
     "bar",
@@ -37,7 +37,10 @@ def handwritten_digits() -> dict[str, Examples]:
 
 
 def drawn_shapes(count: int = 6000) -> dict[str, Examples]:
-    """Pictures of ten shapes, uint8 [n, 32, 32, 3], with random colour, place, size, rotation, clutter and noise."""
+    """Pictures of ten shapes, uint8 [n, 32, 32, 3].
+
+    Colour, place, size and rotation are random; there is clutter and noise.
+    """
     random = np.random.default_rng(0)
     labels = random.integers(0, len(SHAPE_NAMES), count)
     images = np.concatenate(
@@ -116,9 +119,9 @@ def _shape(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     raise ValueError(name)
 
 
-_GOOD = "superb funny moving clever warm gripping brilliant charming fresh touching".split()
-_BAD = "dull wooden clumsy boring weak tedious stale shallow silly painful".split()
-_ASPECTS = "plot cast script music ending photography dialogue direction humour pace".split()
+_GOOD = ("superb", "funny", "moving", "clever", "warm", "gripping", "brilliant", "charming", "fresh")
+_BAD = ("dull", "wooden", "clumsy", "boring", "weak", "tedious", "stale", "shallow", "painful")
+_ASPECTS = ("plot", "cast", "script", "music", "ending", "photography", "dialogue", "humour", "pace")
 _NEGATED = (
     "the {aspect} was not {other}",
     "the {aspect} is never {other}",

@@ -3,12 +3,12 @@
 import pathlib
 import warnings
 
+from common.cli import UserError
+from common.examples import Examples
+
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
-
-from common.cli import UserError
-from common.examples import Examples
 
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif"}
 _SPLIT_FOLDERS = ("train", "validation", "test")
@@ -126,7 +126,8 @@ def _read_csv(path: pathlib.Path, columns: list[str]) -> pd.DataFrame:
     for column in columns:
         if column not in table.columns:
             raise UserError(
-                f"{path}: no column {column!r}; its columns are {', '.join(map(str, table.columns))}: name one by flag"
+                f"{path}: no column {column!r}; name one of its columns by flag: "
+                f"{', '.join(map(str, table.columns))}"
             )
     if table.empty:
         raise UserError(f"{path}: no rows below the column names; add some")

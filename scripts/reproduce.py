@@ -137,7 +137,8 @@ def result_line(recipe: str) -> str:
     if not runs:
         return "not yet measured"
     name = "accuracy" if main_metric(runs) == "accuracy" else "mean squared error"
-    return f"test {name} {figure(runs, main_metric(runs))} over {len(runs)} seeds, {minutes(runs)}, {hardware(runs)}"
+    found = figure(runs, main_metric(runs))
+    return f"test {name} {found} over {len(runs)} seeds, {minutes(runs)}, {hardware(runs)}"
 
 
 def table() -> str:

@@ -6,11 +6,11 @@ import subprocess
 import sys
 import types
 
-import pytest
-
 from common.cli import SharedConfig
 from common.data import Data
 from common.hardware import apply, choose, describe_machine
+
+import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))

@@ -1,10 +1,5 @@
 """Section by section: batch t from (seed, t) alone."""
 
-import numpy as np
-import pytest
-import tensorflow as tf
-from conftest import smoke_config, smoke_data
-
 from common.batches import (
     BatchRandom,
     evaluation_batches,
@@ -15,6 +10,11 @@ from common.batches import (
     training_batches,
 )
 from common.examples import Split
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import smoke_config, smoke_data
 
 
 class Workers:
@@ -35,15 +35,15 @@ def stream(recipe, tmp_path, monkeypatch):
     """What a recipe hands to `training_batches`: split, batch size, seed and augmentation."""
     handed = {}
 
-    class Enough(Exception):
+    class EnoughError(Exception):
         pass
 
     def record(split, batch_size, seed, augment=None, strategy=None):
         handed.update(split=split, batch_size=37, seed=seed, augment=augment)
-        raise Enough
+        raise EnoughError
 
     monkeypatch.setattr(recipe, "training_batches", record)
-    with pytest.raises(Enough):
+    with pytest.raises(EnoughError):
         recipe.train(smoke_config(recipe, tmp_path), smoke_data(recipe.__name__))
     return handed
 

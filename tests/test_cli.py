@@ -1,9 +1,8 @@
 import dataclasses
 
+from common.cli import SharedConfig, TrainingFailedError, UserError, field_comments, parse_config, run_recipe
+
 import pytest
-
-
-from common.cli import SharedConfig, TrainingFailed, UserError, field_comments, parse_config, run_recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +69,7 @@ def test_bad_flags_are_named(flags, named):
     ("raised", "code", "line"),
     [
         (UserError("file.csv: no rows;\nadd some"), 2, "error: file.csv: no rows; add some\n"),
-        (TrainingFailed("the loss is nan"), 3, "training failed: the loss is nan\n"),
+        (TrainingFailedError("the loss is nan"), 3, "training failed: the loss is nan\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )

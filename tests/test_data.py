@@ -4,6 +4,12 @@ import dataclasses
 import os
 import pathlib
 
+from common import data as data_module
+from common.cli import SharedConfig, UserError
+from common.data import Data, load_images, load_texts, tfds_folder
+from common.examples import Examples, Split
+from common.runs import weights_sha256
+
 import keras
 import numpy as np
 import pandas as pd
@@ -11,12 +17,6 @@ import pytest
 import requests
 from conftest import load_recipe, smoke_config, smoke_data
 from PIL import Image
-
-from common import data as data_module
-from common.cli import SharedConfig, UserError
-from common.data import Data, load_images, load_texts, tfds_folder
-from common.examples import Examples, Split
-from common.runs import weights_sha256
 
 SPLITS = ("train", "validation", "test")
 SHAPE = (8, 8, 3)

@@ -1,8 +1,3 @@
-import keras
-import numpy as np
-import pytest
-import tensorflow as tf
-
 from common.evaluation import (
     confusion_figure,
     curves_figure,
@@ -11,6 +6,11 @@ from common.evaluation import (
     figure_png,
 )
 from common.examples import Split
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
 
 NAMES = ("a", "b", "c")
 STRATEGY = tf.distribute.get_strategy()

@@ -1,9 +1,9 @@
 """The decisions are a pure function of a description of the machine, so they are tested without a GPU."""
 
-import pytest
-
 from common.cli import SharedConfig, UserError
 from common.hardware import Gpu, Machine, choose, describe_machine
+
+import pytest
 
 LAPTOP = Machine("Laptop", 4, 8 << 30)
 T4, A100 = Gpu("T4", (7, 5)), Gpu("A100", (8, 0))

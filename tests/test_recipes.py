@@ -4,13 +4,13 @@ import ast
 import json
 import os
 
+from common.batches import evaluation_batches
+from common.runs import Run, weights_sha256
+
 import keras
 import numpy as np
 import pytest
 from conftest import ROOT, load_recipe, run_program, smoke_config, smoke_data
-
-from common.batches import evaluation_batches
-from common.runs import Run, weights_sha256
 
 PARAMETERS = {
     "linear_regression": 3,
@@ -122,7 +122,7 @@ class StopAfterTwoEpochs(keras.callbacks.Callback):
 
 @pytest.mark.parametrize("validation_size", [0.1, 0.085])
 def test_mirrored_computes_what_one_device_computes(recipe, tmp_path, monkeypatch, validation_size):
-    """The first 20 steps of a training as long as that on the real set, at sizes that two devices can't halve.
+    """The first 20 steps of a training as long as that on the real set, at sizes that do not halve.
 
     As long, because the schedules stretch with it: in a training of 20 steps in all, the learning rate
     would be so high that a single unit of max pooling or relu that rounding tips over shows in 1e-5.

@@ -1,11 +1,11 @@
-"""The embedded samples are worth training on: made the same each time, learnable, and not by a linear model."""
+"""The embedded samples are worth training on: always the same, learnable, and not by a linear model."""
+
+from common.samples import SHAPE_NAMES, drawn_shapes, handwritten_digits, written_reviews
 
 import numpy as np
 import pytest
 import sklearn.linear_model
 from sklearn.feature_extraction.text import CountVectorizer
-
-from common.samples import SHAPE_NAMES, drawn_shapes, handwritten_digits, written_reviews
 
 
 @pytest.mark.parametrize(

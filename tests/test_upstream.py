@@ -3,12 +3,12 @@
 import subprocess
 import sys
 
+from common import upstream
+
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
-
-from common import upstream
 
 MIRRORED_FIT = """
 import os, sys

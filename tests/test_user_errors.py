@@ -1,0 +1,235 @@
+"""What a user can get wrong: exit code 2, and one line on stderr that names the thing and the remedy."""
+
+from common.cli import run_recipe
+
+import os
+import pathlib
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import NO_NETWORK, ROOT, RECIPES, load_recipe, run_program
+from PIL import Image
+
+
+def pictures(folder: pathlib.Path, *names: str, count: int = 10) -> pathlib.Path:
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / name / f"{number}.png")
+    return folder
+
+
+def table(path: pathlib.Path, **columns) -> pathlib.Path:
+    pd.DataFrame(columns).to_csv(path, index=False)
+    return path
+
+
+def no_images(folder):
+    (folder / "notes.txt").write_text("none here")
+    return folder
+
+
+def empty_class(folder):
+    pictures(folder, "cat", "dog")
+    (folder / "mouse").mkdir()
+    return folder
+
+
+def one_class(folder):
+    return pictures(folder, "cat")
+
+
+def unreadable_image(folder):
+    pictures(folder, "cat", "dog")
+    (folder / "dog" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    return folder
+
+
+def truncated_image(folder):
+    pictures(folder, "cat", "dog")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "dog" / "cut.jpg")
+    whole = (folder / "dog" / "cut.jpg").read_bytes()
+    (folder / "dog" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    return folder
+
+
+def class_only_in_test(folder):
+    pictures(folder / "train", "cat", "dog")
+    pictures(folder / "test", "cat", "mouse")
+    return folder
+
+
+def too_few(folder):
+    return pictures(folder, "cat", "dog", count=1)
+
+
+def missing_column(folder):
+    return table(folder / "table.csv", a=[1, 2], b=[1, 2])
+
+
+def text_among_numbers(folder):
+    return table(folder / "table.csv", a=[1, 2, "three", 4] * 5, target=[0, 1] * 10)
+
+
+def missing_number(folder):
+    return table(folder / "table.csv", a=[1, None, 3, 4] * 5, target=[0, 1] * 10)
+
+
+def infinite_number(folder):
+    return table(folder / "table.csv", a=[1, 2, 3, "inf"] * 5, target=[0, 1] * 10)
+
+
+def empty_file(folder):
+    (folder / "empty.csv").touch()
+    return folder / "empty.csv"
+
+
+def header_only(folder):
+    return table(folder / "table.csv", a=[], target=[])
+
+
+def no_inputs(folder):
+    return table(folder / "table.csv", target=[0, 1] * 10)
+
+
+def one_label(folder):
+    return table(folder / "table.csv", a=[1, 2] * 10, target=["same"] * 20)
+
+
+def rare_label(folder):
+    # Row 20 - 1 of the fixed test cut: found by its content, whatever that cut is.
+    order = np.random.default_rng(0).permutation(20)
+    labels = np.where(np.arange(20) == order[0], "rare", np.where(np.arange(20) % 2, "a", "b"))
+    return table(folder / "table.csv", a=np.arange(20), target=labels)
+
+
+def binary_file(folder):
+    (folder / "table.csv").write_bytes(bytes(range(256)))
+    return folder / "table.csv"
+
+
+def text_without_label(folder):
+    return table(folder / "texts.csv", text=["good", "bad"] * 10, label=["pos", ""] * 10)
+
+
+def empty_text(folder):
+    return table(folder / "texts.csv", text=["good", " "] * 10, label=["pos", "neg"] * 10)
+
+
+def latin_text(folder):
+    for name in ("neg", "pos"):
+        (folder / name).mkdir()
+        (folder / name / "a.txt").write_text("fine")
+    (folder / "neg" / "b.txt").write_bytes("schön".encode("latin-1"))
+    return folder
+
+
+def absent(folder):
+    return folder / "nowhere"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "make", "named"),
+    [
+        ("cifar10_cnn", no_images, "no folders of images (PNG, JPEG, BMP or GIF); make one for each class"),
+        ("cifar10_cnn", empty_class, "mouse: no images"),
+        ("mnist_cnn", one_class, "only one class"),
+        ("cifar10_cnn", unreadable_image, "dog/broken.png: not a readable image; repair or remove it"),
+        ("mnist_cnn", truncated_image, "dog/cut.jpg: not a readable image; repair or remove it"),
+        ("cifar10_cnn", class_only_in_test, "class 'mouse' is in test but not in train"),
+        ("cifar10_cnn", too_few, "can't be cut by --validation-size 0.1"),
+        ("mnist_cnn", absent, "nowhere: no such file or folder"),
+        ("mnist_cnn", missing_column, "not a folder"),
+        ("dense_classifier", missing_column, "no column 'target'; name one of its columns by flag: a, b"),
+        ("linear_regression", missing_column, "no column 'y'"),
+        ("dense_regression", text_among_numbers, "row 4: 'three' in column 'a' is not a number"),
+        ("dense_classifier", missing_number, "row 3: '' in column 'a' is not a number"),
+        ("dense_classifier", infinite_number, "row 5: 'inf' in column 'a' is not a number"),
+        ("dense_classifier", empty_file, "empty.csv: the file is empty"),
+        ("dense_classifier", header_only, "no rows below the column names"),
+        ("dense_classifier", no_inputs, "no column beside 'target'"),
+        ("dense_classifier", one_label, "holds a single class"),
+        ("dense_classifier", rare_label, "class 'rare' is in test but not in train"),
+        ("dense_classifier", binary_file, "not readable as CSV"),
+        ("dense_classifier", absent, "nowhere: no such file or folder"),
+        ("text_classifier", missing_column, "no column 'text'"),
+        ("text_classifier", text_without_label, "row 3: no label in column 'label'"),
+        ("text_classifier", empty_text, "row 3: no text in column 'text'"),
+        ("text_classifier", latin_text, "neg/b.txt: not readable as UTF-8 text"),
+        ("text_classifier", empty_file, "empty.csv: the file is empty"),
+    ],
+)
+def test_bad_data(tmp_path, monkeypatch, capsys, recipe, make, named):
+    (tmp_path / "data").mkdir()
+    flags = ["--data", str(make(tmp_path / "data")), "--run-dir", str(tmp_path / "run"), "--quiet"]
+    assert_refused(monkeypatch, capsys, recipe, [*flags, "--devices", "2", "--strategy", "none"], named)
+    assert not (tmp_path / "run").exists(), "nothing is left behind"
+
+
+def assert_refused(monkeypatch, capsys, recipe, flags, named):
+    module = load_recipe(recipe)
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *flags])
+    with pytest.raises(SystemExit) as left:
+        run_recipe(module.train, module.Config, module.__doc__)
+    printed = capsys.readouterr()
+    assert left.value.code == 2
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("error: ")
+    assert named in printed.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--no-such-flag"], "--no-such-flag; --help lists the flags"),
+        (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
+        (["--epochs", "-5"], "--epochs -5: must be at least 1"),
+        (["--strategy", "mirrored"], "--strategy mirrored: there is only one device; add --devices 2"),
+        (["--precision", "mixed_float16"], "--precision mixed_float16: a CPU computes float16"),
+        (["--data", "tfds", "--quiet"], "use --data auto, or a CSV file of your own"),
+    ],
+)
+def test_bad_flags(tmp_path, monkeypatch, capsys, flags, named):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(monkeypatch, capsys, "dense_classifier", flags, named)
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_run_directory_is_not_used_twice(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    flags = ["--run-dir", str(tmp_path)]
+    assert_refused(monkeypatch, capsys, "linear_regression", flags, "holds a run already; choose another folder")
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_a_run_directory_that_cannot_be_made(tmp_path, monkeypatch, capsys):
+    """Below a file: that fails for root too, whom no permission stops."""
+    (tmp_path / "file").touch()
+    flags = ["--run-dir", str(tmp_path / "file" / "run")]
+    assert_refused(monkeypatch, capsys, "linear_regression", flags, "is a file; choose a folder you can write to")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_run_directory_without_permission(tmp_path, monkeypatch, capsys):
+    tmp_path.chmod(0o500)
+    flags = ["--run-dir", str(tmp_path / "run")]
+    assert_refused(monkeypatch, capsys, "linear_regression", flags, "may not be written to; choose a folder you can write to")
+
+
+def test_the_real_set_without_network_and_without_data(tmp_path):
+    """As a process, with a proxy that refuses: nothing but the line, nothing left behind."""
+    recipe = str(ROOT / "recipes" / "cifar10_cnn.py")
+    run = run_program(recipe, "--data", "tfds", "--data-dir", str(tmp_path / "data"), cwd=tmp_path, **NO_NETWORK)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "error: No CIFAR-10 in " in run.stderr
+    assert "www.cs.toronto.edu is out of reach" in run.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_every_recipe_has_data_errors_tested():
+    tested = {parameters[0] for parameters in test_bad_data.pytestmark[0].args[1]}
+    assert tested == set(RECIPES)
