@@ -193,7 +193,9 @@ def main() -> None:
     spent = record["median_ratio_seconds_to_target"]
     print(f"seconds to {target:.0%} validation accuracy, recipe / naive: {spent:.2f}")
     if not arguments.smoke:
-        write_json(ROOT / "results" / f"benchmark-{arguments.recipe}.json", record)
+        results = ROOT / "results"
+        results.mkdir(exist_ok=True)
+        write_json(results / f"benchmark-{arguments.recipe}.json", record)
 
 
 if __name__ == "__main__":

@@ -72,13 +72,12 @@ def reproduce(recipe: str, seeds: list[int], flags: list[str]) -> None:
                     f"{recipe} ended with exit code {trained.returncode} at seed {seed}; see its lines above"
                 )
             result = json.loads((directory / "result.json").read_text())
-        for bulky in ("history", "evaluation"):
-            del result[bulky]
         # As anybody would type it: where this machine keeps its data says nothing about the result.
         result["command"] = shlex.join(
             ["python", f"recipes/{recipe}.py", *without_places(flags), "--seed", str(seed)]
         )
         runs.append(result)
+    RESULTS.mkdir(exist_ok=True)
     write_json(RESULTS / f"{recipe}.json", {"recipe": recipe, "runs": runs})
 
 

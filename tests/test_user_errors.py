@@ -1,15 +1,15 @@
 """What a user can get wrong: exit code 2, and one line on stderr that names the thing and the remedy."""
 
-from common.cli import run_recipe
-
 import os
 import pathlib
 import sys
 
+from common.cli import run_recipe
+
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import NO_NETWORK, ROOT, RECIPES, load_recipe, run_program
+from conftest import NO_NETWORK, RECIPES, ROOT, load_recipe, run_program
 from PIL import Image
 
 
@@ -202,7 +202,9 @@ def test_bad_flags(tmp_path, monkeypatch, capsys, flags, named):
 def test_a_run_directory_is_not_used_twice(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text("{}")
     flags = ["--run-dir", str(tmp_path)]
-    assert_refused(monkeypatch, capsys, "linear_regression", flags, "holds a run already; choose another folder")
+    assert_refused(
+        monkeypatch, capsys, "linear_regression", flags, "holds a run already; choose another folder"
+    )
     assert (tmp_path / "config.json").read_text() == "{}"
 
 
@@ -210,20 +212,30 @@ def test_a_run_directory_that_cannot_be_made(tmp_path, monkeypatch, capsys):
     """Below a file: that fails for root too, whom no permission stops."""
     (tmp_path / "file").touch()
     flags = ["--run-dir", str(tmp_path / "file" / "run")]
-    assert_refused(monkeypatch, capsys, "linear_regression", flags, "is a file; choose a folder you can write to")
+    assert_refused(
+        monkeypatch, capsys, "linear_regression", flags, "is a file; choose a folder you can write to"
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_run_directory_without_permission(tmp_path, monkeypatch, capsys):
     tmp_path.chmod(0o500)
     flags = ["--run-dir", str(tmp_path / "run")]
-    assert_refused(monkeypatch, capsys, "linear_regression", flags, "may not be written to; choose a folder you can write to")
+    assert_refused(
+        monkeypatch,
+        capsys,
+        "linear_regression",
+        flags,
+        "may not be written to; choose a folder you can write to",
+    )
 
 
 def test_the_real_set_without_network_and_without_data(tmp_path):
     """As a process, with a proxy that refuses: nothing but the line, nothing left behind."""
     recipe = str(ROOT / "recipes" / "cifar10_cnn.py")
-    run = run_program(recipe, "--data", "tfds", "--data-dir", str(tmp_path / "data"), cwd=tmp_path, **NO_NETWORK)
+    run = run_program(
+        recipe, "--data", "tfds", "--data-dir", str(tmp_path / "data"), cwd=tmp_path, **NO_NETWORK
+    )
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert "error: No CIFAR-10 in " in run.stderr
     assert "www.cs.toronto.edu is out of reach" in run.stderr
