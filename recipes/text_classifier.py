@@ -57,8 +57,10 @@ def build_tokenizer(config: Config, data: Data) -> keras.layers.TextVectorizatio
 def build_model(config: Config, data: Data) -> keras.Model:
     """From token numbers to probabilities; the tokenizer goes in front when training is done."""
     tokens = keras.Input([config.length], dtype="int32", name="tokens")
-    x = keras.layers.Embedding(config.vocabulary, config.dimensions, mask_zero=True)(tokens)
-    x = keras.layers.GlobalAveragePooling1D()(x)
+    x = keras.layers.Embedding(config.vocabulary, config.dimensions)(tokens)
+    # The mean over the tokens that are there. One more in the divisor, for a text without any.
+    there = keras.ops.expand_dims(keras.ops.cast(keras.ops.not_equal(tokens, 0), x.dtype), axis=-1)
+    x = keras.ops.sum(x * there, axis=1) / (keras.ops.sum(there, axis=1) + 1)
     # In float32 whatever the precision of the rest: probabilities need the digits.
     probabilities = keras.layers.Dense(len(data.class_names), activation="softmax", dtype="float32")(x)
     return keras.Model(tokens, probabilities, name="text_classifier")

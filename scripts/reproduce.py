@@ -18,11 +18,13 @@ import sys
 import tempfile
 
 from common.cli import UserError
+from common.evaluation import figure_png
 from common.runs import write_json
+
+from matplotlib.figure import Figure
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "results"
-TABLE_BEGIN, TABLE_END = "<!-- results: written by scripts/reproduce.py -->", "<!-- end of results -->"
 # Metrics beside a recipe's own, and how the table calls them; {} takes the figure.
 BESIDE = {
     "naive_accuracy": "the same network trained naively: {}",
@@ -92,7 +94,11 @@ def without_places(flags: list[str]) -> list[str]:
 def publish() -> None:
     """Writes what results/ holds into README.md and the recipes."""
     readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(), table()))
+    text = with_part(readme.read_text(), "results", results_table())
+    readme.write_text(with_part(text, "benchmark", benchmark_table()))
+    picture = curves()
+    if picture:
+        (RESULTS / "curves.png").write_bytes(figure_png(picture))
     for path in sorted((ROOT / "recipes").glob("*.py")):
         path.write_text(with_result_line(path.read_text(), result_line(path.stem)))
 
@@ -119,8 +125,8 @@ def main_metric(runs: list[dict]) -> str:
 
 
 def minutes(runs: list[dict]) -> str:
-    """Mean time of compiling and training."""
-    spent = statistics.mean(run["seconds"]["compile"] + run["seconds"]["train"] for run in runs)
+    """Median time of compiling and training: another program on the machine can only add to it."""
+    spent = statistics.median(run["seconds"]["compile"] + run["seconds"]["train"] for run in runs)
     return f"{spent / 60:.1f} min" if spent >= 60 else f"{spent:.0f} s"
 
 
@@ -140,7 +146,7 @@ def result_line(recipe: str) -> str:
     return f"test {name} {found} over {len(runs)} seeds, {minutes(runs)}, {hardware(runs)}"
 
 
-def table() -> str:
+def results_table() -> str:
     """The table of all recipes, in Markdown."""
     lines = [
         "| recipe | data | test result | to compare | training | seeds |",
@@ -173,11 +179,46 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def with_table(readme: str, written: str) -> str:
-    """README.md with the table between its markers replaced."""
-    before, _, rest = readme.partition(TABLE_BEGIN)
-    _, _, after = rest.partition(TABLE_END)
-    return f"{before}{TABLE_BEGIN}\n\n{written}\n\n{TABLE_END}{after}"
+def benchmark_table() -> str:
+    """The medians of scripts/benchmark.py, in Markdown."""
+    lines = ["| recipe | images per second | time to a validation accuracy | pairs |", "|---|---|---|---|"]
+    for path in sorted(RESULTS.glob("benchmark-*.json")):
+        record = json.loads(path.read_text())
+        lines.append(
+            f"| `{record['recipe']}` with `--epochs {record['recipe_epochs']}` "
+            f"| {record['median_ratio_images_per_second']:.2f} times the naive "
+            f"| {record['median_ratio_seconds_to_target']:.2f} of the naive, "
+            f"to {record['target_validation_accuracy']:.0%} | {len(record['pairs'])} |"
+        )
+    return "\n".join(lines) if len(lines) > 2 else "Not yet measured."
+
+
+def curves() -> Figure | None:
+    """Each recipe's validation metric by epoch, a line for each seed."""
+    published = [path.stem for path in sorted((ROOT / "recipes").glob("*.py")) if load_runs(path.stem)]
+    if not published:
+        return None
+    figure = Figure(figsize=(11, 3 * -(-len(published) // 3)), layout="constrained")
+    for place, recipe in enumerate(published, start=1):
+        runs = load_runs(recipe)
+        accuracy = main_metric(runs) == "accuracy"
+        axes = figure.add_subplot(-(-len(published) // 3), 3, place, title=recipe, xlabel="epoch")
+        axes.set_ylabel("validation accuracy" if accuracy else "validation error")
+        for run in runs:
+            values = [epoch["val_accuracy" if accuracy else "val_loss"] for epoch in run["history"]]
+            axes.plot(range(1, len(values) + 1), values, linewidth=1.2, label=f"seed {run['seed']}")
+        if not accuracy:
+            axes.set_yscale("log")
+        axes.legend(fontsize=7)
+    return figure
+
+
+def with_part(readme: str, name: str, written: str) -> str:
+    """README.md with what stands between the markers of one part replaced."""
+    begin, end = f"<!-- {name}: written by scripts/reproduce.py -->", f"<!-- end of {name} -->"
+    before, _, rest = readme.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n\n{written}\n\n{end}{after}"
 
 
 def with_result_line(source: str, line: str) -> str:

@@ -9,5 +9,5 @@ if [ ! -f "$here/../recipes/$recipe.py" ]; then
     exit 2
 fi
 shift
-source "$here/setup.sh" requirements.txt
+source "$here/setup.sh" run
 exec "$python" "$root/recipes/$recipe.py" "$@"

@@ -5,11 +5,14 @@ import json
 import os
 
 from common.batches import evaluation_batches
+from common.data import Data
+from common.examples import Split
 from common.runs import Run, weights_sha256
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import ROOT, load_recipe, run_program, smoke_config, smoke_data
 
 PARAMETERS = {
@@ -181,6 +184,19 @@ def test_linear_regression_finds_the_least_squares_weights(tmp_path):
     for name in ("weight_0", "weight_1"):
         assert metrics[name] == pytest.approx(metrics[f"lstsq_{name}"], abs=0.02)
     assert metrics["mse"] == pytest.approx(metrics["noise_floor_mse"], rel=0.1)
+
+
+def test_short_and_empty_texts_are_no_trouble(tmp_path):
+    """Token dropout may leave nothing of a short text, and a user may ask about an empty one."""
+    recipe = load_recipe("text_classifier")
+    texts = np.array([b"fine", b"poor"] * 50, dtype=object)
+    targets = np.eye(2, dtype=np.float32)[[0, 1] * 50]
+    split = Split.of(texts, targets)
+    data = Data("short texts", "files", split, split, split, ("good", "bad"))
+    metrics = recipe.train(smoke_config(recipe, tmp_path, epochs=20, batch_size=10), data)
+    assert metrics["accuracy"] == 1
+    model = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(model(tf.constant(["", "unheard of"])).numpy().sum(axis=1), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["dense_classifier", "dense_regression"])

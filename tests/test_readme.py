@@ -1,0 +1,112 @@
+"""The README's commands run, and its figures are those of results/."""
+
+import importlib.util
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import RECIPES, ROOT
+from PIL import Image
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()
+]
+QUICK = ("--smoke", "--no-baseline")
+# What is appended to a command so that it takes seconds; the rest of it runs as it is written.
+SHORTENED = {
+    "scripts/run.sh": lambda words: [] if "--help" in words else QUICK,
+    ".venv/bin/python": lambda words: [] if words[1].startswith("scripts/") else QUICK,
+    "scripts/test.sh": lambda words: ["--collect-only", "--quiet", "tests/test_cli.py"],
+    ".venv/bin/tensorboard": lambda words: ["--inspect"],
+    "cp": lambda words: [],
+}
+# Publishing takes an hour and writes into the project: tests/test_scripts.py runs these on copies.
+ELSEWHERE = {"scripts/reproduce.py", "scripts/benchmark.py"}
+
+
+def load_script(name: str):
+    specification = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the project with a user's own files beside it, and this environment as its `.venv`."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("recipes", "scripts", "common", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("*"):
+        if path.is_file():
+            shutil.copy(path, folder)
+    (folder / ".venv" / "installed").mkdir(parents=True)
+    for path in pathlib.Path(sys.prefix).iterdir():
+        if path.name != "installed":
+            (folder / ".venv" / path.name).symlink_to(path)
+    # Nothing to install: that is the business of tests/test_scripts.py.
+    for name in ("requirements.txt", "requirements-dev.txt", "requirements-gpu.txt"):
+        note = f"cat {name} requirements.txt constraints.txt pyproject.toml | cksum > .venv/installed/{name}"
+        subprocess.run(["bash", "-c", note], cwd=folder, check=True)
+    for number, name in enumerate(("cat", "dog")):
+        (folder / "pictures" / name).mkdir(parents=True)
+        for index in range(12):
+            image = np.full((20, 30, 3), 100 * number + index, np.uint8)
+            Image.fromarray(image).save(folder / "pictures" / name / f"{index}.png")
+    texts = pd.DataFrame({"review": ["fine film", "poor film"] * 15, "verdict": ["good", "bad"] * 15})
+    texts.to_csv(folder / "texts.csv", index=False)
+    table = pd.DataFrame({"length": range(30), "width": range(30), "species": ["a", "b", "c"] * 10})
+    table.to_csv(folder / "table.csv", index=False)
+    (folder / "runs").mkdir()
+    return folder
+
+
+@pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="the tests do not run in a virtual environment")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_run(command, checkout):
+    words = shlex.split(command)
+    if set(words) & ELSEWHERE:
+        assert pathlib.Path(ROOT, *(set(words) & ELSEWHERE)).exists()
+        return
+    words += SHORTENED[words[0]](words)
+    if "--data" not in words and "recipes/" not in words[1] and words[0] == "scripts/run.sh":
+        words += ["--data", "sample"]
+    environment = {**os.environ, "TFDS_DATA_DIR": "/nowhere", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    run = subprocess.run(words, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_every_recipe_is_in_the_table():
+    table = README.partition("<!-- results:")[2].partition("<!-- end of results -->")[0]
+    for recipe in RECIPES:
+        assert f"[`{recipe}`](recipes/{recipe}.py)" in table
+
+
+def test_the_tables_and_result_lines_are_those_of_the_results():
+    reproduce = load_script("reproduce")
+    assert reproduce.with_part(README, "results", reproduce.results_table()) == README
+    assert reproduce.with_part(README, "benchmark", reproduce.benchmark_table()) == README
+    for recipe in RECIPES:
+        source = (ROOT / "recipes" / f"{recipe}.py").read_text()
+        assert reproduce.with_result_line(source, reproduce.result_line(recipe)) == source
+
+
+def test_no_figure_stands_outside_the_tables():
+    """Percentages and factors belong between the markers, where the script writes them."""
+    prose = re.sub(r"<!-- (\w+): .*?<!-- end of \1 -->", "", README, flags=re.DOTALL)
+    assert not re.findall(r"\d[\d.,]* ?(?:%|times|x\b|images)", prose)
+
+
+def test_linked_files_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("https://"):
+            assert (ROOT / target).exists(), target
