@@ -75,7 +75,7 @@ def evaluate_classifier(
         figures["worst_mistakes"] = picture_figure(shown, titles)
     elif shown.dtype == object and len(mistakes):
         rows = [
-            f"| {record['true']} | {record['predicted']} | {record['probability']:.3f} | {_excerpt(text)} |"
+            f"| {record['true']} | {record['predicted']} | {record['probability']:.3f} | {excerpt(text)} |"
             for record, text in zip(records, shown, strict=True)
         ]
         texts["worst_mistakes"] = "\n".join(
@@ -185,5 +185,6 @@ def figure_png(figure: Figure) -> bytes:
     return png.getvalue()
 
 
-def _excerpt(text: bytes) -> str:
+def excerpt(text: bytes) -> str:
+    """The beginning of a text, fit for a cell of a Markdown table."""
     return text.decode(errors="replace").replace("|", " ").replace("\n", " ")[:300]

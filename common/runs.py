@@ -2,24 +2,19 @@
 
 import dataclasses
 import datetime
-import hashlib
-import importlib.metadata
-import json
 import math
 import os
 import pathlib
-import platform
-import resource
 import shlex
-import subprocess
 import sys
 import time
 from typing import Any
 
 from common.cli import SharedConfig, TrainingFailedError, UserError
 from common.data import Data
-from common.evaluation import Report, curves_figure, figure_png, picture_figure
+from common.evaluation import Report, curves_figure, excerpt, figure_png, picture_figure
 from common.hardware import apply, choose, describe_machine, hardware_record
+from common.records import command, commit, peak_memory_bytes, versions, weights_sha256, write_json
 
 import keras
 import numpy as np
@@ -27,8 +22,6 @@ import tensorflow as tf
 from rich.console import Console
 from rich.table import Table
 from tensorboard.plugins.hparams import api as hparams
-
-_PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "tensorboard", "numpy", "scikit-learn")
 
 
 def start_run(recipe: str, config: SharedConfig) -> "Run":
@@ -110,8 +103,7 @@ class Run:
         with self._writer.as_default(step=0):
             tf.summary.text("run_card", self._run_card(data))
             hparams.hparams(self._hyperparameters(data))
-            for name, value in _example_summaries(data).items():
-                value(name)
+            _show_examples(data)
         self._writer.flush()
         self._watch.examples_per_epoch = len(data.train)
         return [
@@ -131,12 +123,12 @@ class Run:
 
     def _run_card(self, data: Data) -> str:
         card = {
-            "command": _command(),
+            "command": command(),
             "data": f"{data.name} ({data.source})",
             **{split: f"{len(getattr(data, split)):,} examples" for split in _SPLITS},
             **{f"config: {name}": value for name, value in dataclasses.asdict(self._config).items()},
             **{f"hardware: {name}": value for name, value in self._hardware.items()},
-            **{f"version: {name}": value for name, value in _versions().items()},
+            **{f"version: {name}": value for name, value in versions().items()},
         }
         return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in card.items())])
 
@@ -162,7 +154,7 @@ class Run:
             for name, figure in figures.items():
                 png = figure_png(figure)
                 (self.directory / "plots" / f"{name}.png").write_bytes(png)
-                tf.summary.image(name, tf.image.decode_png(png, channels=3)[None])
+                _write_figure(name, png)
             for name, text in report.texts.items():
                 tf.summary.text(name, text)
         self._writer.close()
@@ -186,12 +178,12 @@ class Run:
                 "total": time.perf_counter() - self._started,
             },
             "examples_per_second": self._watch.examples_per_second(),
-            "peak_memory_bytes": _peak_memory_bytes(),
+            "peak_memory_bytes": peak_memory_bytes(),
             "weights_sha256": weights_sha256(model),
             "hardware": self._hardware,
-            "versions": _versions(),
-            "commit": _commit(),
-            "command": _command(),
+            "versions": versions(),
+            "commit": commit(),
+            "command": command(),
             "history": self._watch.history,
             "evaluation": report.details,
         }
@@ -288,73 +280,24 @@ class _Watch(keras.callbacks.Callback):
         return self._measured_steps * self._examples_per_step / self._measured_seconds
 
 
-def _example_summaries(data: Data) -> dict:
-    """What TensorBoard shows of the training examples: a function of the tag that writes it, by tag."""
+def _show_examples(data: Data) -> None:
+    """Writes the first training examples to TensorBoard: pictures as they are, texts as a table."""
     inputs = data.train.inputs[:25].numpy()
-    names = (
-        [data.class_names[label] for label in np.asarray(data.train.targets[:25]).argmax(1)]
-        if (data.class_names)
-        else []
-    )
+    if not data.class_names or inputs.dtype not in (np.uint8, object):
+        return
+    names = [data.class_names[label] for label in data.train.targets[:25].numpy().argmax(axis=1)]
     if inputs.dtype == np.uint8:
-        png = figure_png(picture_figure(inputs, names))
-        return {"examples": lambda tag: tf.summary.image(tag, tf.image.decode_png(png, channels=3)[None])}
-    if inputs.dtype == object:
-        rows = [
-            f"| {name} | {text.decode(errors='replace')} |" for name, text in zip(names, inputs, strict=True)
-        ]
-        return {
-            "examples": lambda tag: tf.summary.text(tag, "\n".join(["| class | text |", "|---|---|", *rows]))
-        }
-    return {}
+        _write_figure("examples", figure_png(picture_figure(inputs, names)))
+        return
+    rows = [f"| {name} | {excerpt(text)} |" for name, text in zip(names, inputs, strict=True)]
+    tf.summary.text("examples", "\n".join(["| class | text |", "|---|---|", *rows]))
 
 
-def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all: under another name first, then renamed."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+def _write_figure(tag: str, png: bytes) -> None:
+    tf.summary.image(tag, tf.image.decode_png(png, channels=3)[None])
 
 
 def _save_model(model: keras.Model, path: pathlib.Path) -> None:
     part = path.with_name("part." + path.name)  # Keras wants the suffix .keras.
     model.save(part)
     os.replace(part, path)
-
-
-def weights_sha256(model: keras.Model) -> str:
-    """SHA-256 over the weights in the model's order: equal digests, bit-identical weights."""
-    sha256 = hashlib.sha256()
-    for weight in model.weights:
-        values = np.ascontiguousarray(keras.ops.convert_to_numpy(weight))
-        sha256.update(f"{values.dtype}{values.shape}".encode() + values.tobytes())
-    return sha256.hexdigest()
-
-
-def _peak_memory_bytes() -> int:
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in _PACKAGES},
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the code, with a mark where files differ from it; None outside a repository."""
-    here = pathlib.Path(__file__).parent
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return described.stdout.strip()
-
-
-def _command() -> str:
-    return shlex.join(["python", *sys.argv])

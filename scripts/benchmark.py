@@ -21,7 +21,7 @@ import time
 
 from common.cli import SharedConfig
 from common.data import load_images
-from common.runs import write_json
+from common.records import write_json
 
 import keras
 import numpy as np

@@ -19,7 +19,7 @@ import tempfile
 
 from common.cli import UserError
 from common.evaluation import figure_png
-from common.runs import write_json
+from common.records import write_json
 
 from matplotlib.figure import Figure
 

@@ -14,7 +14,7 @@ from common.examples import Split
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import smoke_config, smoke_data
+from conftest import run_program, smoke_config, smoke_data
 
 
 class Workers:
@@ -162,7 +162,26 @@ def test_random_mirror_mirrors_about_half():
     assert 150 < same.sum() < 250
 
 
-def test_the_data_are_kept_once():
-    images = tf.zeros([64, 8, 8, 3], tf.uint8)
-    assert Split.of(images, np.zeros((64, 1), np.float32)).inputs is images
-    assert np.shares_memory(np.asarray(images), np.asarray(images))
+MEMORY = """
+import resource
+import numpy as np
+import tensorflow as tf
+from common.batches import training_batches
+from common.examples import Split
+
+split = Split.of(tf.ones([400, 1000, 1000], tf.uint8), np.ones((400, 1), np.float32))
+
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for batch in training_batches(split, 8, seed=0).take(60):
+    pass
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_the_stream_does_not_copy_the_data():
+    """400 MB of examples; the stream may hold some batches of 8 MB each."""
+    run = run_program("-c", MEMORY)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < 250e6
+    images = tf.zeros([4, 8, 8, 3], tf.uint8)
+    assert Split.of(images, np.zeros((4, 1), np.float32)).inputs is images

@@ -8,7 +8,7 @@ from common import data as data_module
 from common.cli import SharedConfig, UserError
 from common.data import Data, load_images, load_texts, tfds_folder
 from common.examples import Examples, Split
-from common.runs import weights_sha256
+from common.records import weights_sha256
 
 import keras
 import numpy as np

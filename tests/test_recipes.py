@@ -7,7 +7,8 @@ import os
 from common.batches import evaluation_batches
 from common.data import Data
 from common.examples import Split
-from common.runs import Run, weights_sha256
+from common.records import weights_sha256
+from common.runs import Run
 
 import keras
 import numpy as np
