@@ -183,4 +183,8 @@ def _distribute(
 
 
 def _read_ahead(pairs: tf.data.Dataset, replica_slice: Callable) -> tf.data.Dataset:
-    return pairs.map(replica_slice, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+    options = tf.data.Options()
+    # The rewriting of the graph would copy the tensors it captures: the whole data set.
+    options.experimental_optimization.apply_default_optimizations = False
+    batches = pairs.map(replica_slice, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+    return batches.with_options(options)
