@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from common.cli import UserError
 from common.examples import Split
 
 import tensorflow as tf
@@ -68,6 +69,10 @@ def random_shift(images: tf.Tensor, random: BatchRandom, pixels: int) -> tf.Tens
     """
     for axis in (1, 2):
         size = images.shape[axis]
+        if pixels >= size:
+            raise UserError(
+                f"--shift {pixels}: the images have {size} pixels along that axis; shift by fewer"
+            )
         offsets = random.uniform(-pixels, pixels + 1, dtype=tf.int32)
         positions = tf.abs(tf.range(size) + offsets[:, None])
         positions = size - 1 - tf.abs(size - 1 - positions)
@@ -154,6 +159,11 @@ def _distribute(
 ) -> Any:
     strategy = strategy or tf.distribute.get_strategy()
     replicas = strategy.num_replicas_in_sync
+    if len(split) // steps < replicas:
+        raise UserError(
+            f"--devices {replicas}: a batch of {len(split) // steps} examples (of {len(split)} in the split) "
+            "leaves devices without any; use fewer devices or larger batches"
+        )
 
     def replica_slice(step: tf.Tensor, replica: tf.Tensor) -> tuple:
         first = step % steps * len(split) // steps

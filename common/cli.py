@@ -39,7 +39,7 @@ class SharedConfig:
     deterministic: bool = False  # the same command gives bit for bit the same weights; slower
     baseline: bool = True  # also train what the result is compared with
     run_dir: str = ""  # folder for everything this run writes; empty: runs/<recipe>/<time>
-    smoke: bool = False  # a few examples, two epochs: does it run at all?
+    smoke: bool = False  # a few examples, two epochs at most: does it run at all?
     histograms: bool = False  # write histograms of the weights to TensorBoard after each epoch
     profile: bool = False  # write a TensorBoard profile of a few steps
     quiet: bool = False  # print errors only
@@ -55,12 +55,16 @@ _LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     "validation_size": (lambda value: 0 <= value < 1, "must be at least 0 and less than 1"),
     "warmup": (lambda value: 0 <= value < 1, "must be at least 0 and less than 1"),
     "token_dropout": (lambda value: 0 <= value < 1, "must be at least 0 and less than 1"),
-    "vocabulary": (lambda value: value >= 3, "must be at least 3"),
-    "length": (lambda value: value >= 1, "must be at least 1"),
-    "dimensions": (lambda value: value >= 1, "must be at least 1"),
+    "seed": (lambda value: 0 <= value < 2**32, "must be at least 0 and less than 2**32"),
+    "threads": (lambda value: 0 <= value <= 1024, "must be from 0 to 1024"),
+    "devices": (lambda value: 0 <= value <= 1024, "must be from 0 to 1024"),
+    "vocabulary": (lambda value: 3 <= value <= 10**7, "must be from 3 to 10,000,000"),
+    "length": (lambda value: 1 <= value <= 10**5, "must be from 1 to 100,000"),
+    "dimensions": (lambda value: 1 <= value <= 10**4, "must be from 1 to 10,000"),
     "naive_epochs": (lambda value: value >= 1, "must be at least 1"),
     "label_smoothing": (lambda value: 0 <= value < 1, "must be at least 0 and less than 1"),
 }
+_FINITE = "must be a finite number"
 _NOT_NEGATIVE = (lambda value: value >= 0, "must not be negative")
 _SMOKE_EPOCHS = 2
 
@@ -127,7 +131,8 @@ def check_config(config: SharedConfig) -> None:
             continue
         allowed, rule = _LIMITS.get(field.name, _NOT_NEGATIVE)
         if not math.isfinite(value) or not allowed(value):
-            raise UserError(f"--{field.name.replace('_', '-')} {value}: {rule}")
+            problem = rule if math.isfinite(value) else _FINITE
+            raise UserError(f"--{field.name.replace('_', '-')} {value}: {problem}")
 
 
 def run_recipe(

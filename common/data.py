@@ -269,8 +269,8 @@ def _cut(name: str, source: str, examples: dict[str, Examples], config: SharedCo
         order["validation"], order["train"] = np.split(order["train"], [count])
         if not len(order["train"]) or config.validation_size > 0 == count:
             raise UserError(
-                f"{name}: {len(order['train']) + count} training examples can't be cut by "
-                f"--validation-size {config.validation_size:g}; add examples, or use --validation-size 0"
+                f"{name}: too few examples for a split each, add some: {len(order['train']) + count} to train on, "
+                f"of which --validation-size {config.validation_size:g}, and {len(order['test'])} to test"
             )
     _check_classes(name, pools, order)
     return Data(
@@ -294,5 +294,5 @@ def _check_classes(name: str, pools: dict[str, Examples], order: dict[str, np.nd
         for label in np.setdiff1d(pools[split].targets[order[split]], known):
             raise UserError(
                 f"{name}: class {class_names[label]!r} is in {split} but not in train; "
-                "add training examples of it"
+                "add training examples of it, or cut the splits yourself"
             )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import warnings
 from typing import Any
 
 from common.batches import evaluation_batches, steps_per_epoch
@@ -54,6 +55,7 @@ def evaluate_classifier(
     precision, recall, f1, support = sklearn.metrics.precision_recall_fscore_support(
         labels, predicted, labels=numbers, zero_division=0
     )
+    present = support > 0  # The macro average is over the classes that the split holds.
     confusion = sklearn.metrics.confusion_matrix(labels, predicted, labels=numbers)
     mistakes = np.flatnonzero(labels != predicted)
     confidence = probabilities.max(axis=1)
@@ -85,9 +87,9 @@ def evaluate_classifier(
         metrics={
             "loss": loss,
             "accuracy": float(np.mean(labels == predicted)),
-            "precision": float(precision.mean()),
-            "recall": float(recall.mean()),
-            "f1": float(f1.mean()),
+            "precision": float(precision[present].mean()),
+            "recall": float(recall[present].mean()),
+            "f1": float(f1[present].mean()),
         },
         details={
             "classes": {
@@ -121,7 +123,8 @@ def evaluate_regressor(
         metrics={
             "mse": float(sklearn.metrics.mean_squared_error(truth, predicted)),
             "mae": float(sklearn.metrics.mean_absolute_error(truth, predicted)),
-            "r2": float(sklearn.metrics.r2_score(truth, predicted)),
+            # Of fewer than two examples, there is no variance to explain.
+            **({"r2": float(sklearn.metrics.r2_score(truth, predicted))} if len(truth) > 1 else {}),
         },
         figures={"predictions": figure},
     )
@@ -133,7 +136,8 @@ def _predict(
     # Keras 3.15 joins the outputs of several steps per execution at quadratic cost.
     model.steps_per_execution = 1
     batches = evaluation_batches(split, batch_size, strategy)
-    return model.predict(batches, steps=steps_per_epoch(split, batch_size), verbose=0)
+    predicted = model.predict(batches, steps=steps_per_epoch(split, batch_size), verbose=0)
+    return predicted.astype(np.float32)
 
 
 def confusion_figure(confusion: np.ndarray, class_names: tuple[str, ...]) -> Figure:
@@ -181,7 +185,10 @@ def curves_figure(history: list[dict[str, float]]) -> Figure:
 def figure_png(figure: Figure) -> bytes:
     """A figure as the bytes of a PNG file."""
     png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
+    with warnings.catch_warnings():
+        # Class names may be in any script; the font draws a box for what it lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(png, format="png", dpi=110)
     return png.getvalue()
 
 

@@ -101,6 +101,12 @@ def choose(machine: Machine, config: SharedConfig) -> Choices:
         devices = config.devices or 1
         reasons["devices"] = "the CPU split by --devices" if config.devices else "no GPU"
 
+    if config.strategy == "none":
+        if config.devices > 1:
+            raise UserError(
+                f"--strategy none: uses one device, not --devices {config.devices}; leave one flag out"
+            )
+        devices, reasons["devices"] = 1, "--strategy none"
     if config.strategy == "mirrored" and devices == 1:
         raise UserError(
             "--strategy mirrored: there is only one device; add --devices 2 to split the CPU, "

@@ -21,7 +21,7 @@ _PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "tensorboard", "numpy
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     """Writes a JSON file whole or not at all: under another name first, then renamed."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(part, path)
 
 

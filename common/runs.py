@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import inspect
 import math
 import os
 import pathlib
@@ -24,17 +25,17 @@ from rich.table import Table
 from tensorboard.plugins.hparams import api as hparams
 
 
-def start_run(recipe: str, config: SharedConfig) -> "Run":
+def start_run(config: SharedConfig) -> "Run":
     """Sets up hardware and seeds as `config` says, and chooses the run directory.
 
     Args:
-        recipe: name of the recipe, the first part of the default run directory.
-        config: the whole configuration.
+        config: the whole configuration. The file its class stands in gives the recipe's name.
 
     Raises:
         UserError: a hardware flag that does not fit the machine, or a directory that can't be used.
     """
     started = time.perf_counter()
+    recipe = _recipe_name(config)
     machine = describe_machine()
     choices = choose(machine, config)
     directory = _choose_directory(recipe, config)
@@ -48,6 +49,13 @@ def start_run(recipe: str, config: SharedConfig) -> "Run":
     return Run(recipe, config, directory, strategy, hardware_record(machine, choices), started)
 
 
+def _recipe_name(config: SharedConfig) -> str:
+    try:
+        return pathlib.Path(inspect.getfile(type(config))).stem
+    except (OSError, TypeError):  # A class typed into a notebook has no file.
+        return "notebook"
+
+
 def _choose_directory(recipe: str, config: SharedConfig) -> pathlib.Path:
     """The run directory, once it is clear that it can be made; it is made when training begins.
 
@@ -55,13 +63,21 @@ def _choose_directory(recipe: str, config: SharedConfig) -> pathlib.Path:
     """
     moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     directory = pathlib.Path(config.run_dir or pathlib.Path("runs", recipe, moment))
-    if (directory / "config.json").exists():
-        raise UserError(f"--run-dir {directory}: holds a run already; choose another folder or remove it")
-    there = next(place for place in (directory, *directory.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        problem = "may not be written to" if there.is_dir() else "is a file"
-        raise UserError(f"--run-dir {directory}: {there} {problem}; choose a folder you can write to")
-    return directory
+    try:
+        there = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+        if not there.is_dir():
+            problem = f"{there} is a file"
+        elif not os.access(there, os.W_OK | os.X_OK):
+            problem = f"{there} may not be written to"
+        elif there == directory and (directory / "config.json").exists():
+            problem = "holds a run already"
+        elif there == directory and any(directory.iterdir()):
+            problem = "is not empty"
+        else:
+            return directory
+    except OSError as error:
+        problem = str(error.strerror)
+    raise UserError(f"--run-dir {directory}: {problem}; choose an empty or a new folder")
 
 
 class Run:
@@ -92,10 +108,15 @@ class Run:
 
         Also writes what TensorBoard can show from the start: the run card and examples of the data.
         """
-        for part in ("tensorboard", "plots"):
-            (self.directory / part).mkdir(parents=True, exist_ok=True)
-        configuration = {"recipe": self._recipe, **dataclasses.asdict(self._config)}
-        write_json(self.directory / "config.json", configuration)
+        try:
+            for part in ("tensorboard", "plots"):
+                (self.directory / part).mkdir(parents=True, exist_ok=True)
+            configuration = {"recipe": self._recipe, **dataclasses.asdict(self._config)}
+            write_json(self.directory / "config.json", configuration)
+        except OSError as error:
+            raise UserError(
+                f"--run-dir {self.directory}: can't be written ({error.strerror}); choose another folder"
+            ) from error
         self._writer = tf.summary.create_file_writer(str(self.directory / "tensorboard"))
         if not self._config.quiet:
             counts = ", ".join(f"{len(getattr(data, split)):,} {split}" for split in _SPLITS)
@@ -130,7 +151,13 @@ class Run:
             **{f"hardware: {name}": value for name, value in self._hardware.items()},
             **{f"version: {name}": value for name, value in versions().items()},
         }
-        return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in card.items())])
+        return "\n".join(
+            [
+                "| | |",
+                "|---|---|",
+                *(f"| {name} | {excerpt(str(value).encode())} |" for name, value in card.items()),
+            ]
+        )
 
     def finish(
         self, model: keras.Model, data: Data, report: Report, beside: dict[str, float]
@@ -184,6 +211,7 @@ class Run:
             "versions": versions(),
             "commit": commit(),
             "command": command(),
+            "class_names": data.class_names,
             "history": self._watch.history,
             "evaluation": report.details,
         }
@@ -256,7 +284,7 @@ class _Watch(keras.callbacks.Callback):
         self.steps += self._epoch_steps
         self._measured_steps += counted
         self._measured_seconds += seconds
-        if counted and logs is not None:
+        if counted:
             logs["examples_per_second"] = counted * share / seconds
         self._examples_per_step = share
         logged = {name: float(value) for name, value in logs.items()}

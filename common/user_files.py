@@ -2,6 +2,7 @@
 
 import pathlib
 import warnings
+from collections.abc import Callable
 
 from common.cli import UserError
 from common.examples import Examples
@@ -67,8 +68,9 @@ def _class_files(
     if not folder.is_dir():
         raise UserError(f"--data {folder}: not a folder; give a folder that holds a folder per class")
     splits = {name: folder / name for name in _SPLIT_FOLDERS if (folder / name).is_dir()}
-    if "train" not in splits:
-        splits = {"train": folder}
+    if splits and "train" not in splits:
+        raise UserError(f"{folder}: has a folder {next(iter(splits))!r} but none called 'train'; add it")
+    splits = splits or {"train": folder}
     found = {}
     for split, place in splits.items():
         found[split] = {
@@ -88,7 +90,9 @@ def _class_files(
     return found
 
 
-def _labelled(files: dict[str, dict[str, list[pathlib.Path]]], read) -> dict[str, Examples]:
+def _labelled(
+    files: dict[str, dict[str, list[pathlib.Path]]], read: Callable[[list[pathlib.Path]], np.ndarray]
+) -> dict[str, Examples]:
     class_names = tuple(sorted({name for by_class in files.values() for name in by_class}))
     examples = {}
     for split, by_class in files.items():
@@ -101,12 +105,24 @@ def _labelled(files: dict[str, dict[str, list[pathlib.Path]]], read) -> dict[str
 def _read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> np.ndarray:
     height, width, channels = shape
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("error")  # Such as Pillow's of a picture too large to be honest.
-            upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                upright = _opaque(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
     except Exception as error:  # Each of Pillow's decoders has errors of its own.
         raise UserError(f"{path}: not a readable image; repair or remove it") from error
     return np.asarray(ImageOps.pad(upright, (width, height))).reshape(shape)
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Transparent parts become white, as on a page; 16 bits of grey become 8."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image
+    layered = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layered)
 
 
 def _read_text(path: pathlib.Path) -> bytes:
@@ -117,17 +133,28 @@ def _read_text(path: pathlib.Path) -> bytes:
 
 
 def _read_csv(path: pathlib.Path, columns: list[str]) -> pd.DataFrame:
+    if path.is_dir():
+        raise UserError(f"--data {path}: a folder; give a CSV file")
+    options = {"dtype": str, "keep_default_na": False, "index_col": False, "skip_blank_lines": False}
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # A row longer than the first line is only warned of.
+            names = pd.read_csv(path, header=None, nrows=1, **options).iloc[0].str.strip()
+            table = pd.read_csv(path, **options)
     except pd.errors.EmptyDataError as error:
         raise UserError(f"{path}: the file is empty; it needs a line of column names and rows") from error
+    except pd.errors.ParserWarning as error:
+        raise UserError(f"{path}: rows have more values than column names; mend the first line") from error
     except (OSError, ValueError) as error:  # ParserError and UnicodeDecodeError are ValueErrors.
         raise UserError(f"{path}: not readable as CSV ({error}); save it as UTF-8 with commas") from error
+    for name in names[names.duplicated()]:
+        raise UserError(f"{path}: there are two columns {name!r}; rename or remove one")
+    table.columns = names
     for column in columns:
         if column not in table.columns:
             raise UserError(
-                f"{path}: no column {column!r}; name one of its columns by flag: "
-                f"{', '.join(map(str, table.columns))}"
+                f"{path}: no column {column!r}; name one of its columns by flag: {', '.join(names)}"
+                + ("; or save it with commas, if these are several" if len(names) == 1 else "")
             )
     if table.empty:
         raise UserError(f"{path}: no rows below the column names; add some")
@@ -135,10 +162,11 @@ def _read_csv(path: pathlib.Path, columns: list[str]) -> pd.DataFrame:
 
 
 def _numbers(path: pathlib.Path, column: pd.Series) -> np.ndarray:
-    numbers = pd.to_numeric(column, errors="coerce").to_numpy(np.float32)
+    with np.errstate(over="ignore"):
+        numbers = pd.to_numeric(column, errors="coerce").to_numpy(np.float32)
     for row in np.flatnonzero(~np.isfinite(numbers)):
         raise UserError(
-            f"{path}, row {row + 2}: {column.iloc[row]!r} in column {column.name!r} is not a number; "
+            f"{path}, row {row + 2}: {column.iloc[row]!r} in column {column.name!r} is not a number that fits float32; "
             "correct it or remove the row"
         )
     return numbers

@@ -61,7 +61,7 @@ def build_model(config: Config, data: Data) -> keras.Model:
 
 
 def train(config: Config, data: Data | None = None) -> dict[str, float]:
-    run = start_run("dense_regression", config)
+    run = start_run(config)
     data = data or load_data(config)
     steps = steps_per_epoch(data.train, config.batch_size)
     with run.strategy.scope():

@@ -51,11 +51,12 @@ def load_data(config: Config) -> Data:
 
 def build_model(config: Config, data: Data) -> keras.Model:
     inputs = keras.Input(data.train.inputs.shape[1:], name="columns")
-    return keras.Model(inputs, keras.layers.Dense(1, name="line")(inputs), name="linear_regression")
+    # In float32 whatever the precision of the rest: the prediction needs the digits.
+    return keras.Model(inputs, keras.layers.Dense(1, dtype="float32", name="line")(inputs))
 
 
 def train(config: Config, data: Data | None = None) -> dict[str, float]:
-    run = start_run("linear_regression", config)
+    run = start_run(config)
     data = data or load_data(config)
     steps = steps_per_epoch(data.train, config.batch_size)
     with run.strategy.scope():

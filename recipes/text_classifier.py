@@ -9,7 +9,7 @@ Run       python recipes/text_classifier.py
 import dataclasses
 
 from common.batches import evaluation_batches, steps_per_epoch, steps_per_execution, training_batches
-from common.cli import SharedConfig, run_recipe
+from common.cli import SharedConfig, UserError, run_recipe
 from common.data import Data, load_texts
 from common.evaluation import evaluate_classifier
 from common.examples import Split
@@ -51,6 +51,8 @@ def build_tokenizer(config: Config, data: Data) -> keras.layers.TextVectorizatio
         name="tokenizer",
     )
     tokenizer.adapt(tf.data.Dataset.from_tensor_slices(data.train.inputs).batch(1000))
+    if len(tokenizer.get_vocabulary()) <= 2:  # Padding and unknown words are always there.
+        raise UserError(f"{data.name}: the training texts hold no words; give texts that do")
     return tokenizer
 
 
@@ -67,7 +69,7 @@ def build_model(config: Config, data: Data) -> keras.Model:
 
 
 def train(config: Config, data: Data | None = None) -> dict[str, float]:
-    run = start_run("text_classifier", config)
+    run = start_run(config)
     data = data or load_data(config)
     steps = steps_per_epoch(data.train, config.batch_size)
 
@@ -122,7 +124,9 @@ def baselines(data: Data) -> dict[str, float]:
 
     commonest = np.bincount(labels(data.train)).argmax()
     counted_words = sklearn.pipeline.make_pipeline(
-        sklearn.feature_extraction.text.CountVectorizer(binary=True, max_features=20_000),
+        sklearn.feature_extraction.text.CountVectorizer(
+            binary=True, max_features=20_000, token_pattern=r"\w+"
+        ),
         sklearn.linear_model.LogisticRegression(C=0.1, max_iter=1000),
     )
     counted_words.fit(data.train.inputs.numpy(), labels(data.train))

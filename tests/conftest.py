@@ -14,12 +14,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
-# What an installation at the user's would not see: libraries' own warnings count as errors in this process
-# only, since a subprocess knows no filters by module.
 NO_NETWORK = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
 
 # Two logical CPU devices for all tests of this process, so that `none` and `mirrored` can both run in it.
-apply(choose(describe_machine(), SharedConfig(devices=2, strategy="none", threads=2)), deterministic=True)
+apply(choose(describe_machine(), SharedConfig(devices=2, threads=2)), deterministic=True)
 
 
 @functools.cache
@@ -46,7 +44,7 @@ def recipe(request) -> types.ModuleType:
 def smoke_config(recipe: types.ModuleType, run_dir: pathlib.Path, **settings):
     """A small deterministic configuration for runs inside the test process."""
     small = {"vocabulary": 2000, "length": 60} if recipe.__name__ == "text_classifier" else {}
-    standard = {"data": "sample", "smoke": True, "epochs": 2, "devices": 2, "strategy": "none", "quiet": True}
+    standard = {"data": "sample", "smoke": True, "epochs": 2, "strategy": "none", "quiet": True}
     standard |= {"threads": 2, "deterministic": True, "baseline": False, "run_dir": str(run_dir)}
     return recipe.Config(**{**standard, **small, **settings})
 

@@ -52,10 +52,11 @@ def test_every_field_has_a_comment(recipe):
         (["--learning-rate", "0"], "--learning-rate 0.0: must be greater than 0"),
         (["--learning-rate", "nan"], "--learning-rate nan"),
         (["--validation-size", "1"], "--validation-size 1.0: must be at least 0 and less than 1"),
-        (["--seed", "-3"], "--seed -3: must not be negative"),
+        (["--seed", "-3"], "--seed -3: must be at least 0"),
         (["--strategy", "fast"], "--strategy"),
         (["--precision", "int8"], "--precision"),
         (["--devices", "-2"], "--devices -2"),
+        (["--validation-size", "-1"], "--validation-size -1"),
         (["extra"], "extra"),
     ],
 )

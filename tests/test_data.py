@@ -220,6 +220,22 @@ def test_grey_and_colour_pictures_fit_either_recipe(tmp_path):
             assert data.train.inputs.shape[1:] == (8, 8, channels)
 
 
+def test_transparent_palette_and_deep_pictures_keep_what_they_show(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    deep = Image.fromarray(np.full((8, 8), 128 * 257, np.uint16))
+    for number in range(10):
+        clear.convert("P").save(tmp_path / "cat" / f"{number}.png", transparency=bytes([0] * 10))
+        deep.save(tmp_path / "dog" / f"{number}.png")
+    examples = load_images("mnist", SharedConfig(data=str(tmp_path)), (8, 8, 1)).train
+    values = {
+        np.asarray(examples.targets)[row].argmax(): np.unique(image)
+        for row, image in enumerate(np.asarray(examples.inputs))
+    }
+    assert {label: list(found) for label, found in values.items()} == {0: [255], 1: [128]}
+
+
 def test_folders_for_the_splits_are_used_as_they_are(tmp_path):
     write_pictures(tmp_path / "train")
     write_pictures(tmp_path / "test", count=3)

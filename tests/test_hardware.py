@@ -18,7 +18,6 @@ def with_gpus(*gpus: Gpu) -> Machine:
     [
         (LAPTOP, {}, ("none", 1, "float32", 4)),
         (LAPTOP, {"devices": 2}, ("mirrored", 2, "float32", 4)),
-        (LAPTOP, {"devices": 2, "strategy": "none"}, ("none", 2, "float32", 4)),
         (LAPTOP, {"threads": 1, "precision": "mixed_bfloat16"}, ("none", 1, "mixed_bfloat16", 1)),
         (with_gpus(T4), {}, ("none", 1, "mixed_float16", 16)),
         (with_gpus(A100), {}, ("none", 1, "mixed_bfloat16", 16)),
@@ -26,7 +25,7 @@ def with_gpus(*gpus: Gpu) -> Machine:
         (with_gpus(A100, A100), {}, ("mirrored", 2, "mixed_bfloat16", 16)),
         (with_gpus(A100, T4), {}, ("mirrored", 2, "mixed_float16", 16)),
         (with_gpus(A100, A100), {"devices": 1}, ("none", 1, "mixed_bfloat16", 16)),
-        (with_gpus(A100, A100), {"strategy": "none"}, ("none", 2, "mixed_bfloat16", 16)),
+        (with_gpus(A100, A100), {"strategy": "none"}, ("none", 1, "mixed_bfloat16", 16)),
     ],
 )
 def test_choices(machine, flags, expected):
@@ -44,6 +43,7 @@ def test_choices(machine, flags, expected):
         (LAPTOP, {"strategy": "mirrored"}, "--strategy mirrored: there is only one device"),
         (with_gpus(T4), {"strategy": "mirrored"}, "--strategy mirrored: there is only one device"),
         (with_gpus(T4), {"devices": 2}, "--devices 2: this machine has 1 GPU"),
+        (LAPTOP, {"strategy": "none", "devices": 2}, "--strategy none: uses one device, not --devices 2"),
         (LAPTOP, {"precision": "mixed_float16"}, "--precision mixed_float16: a CPU computes"),
         (LAPTOP, {"devices": 4, "batch_size": 3}, "--batch-size 3: 4 devices need"),
     ],

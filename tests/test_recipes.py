@@ -79,6 +79,7 @@ def test_result_says_what_was_run(recipe, finished):
     assert data.name in printed.stdout
     assert result["parameters"] == PARAMETERS.get(recipe.__name__, result["parameters"])
     steps = -(-len(data.train) // recipe.Config().batch_size)
+    assert tuple(result["class_names"]) == data.class_names
     assert (result["seed"], result["epochs"], result["steps"]) == (0, 2, 2 * steps)
     assert result["command"].endswith("--smoke --data sample --deterministic --run-dir first")
     seconds = result["seconds"]
@@ -137,9 +138,11 @@ def test_mirrored_computes_what_one_device_computes(recipe, tmp_path, monkeypatc
     data = recipe.load_data(config)
     batch_size = -(-len(data.train) // 10)
     outcomes = []
-    for strategy in ("none", "mirrored"):
+    for strategy, devices in (("none", 0), ("mirrored", 2)):
         directory = tmp_path / strategy
-        config = smoke_config(recipe, directory, strategy=strategy, batch_size=batch_size, epochs=500)
+        config = smoke_config(
+            recipe, directory, strategy=strategy, devices=devices, batch_size=batch_size, epochs=500
+        )
         metrics = recipe.train(config, data)
         result = json.loads((directory / "result.json").read_text())
         assert (result["steps"], result["hardware"]["strategy"]) == (20, strategy)
@@ -158,6 +161,19 @@ def test_uneven_slices_weigh_every_example_the_same(tmp_path):
     data = smoke_data("linear_regression")
     sizes = [len(targets) for _, targets in evaluation_batches(data.train, 9)]
     assert any(size % 2 for size in sizes)
+
+
+def test_half_precision_and_a_copied_recipe(recipe, tmp_path):
+    """bfloat16 as an Ampere GPU would choose it; from a copy, which goes by its own name."""
+    copy = tmp_path / "my_task.py"
+    copy.write_text((ROOT / "recipes" / f"{recipe.__name__}.py").read_text())
+    flags = ("--smoke", "--data", "sample", "--precision", "mixed_bfloat16")
+    run = run_program(str(copy), *flags, cwd=tmp_path)
+    assert (run.returncode, run.stderr) == (0, "")
+    (path,) = tmp_path.glob("runs/my_task/*/result.json")
+    result = json.loads(path.read_text())
+    assert (result["recipe"], result["hardware"]["precision"]) == ("my_task", "mixed_bfloat16")
+    assert all(np.isfinite(value) for value in result["metrics"].values())
 
 
 def test_without_validation_there_is_none(recipe, tmp_path):
@@ -180,7 +196,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_3(tmp_path):
 
 def test_linear_regression_finds_the_least_squares_weights(tmp_path):
     recipe = load_recipe("linear_regression")
-    config = recipe.Config(devices=2, strategy="none", threads=2, quiet=True, run_dir=str(tmp_path))
+    config = recipe.Config(threads=2, quiet=True, run_dir=str(tmp_path))
     metrics = recipe.train(config)
     for name in ("weight_0", "weight_1"):
         assert metrics[name] == pytest.approx(metrics[f"lstsq_{name}"], abs=0.02)

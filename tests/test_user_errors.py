@@ -127,6 +127,43 @@ def latin_text(folder):
     return folder
 
 
+def huge_number(folder):
+    return table(folder / "table.csv", a=[1, 2, 3, 1e308] * 5, target=[0, 1] * 10)
+
+
+def blank_line(folder):
+    (folder / "table.csv").write_text("a,target\n1,0\n\n2,1\n")
+    return folder / "table.csv"
+
+
+def two_columns_of_one_name(folder):
+    (folder / "table.csv").write_text("a,a,target\n" + "1,2,0\n" * 20)
+    return folder / "table.csv"
+
+
+def longer_rows(folder):
+    (folder / "table.csv").write_text("a,target\n" + "1,2,0\n" * 20)
+    return folder / "table.csv"
+
+
+def semicolons(folder):
+    (folder / "table.csv").write_text("a;target\n" + "1;0\n" * 20)
+    return folder / "table.csv"
+
+
+def no_words(folder):
+    return table(folder / "texts.csv", text=["!!!", "?"] * 20, label=["pos", "neg"] * 20)
+
+
+def only_test_folder(folder):
+    pictures(folder / "test", "cat", "dog")
+    return folder
+
+
+def a_folder(folder):
+    return folder
+
+
 def absent(folder):
     return folder / "nowhere"
 
@@ -140,14 +177,18 @@ def absent(folder):
         ("cifar10_cnn", unreadable_image, "dog/broken.png: not a readable image; repair or remove it"),
         ("mnist_cnn", truncated_image, "dog/cut.jpg: not a readable image; repair or remove it"),
         ("cifar10_cnn", class_only_in_test, "class 'mouse' is in test but not in train"),
-        ("cifar10_cnn", too_few, "can't be cut by --validation-size 0.1"),
+        ("cifar10_cnn", too_few, "too few examples for a split each"),
         ("mnist_cnn", absent, "nowhere: no such file or folder"),
         ("mnist_cnn", missing_column, "not a folder"),
         ("dense_classifier", missing_column, "no column 'target'; name one of its columns by flag: a, b"),
         ("linear_regression", missing_column, "no column 'y'"),
-        ("dense_regression", text_among_numbers, "row 4: 'three' in column 'a' is not a number"),
-        ("dense_classifier", missing_number, "row 3: '' in column 'a' is not a number"),
-        ("dense_classifier", infinite_number, "row 5: 'inf' in column 'a' is not a number"),
+        (
+            "dense_regression",
+            text_among_numbers,
+            "row 4: 'three' in column 'a' is not a number that fits float32",
+        ),
+        ("dense_classifier", missing_number, "row 3: '' in column 'a' is not a number that fits float32"),
+        ("dense_classifier", infinite_number, "row 5: 'inf' in column 'a' is not a number that fits float32"),
         ("dense_classifier", empty_file, "empty.csv: the file is empty"),
         ("dense_classifier", header_only, "no rows below the column names"),
         ("dense_classifier", no_inputs, "no column beside 'target'"),
@@ -155,6 +196,14 @@ def absent(folder):
         ("dense_classifier", rare_label, "class 'rare' is in test but not in train"),
         ("dense_classifier", binary_file, "not readable as CSV"),
         ("dense_classifier", absent, "nowhere: no such file or folder"),
+        ("cifar10_cnn", only_test_folder, "has a folder 'test' but none called 'train'"),
+        ("dense_classifier", huge_number, "row 5: '1e+308' in column 'a' is not a number that fits float32"),
+        ("dense_classifier", blank_line, "row 3: '' in column 'a' is not a number"),
+        ("dense_classifier", two_columns_of_one_name, "there are two columns 'a'"),
+        ("dense_classifier", longer_rows, "rows have more values than column names"),
+        ("dense_classifier", semicolons, "save it with commas"),
+        ("dense_regression", a_folder, "a folder; give a CSV file"),
+        ("text_classifier", no_words, "the training texts hold no words"),
         ("text_classifier", missing_column, "no column 'text'"),
         ("text_classifier", text_without_label, "row 3: no label in column 'label'"),
         ("text_classifier", empty_text, "row 3: no text in column 'text'"),
@@ -165,7 +214,7 @@ def absent(folder):
 def test_bad_data(tmp_path, monkeypatch, capsys, recipe, make, named):
     (tmp_path / "data").mkdir()
     flags = ["--data", str(make(tmp_path / "data")), "--run-dir", str(tmp_path / "run"), "--quiet"]
-    assert_refused(monkeypatch, capsys, recipe, [*flags, "--devices", "2", "--strategy", "none"], named)
+    assert_refused(monkeypatch, capsys, recipe, flags, named)
     assert not (tmp_path / "run").exists(), "nothing is left behind"
 
 
@@ -189,6 +238,10 @@ def assert_refused(monkeypatch, capsys, recipe, flags, named):
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
         (["--epochs", "-5"], "--epochs -5: must be at least 1"),
         (["--strategy", "mirrored"], "--strategy mirrored: there is only one device; add --devices 2"),
+        (["--strategy", "none", "--devices", "2"], "--strategy none: uses one device, not --devices 2"),
+        (["--seed", "4294967296"], "--seed 4294967296: must be at least 0 and less than 2**32"),
+        (["--threads", "100000"], "--threads 100000: must be from 0 to 1024"),
+        (["--learning-rate", "inf"], "--learning-rate inf: must be a finite number"),
         (["--precision", "mixed_float16"], "--precision mixed_float16: a CPU computes float16"),
         (["--data", "tfds", "--quiet"], "use --data auto, or a CSV file of your own"),
     ],
@@ -203,7 +256,11 @@ def test_a_run_directory_is_not_used_twice(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text("{}")
     flags = ["--run-dir", str(tmp_path)]
     assert_refused(
-        monkeypatch, capsys, "linear_regression", flags, "holds a run already; choose another folder"
+        monkeypatch,
+        capsys,
+        "linear_regression",
+        flags,
+        "holds a run already; choose an empty or a new folder",
     )
     assert (tmp_path / "config.json").read_text() == "{}"
 
@@ -213,8 +270,39 @@ def test_a_run_directory_that_cannot_be_made(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     flags = ["--run-dir", str(tmp_path / "file" / "run")]
     assert_refused(
-        monkeypatch, capsys, "linear_regression", flags, "is a file; choose a folder you can write to"
+        monkeypatch, capsys, "linear_regression", flags, "is a file; choose an empty or a new folder"
     )
+
+
+def test_a_folder_with_other_files_is_no_run_directory(tmp_path, monkeypatch, capsys):
+    (tmp_path / "picture.png").touch()
+    named = "is not empty; choose an empty or a new folder"
+    assert_refused(monkeypatch, capsys, "linear_regression", ["--run-dir", str(tmp_path)], named)
+
+
+def test_a_run_directory_that_mkdir_refuses(tmp_path, monkeypatch, capsys):
+    flags = ["--run-dir", str(tmp_path / ("x" * 300)), "--quiet"]
+    assert_refused(
+        monkeypatch, capsys, "linear_regression", flags, "File name too long; choose an empty or a new folder"
+    )
+
+
+@pytest.mark.parametrize(
+    "flags", [["--devices", "50", "--batch-size", "50"], ["--devices", "3", "--batch-size", "3"]]
+)
+def test_more_devices_than_examples_in_a_batch(flags, tmp_path):
+    """In a process of its own, for the number of devices."""
+    path = table(tmp_path / "table.csv", a=range(50), y=range(50))
+    recipe = str(ROOT / "recipes" / "linear_regression.py")
+    run = run_program(recipe, "--data", str(path), *flags, "--quiet", "--run-dir", str(tmp_path / "run"))
+    assert (run.returncode, run.stdout) == (2, "")
+    assert "leaves devices without any; use fewer devices or larger batches" in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
+def test_a_shift_larger_than_the_picture(tmp_path, monkeypatch, capsys):
+    flags = ["--data", "sample", "--smoke", "--shift", "40", "--quiet", "--run-dir", str(tmp_path / "run")]
+    assert_refused(monkeypatch, capsys, "mnist_cnn", flags, "--shift 40: the images have 28 pixels")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -226,7 +314,7 @@ def test_a_run_directory_without_permission(tmp_path, monkeypatch, capsys):
         capsys,
         "linear_regression",
         flags,
-        "may not be written to; choose a folder you can write to",
+        "may not be written to; choose an empty or a new folder",
     )
 
 
