@@ -269,8 +269,9 @@ def _cut(name: str, source: str, examples: dict[str, Examples], config: SharedCo
         order["validation"], order["train"] = np.split(order["train"], [count])
         if not len(order["train"]) or config.validation_size > 0 == count:
             raise UserError(
-                f"{name}: too few examples for a split each, add some: {len(order['train']) + count} to train on, "
-                f"of which --validation-size {config.validation_size:g}, and {len(order['test'])} to test"
+                f"{name}: too few examples for a split each, add some: there are "
+                f"{len(order['train']) + count} to train on, of which --validation-size "
+                f"{config.validation_size:g} to validate, and {len(order['test'])} to test"
             )
     _check_classes(name, pools, order)
     return Data(

@@ -166,8 +166,8 @@ def _numbers(path: pathlib.Path, column: pd.Series) -> np.ndarray:
         numbers = pd.to_numeric(column, errors="coerce").to_numpy(np.float32)
     for row in np.flatnonzero(~np.isfinite(numbers)):
         raise UserError(
-            f"{path}, row {row + 2}: {column.iloc[row]!r} in column {column.name!r} is not a number that fits float32; "
-            "correct it or remove the row"
+            f"{path}, row {row + 2}: {column.iloc[row]!r} in column {column.name!r} is not a number that "
+            "fits float32; correct it or remove the row"
         )
     return numbers
 
