@@ -119,6 +119,14 @@ def figure(runs: list[dict], metric: str) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}{unit}"
 
 
+def margin(runs: list[dict], other: str) -> str:
+    """By how much the recipe is better than what stands beside it, on the mean."""
+    mine, its = (statistics.mean(run["metrics"][name] for run in runs) for name in (main_metric(runs), other))
+    if other.endswith("accuracy"):
+        return f" ({100 * (mine - its):.2f} points below)"
+    return f" ({its / mine:.2f} times the recipe's)"
+
+
 def main_metric(runs: list[dict]) -> str:
     """What a recipe is judged by."""
     return "accuracy" if "accuracy" in runs[0]["metrics"] else "mse"
@@ -162,7 +170,9 @@ def results_table() -> str:
         metric = main_metric(runs)
         label = "accuracy" if metric == "accuracy" else "mean squared error"
         beside = "<br>".join(
-            text.format(figure(runs, name)) for name, text in BESIDE.items() if name in runs[0]["metrics"]
+            text.format(figure(runs, name)) + margin(runs, name)
+            for name, text in BESIDE.items()
+            if name in runs[0]["metrics"]
         )
         data = runs[0]["data"]
         counts = f"{data['train']:,} train, {data['validation']:,} validation, {data['test']:,} test"
