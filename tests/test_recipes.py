@@ -219,9 +219,7 @@ def test_short_and_empty_texts_are_no_trouble(tmp_path):
 @pytest.mark.parametrize("name", ["dense_classifier", "dense_regression"])
 def test_dense_recipes_beat_their_linear_baseline(tmp_path, name):
     recipe = load_recipe(name)
-    config = recipe.Config(
-        devices=2, strategy="none", threads=2, quiet=True, epochs=12, run_dir=str(tmp_path)
-    )
+    config = recipe.Config(threads=2, quiet=True, epochs=12, run_dir=str(tmp_path))
     metrics = recipe.train(config)
     if name == "dense_classifier":
         assert metrics["accuracy"] > metrics["logistic_regression_accuracy"] + 0.05
