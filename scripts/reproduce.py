@@ -114,7 +114,7 @@ def figure(runs: list[dict], metric: str) -> str:
     scale, unit, digits = (100, " %", 2) if metric.endswith("accuracy") else (1, "", 4)
     values = [run["metrics"][metric] * scale for run in runs]
     mean = f"{statistics.mean(values):.{digits}f}"
-    if len(set(values)) == 1:
+    if len(values) == 1:
         return mean + unit
     return f"{mean} ± {statistics.stdev(values):.{digits}f}{unit}"
 
