@@ -2,7 +2,7 @@
 
 Teaches   a vocabulary of words and word pairs as a layer of the model, and embeddings learned from scratch
 Data      IMDB reviews: 22,500 train, 2,500 validation, 25,000 test; a grammar's where there is no network
-Result    not yet measured
+Result    test accuracy 89.80 ± 0.20 % over 3 seeds, 23 s, 2 cores of Intel(R) Xeon(R) Processor
 Run       python recipes/text_classifier.py
 """
 
