@@ -1,7 +1,6 @@
 """The scripts that set up, publish and compare."""
 
 import json
-import math
 import os
 import pathlib
 import shutil
@@ -108,12 +107,15 @@ def test_the_clock_stops_at_the_target():
     clock.set_model(Model())
     clock.on_train_begin()
     for epoch, accuracy in enumerate((0.5, 0.71)):
-        assert math.isnan(clock.seconds_to_target)
+        assert not clock.reached
         clock.on_epoch_begin(epoch)
         clock.on_test_begin()
         clock.on_epoch_end(epoch, {"val_accuracy": accuracy})
-    assert clock.seconds_to_target > 0
+    assert clock.reached
     assert clock.model.stop_training
+    reached_after = clock.seconds
+    clock.on_train_end()
+    assert clock.seconds == reached_after > 0
     assert len(clock.training_seconds) == 2
 
 
