@@ -332,11 +332,11 @@ def test_real_sets_without_touching_the_network(monkeypatch, name, counts, class
 @pytest.mark.parametrize("name", ["mnist_cnn", "cifar10_cnn", "text_classifier"])
 def test_recipes_train_on_the_real_set(tmp_path, name):
     recipe = load_recipe(name)
-    config = smoke_config(recipe, tmp_path, data="tfds", smoke=False, epochs=1)
+    config = smoke_config(recipe, tmp_path, data="tfds", smoke=False, epochs=3)
     data = recipe.load_data(config)
     few = {
         split: Split.of(getattr(data, split).inputs[:4000], getattr(data, split).targets[:4000])
         for split in SPLITS
     }
     metrics = recipe.train(config, dataclasses.replace(data, **few))
-    assert metrics["accuracy"] > {"mnist_cnn": 0.8, "cifar10_cnn": 0.15, "text_classifier": 0.52}[name]
+    assert metrics["accuracy"] > {"mnist_cnn": 0.8, "cifar10_cnn": 0.25, "text_classifier": 0.6}[name]
