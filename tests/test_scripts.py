@@ -44,7 +44,7 @@ def test_publishing_writes_mean_and_deviation(project):
     readme = (project / "README.md").read_text()
     (row,) = [line for line in readme.splitlines() if line.startswith("| [`mnist_cnn`]")]
     assert "accuracy 99.30 ± 0.20 %" in row
-    assert "logistic regression: 92.00 % (7.30 points below)" in row
+    assert "logistic regression: 92.00 ± 0.00 % (7.30 points below)" in row
     assert "MNIST (tfds): 54,000 train, 6,000 validation, 10,000 test" in row
     assert "| 1.7 min | 0, 1, 2 |" in row
     assert "2 cores of Some CPU, TensorFlow 2.21.0, Keras 3.15.1" in readme
