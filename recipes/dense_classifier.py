@@ -8,11 +8,10 @@ Run       python recipes/dense_classifier.py
 
 import dataclasses
 
-from common.batches import evaluation_batches, steps_per_epoch, steps_per_execution, training_batches
-from common.cli import SharedConfig, run_recipe
+from common.batches import Arrays, evaluation_batches, steps_per_epoch, steps_per_execution, training_batches
+from common.cli import Count, Positive, SharedConfig, run_recipe
 from common.data import Data, load_table
 from common.evaluation import evaluate_classifier
-from common.examples import Examples
 from common.runs import start_run
 
 import keras
@@ -23,13 +22,13 @@ import sklearn.linear_model
 
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
-    epochs: int = 30  # passes over the training examples
-    batch_size: int = 256  # examples per step, over all devices together
-    learning_rate: float = 0.001  # step size of Adam
+    epochs: Count = 30  # passes over the training examples
+    batch_size: Count = 256  # examples per step, over all devices together
+    learning_rate: Positive = 0.001  # step size of Adam
     target: str = "target"  # the column with the class, with --data FILE.csv
 
 
-def generate() -> dict[str, Examples]:
+def generate() -> Arrays:
     inputs, labels = sklearn.datasets.make_classification(
         n_samples=25_000,
         n_features=100,
@@ -40,11 +39,8 @@ def generate() -> dict[str, Examples]:
         flip_y=0.0,
         random_state=42,
     )
-    inputs, class_names = inputs.astype(np.float32), tuple(f"class {number}" for number in range(10))
-    return {
-        "train": Examples(inputs[:20_000], labels[:20_000], class_names),
-        "test": Examples(inputs[20_000:], labels[20_000:], class_names),
-    }
+    inputs, labels = inputs.astype(np.float32), np.char.add("class ", labels.astype(str))
+    return {"train": (inputs[:20_000], labels[:20_000]), "test": (inputs[20_000:], labels[20_000:])}
 
 
 def load_data(config: Config) -> Data:

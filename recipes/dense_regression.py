@@ -8,11 +8,10 @@ Run       python recipes/dense_regression.py
 
 import dataclasses
 
-from common.batches import evaluation_batches, steps_per_epoch, steps_per_execution, training_batches
-from common.cli import SharedConfig, run_recipe
+from common.batches import Arrays, evaluation_batches, steps_per_epoch, steps_per_execution, training_batches
+from common.cli import Count, Positive, SharedConfig, run_recipe
 from common.data import Data, load_table
 from common.evaluation import evaluate_regressor
-from common.examples import Examples
 from common.runs import start_run
 
 import keras
@@ -24,13 +23,13 @@ CAUSES, COLUMNS, NOISE = 6, 1000, 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
-    epochs: int = 20  # passes over the training examples
-    batch_size: int = 256  # examples per step, over all devices together
-    learning_rate: float = 0.001  # step size of Adam
+    epochs: Count = 20  # passes over the training examples
+    batch_size: Count = 256  # examples per step, over all devices together
+    learning_rate: Positive = 0.001  # step size of Adam
     target: str = "target"  # the column to predict, with --data FILE.csv
 
 
-def generate() -> dict[str, Examples]:
+def generate() -> Arrays:
     """A thousand noisy measurements of six hidden causes, as in a spectrum; the target is a curve of them."""
     random = np.random.default_rng(42)
     mixing = random.normal(0, 1 / np.sqrt(CAUSES), (CAUSES, COLUMNS))
@@ -40,7 +39,7 @@ def generate() -> dict[str, Examples]:
         a, b, c, d, e, f = causes.T
         curve = 2 * np.sin(2 * a) + b * c + np.abs(d) + e + 0.5 * f
         measured = causes @ mixing + random.normal(0, 0.5, (count, COLUMNS))
-        return Examples(measured.astype(np.float32), curve + random.normal(0, NOISE, count))
+        return measured.astype(np.float32), curve + random.normal(0, NOISE, count)
 
     return {"train": draw(20_000), "test": draw(5_000)}
 

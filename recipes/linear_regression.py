@@ -14,11 +14,10 @@ without the noise, or from so few points that it is chance.
 
 import dataclasses
 
-from common.batches import evaluation_batches, steps_per_epoch, steps_per_execution, training_batches
-from common.cli import SharedConfig, run_recipe
+from common.batches import Arrays, evaluation_batches, steps_per_epoch, steps_per_execution, training_batches
+from common.cli import Count, Positive, SharedConfig, run_recipe
 from common.data import Data, load_table
 from common.evaluation import evaluate_regressor
-from common.examples import Examples
 from common.runs import start_run
 
 import keras
@@ -29,18 +28,18 @@ WEIGHTS, NOISE = np.array([3.0, 2.0]), 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
-    epochs: int = 100  # passes over the training examples
-    batch_size: int = 10  # examples per step, over all devices together
-    learning_rate: float = 0.1  # step size of plain gradient descent
+    epochs: Count = 100  # passes over the training examples
+    batch_size: Count = 10  # examples per step, over all devices together
+    learning_rate: Positive = 0.1  # step size of plain gradient descent
     target: str = "y"  # the column to predict, with --data FILE.csv
 
 
-def generate() -> dict[str, Examples]:
+def generate() -> Arrays:
     random = np.random.default_rng(42)
 
     def draw(count):
         inputs = random.uniform(0, 1, (count, 2))
-        return Examples(inputs.astype(np.float32), inputs @ WEIGHTS + random.normal(0, NOISE, count))
+        return inputs.astype(np.float32), inputs @ WEIGHTS + random.normal(0, NOISE, count)
 
     return {"train": draw(100), "test": draw(10_000)}
 

@@ -8,15 +8,9 @@ Run       python recipes/mnist_cnn.py
 
 import dataclasses
 
-from common.batches import (
-    evaluation_batches,
-    random_shift,
-    steps_per_epoch,
-    steps_per_execution,
-    training_batches,
-)
-from common.cli import SharedConfig, run_recipe
-from common.data import Data, load_images
+from common.batches import evaluation_batches, random_shift, steps_per_epoch, steps_per_execution, training_batches
+from common.cli import Count, Positive, Share, SharedConfig, run_recipe
+from common.data import MNIST, Data, load_images
 from common.evaluation import evaluate_classifier
 from common.runs import start_run
 
@@ -27,17 +21,17 @@ import sklearn.linear_model
 
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
-    epochs: int = 15  # passes over the training images
-    batch_size: int = 128  # images per step, over all devices together
-    learning_rate: float = 0.006  # peak of the schedule
-    warmup: float = 0.15  # share of the training in which the learning rate rises to its peak
+    epochs: Count = 15  # passes over the training images
+    batch_size: Count = 128  # images per step, over all devices together
+    learning_rate: Positive = 0.006  # peak of the schedule
+    warmup: Share = 0.15  # share of the training in which the learning rate rises to its peak
     weight_decay: float = 0.02  # pull of AdamW on the weights towards zero
-    label_smoothing: float = 0.05  # share of each label that is spread over all classes
+    label_smoothing: Share = 0.05  # share of each label that is spread over all classes
     shift: int = 2  # pixels by which a training image may move along each axis
 
 
 def load_data(config: Config) -> Data:
-    return load_images("mnist", config, shape=(28, 28, 1))
+    return load_images(MNIST, config, size=(28, 28))
 
 
 def build_model(config: Config, data: Data) -> keras.Model:
@@ -89,7 +83,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         epochs=config.epochs,
         validation_data=evaluation_batches(data.validation, config.batch_size, run.strategy),
         validation_steps=steps_per_epoch(data.validation, config.batch_size),
-        callbacks=run.callbacks(data),
+        callbacks=run.callbacks(data, augment),
         verbose=run.verbose,
     )
     report = evaluate_classifier(model, data.test, data.class_names, config.batch_size, run.strategy)

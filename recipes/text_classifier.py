@@ -7,12 +7,13 @@ Run       python recipes/text_classifier.py
 """
 
 import dataclasses
+import math
+from typing import Annotated
 
-from common.batches import evaluation_batches, steps_per_epoch, steps_per_execution, training_batches
-from common.cli import SharedConfig, UserError, run_recipe
-from common.data import Data, load_texts
+from common.batches import Split, evaluation_batches, steps_per_epoch, steps_per_execution, training_batches
+from common.cli import Count, Positive, Share, SharedConfig, UserError, run_recipe
+from common.data import IMDB, Data, load_texts
 from common.evaluation import evaluate_classifier
-from common.examples import Split
 from common.runs import start_run
 
 import keras
@@ -25,20 +26,20 @@ import tensorflow as tf
 
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
-    epochs: int = 5  # passes over the training texts
-    batch_size: int = 256  # texts per step, over all devices together
-    learning_rate: float = 0.02  # step size of Adam at the start; it falls to zero along a cosine
-    label_smoothing: float = 0.1  # share of each label that is spread over all classes
-    token_dropout: float = 0.5  # share of a training text's words and pairs left out, others in each epoch
-    vocabulary: int = 200_000  # words and word pairs the model knows: the most frequent ones
-    length: int = 1000  # words and word pairs of a text that are looked at
-    dimensions: int = 16  # size of an embedding
+    epochs: Count = 5  # passes over the training texts
+    batch_size: Count = 256  # texts per step, over all devices together
+    learning_rate: Positive = 0.02  # step size of Adam at the start; it falls to zero along a cosine
+    label_smoothing: Share = 0.1  # share of each label that is spread over all classes
+    token_dropout: Share = 0.5  # share of a training text's words and pairs left out, others in each epoch
+    vocabulary: Annotated[int, 3, math.inf] = 200_000  # words and word pairs the model knows: the most frequent ones
+    length: Count = 1000  # words and word pairs of a text that are looked at
+    dimensions: Count = 16  # size of an embedding
     text_column: str = "text"  # the column with the text, with --data FILE.csv
     label_column: str = "label"  # the column with the class, with --data FILE.csv
 
 
 def load_data(config: Config) -> Data:
-    return load_texts("imdb_reviews", config, config.text_column, config.label_column)
+    return load_texts(IMDB, config, config.text_column, config.label_column)
 
 
 def build_tokenizer(config: Config, data: Data) -> keras.layers.TextVectorization:
@@ -124,9 +125,7 @@ def baselines(data: Data) -> dict[str, float]:
 
     commonest = np.bincount(labels(data.train)).argmax()
     counted_words = sklearn.pipeline.make_pipeline(
-        sklearn.feature_extraction.text.CountVectorizer(
-            binary=True, max_features=20_000, token_pattern=r"\w+"
-        ),
+        sklearn.feature_extraction.text.CountVectorizer(binary=True, max_features=20_000, token_pattern=r"\w+"),
         sklearn.linear_model.LogisticRegression(C=0.1, max_iter=1000),
     )
     counted_words.fit(data.train.inputs.numpy(), labels(data.train))

@@ -7,7 +7,7 @@ runs with `--epochs 5`. Of each, the training images per second (without the fir
 execution) and the seconds from the start of `fit` to the end of the first epoch that reached the target
 validation accuracy. Where the naive way gives up before, the time it spent counts: then its true time is
 longer, and the ratio of the recipe's time to it smaller. A recipe that misses the target is an error. Pair n
-has seed n. Prints the pairs and their medians, and writes results/benchmark-RECIPE.json.
+has seed n. Prints the pairs and their medians, writes results/benchmark-RECIPE.json and brings README.md in step.
 """
 
 import argparse
@@ -21,11 +21,12 @@ import tempfile
 import time
 
 from common.cli import SharedConfig
-from common.data import load_images
+from common.data import CIFAR10, MNIST, Dataset, load_images
 from common.records import write_json
 
 import keras
 import numpy as np
+from reproduce import publish
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -34,16 +35,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 class Subject:
     """What is compared for one recipe: the layers of its network, and the accuracy to reach."""
 
-    data: str
-    shape: tuple[int, int, int]
+    data: Dataset
+    size: tuple[int, int]
     filters: tuple[int, ...]
     dense: int
     target: float
 
 
 SUBJECTS = {
-    "cifar10_cnn": Subject("cifar10", (32, 32, 3), (32, 64, 64), 64, 0.69),
-    "mnist_cnn": Subject("mnist", (28, 28, 1), (32, 64), 128, 0.99),
+    "cifar10_cnn": Subject(CIFAR10, (32, 32), (32, 64, 64), 64, 0.69),
+    "mnist_cnn": Subject(MNIST, (28, 28), (32, 64), 128, 0.99),
 }
 
 
@@ -75,9 +76,9 @@ class Clock(keras.callbacks.Callback):
             self.seconds = time.perf_counter() - self.begin
 
 
-def naive_network(subject: Subject) -> keras.Model:
+def naive_network(subject: Subject, shape: tuple[int, int, int]) -> keras.Model:
     """The network of the recipe, as tutorials write it."""
-    model = keras.Sequential([keras.Input(subject.shape)])
+    model = keras.Sequential([keras.Input(shape)])
     for number, filters in enumerate(subject.filters):
         model.add(keras.layers.Conv2D(filters, 3, activation="relu"))
         if number < 2:
@@ -90,11 +91,11 @@ def naive_network(subject: Subject) -> keras.Model:
 
 def train_naively(subject: Subject, config: SharedConfig, epochs: int) -> dict[str, float]:
     """Trains the naive way until the target or `epochs`; images per second and seconds to the target."""
-    data = load_images(subject.data, config, subject.shape)
+    data = load_images(subject.data, config, subject.size)
     keras.utils.set_random_seed(config.seed)
     x_train, x_validation = (np.asarray(split.inputs) / 255.0 for split in (data.train, data.validation))
     y_train, y_validation = (np.asarray(split.targets).argmax(1) for split in (data.train, data.validation))
-    model = naive_network(subject)
+    model = naive_network(subject, x_train.shape[1:])
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
     clock = Clock(subject.target)
     model.fit(
@@ -119,20 +120,8 @@ def train_recipe(recipe: str, subject: Subject, arguments: argparse.Namespace, s
     """Runs the recipe as a user would and reads the same figures off its result.json."""
     with tempfile.TemporaryDirectory() as folder:
         directory = pathlib.Path(folder, "run")
-        command = [
-            sys.executable,
-            str(ROOT / "recipes" / f"{recipe}.py"),
-            *data_flags(arguments),
-            "--no-baseline",
-        ]
-        command += [
-            "--epochs",
-            str(arguments.recipe_epochs),
-            "--seed",
-            str(seed),
-            "--run-dir",
-            str(directory),
-        ]
+        command = [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), *data_flags(arguments), "--no-baseline"]
+        command += ["--epochs", str(arguments.recipe_epochs), "--seed", str(seed), "--run-dir", str(directory)]
         subprocess.run(command, check=True)
         result = json.loads((directory / "result.json").read_text())
     reached = [logs["seconds"] for logs in result["history"] if logs["val_accuracy"] >= subject.target]
@@ -192,12 +181,8 @@ def main() -> None:
     parser.add_argument("--data", default="auto", help="as for the recipe")
     parser.add_argument("--data-dir", default="", help="as for the recipe")
     parser.add_argument("--pairs", type=int, default=3, help="how often each is run (default: 3)")
-    parser.add_argument(
-        "--recipe-epochs", type=int, default=5, help="length of the recipe's schedule (default: 5)"
-    )
-    parser.add_argument(
-        "--naive-epochs", type=int, default=10, help="the naive way gives up then (default: 10)"
-    )
+    parser.add_argument("--recipe-epochs", type=int, default=5, help="length of the recipe's schedule (default: 5)")
+    parser.add_argument("--naive-epochs", type=int, default=10, help="the naive way gives up then (default: 10)")
     parser.add_argument("--smoke", action="store_true", help="a few images and epochs; writes no record")
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--naive-only", action="store_true", help=argparse.SUPPRESS)
@@ -217,6 +202,7 @@ def main() -> None:
         results = ROOT / "results"
         results.mkdir(exist_ok=True)
         write_json(results / f"benchmark-{arguments.recipe}.json", record)
+        publish()
 
 
 if __name__ == "__main__":

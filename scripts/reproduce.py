@@ -41,12 +41,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "recipe", nargs="?", help="its runs are replaced; left out: only the texts are brought in step"
-    )
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (default: 0 1 2)"
-    )
+    parser.add_argument("recipe", nargs="?", help="its runs are replaced; left out: only the texts are brought in step")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (default: 0 1 2)")
     arguments, flags = parser.parse_known_args()
     try:
         if arguments.recipe:
@@ -75,9 +71,7 @@ def reproduce(recipe: str, seeds: list[int], flags: list[str]) -> None:
                 )
             result = json.loads((directory / "result.json").read_text())
         # As anybody would type it: where this machine keeps its data says nothing about the result.
-        result["command"] = shlex.join(
-            ["python", f"recipes/{recipe}.py", *without_places(flags), "--seed", str(seed)]
-        )
+        result["command"] = shlex.join(["python", f"recipes/{recipe}.py", *without_places(flags), "--seed", str(seed)])
         runs.append(result)
     RESULTS.mkdir(exist_ok=True)
     write_json(RESULTS / f"{recipe}.json", {"recipe": recipe, "runs": runs})
@@ -156,10 +150,7 @@ def result_line(recipe: str) -> str:
 
 def results_table() -> str:
     """The table of all recipes, in Markdown."""
-    lines = [
-        "| recipe | data | test result | to compare | training | seeds |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = ["| recipe | data | test result | to compare | training | seeds |", "|---|---|---|---|---|---|"]
     machines = set()
     for path in sorted((ROOT / "recipes").glob("*.py")):
         runs = load_runs(path.stem)
@@ -182,10 +173,7 @@ def results_table() -> str:
         )
         versions = runs[0]["versions"]
         machines.add(f"{hardware(runs)}, TensorFlow {versions['tensorflow']}, Keras {versions['keras']}")
-    lines += [
-        "",
-        "Mean ± standard deviation over the seeds. Measured on: " + "; ".join(sorted(machines)) + ".",
-    ]
+    lines += ["", "Mean ± standard deviation over the seeds. Measured on: " + "; ".join(sorted(machines)) + "."]
     return "\n".join(lines)
 
 

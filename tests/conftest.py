@@ -17,7 +17,8 @@ RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 NO_NETWORK = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
 
 # Two logical CPU devices for all tests of this process, so that `none` and `mirrored` can both run in it.
-apply(choose(describe_machine(), SharedConfig(devices=2, threads=2)), deterministic=True)
+TWO_DEVICES = SharedConfig(devices=2, threads=2, deterministic=True)
+apply(choose(describe_machine(), TWO_DEVICES), TWO_DEVICES)
 
 
 @functools.cache

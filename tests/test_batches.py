@@ -2,6 +2,7 @@
 
 from common.batches import (
     BatchRandom,
+    Split,
     evaluation_batches,
     random_mirror,
     random_shift,
@@ -9,7 +10,6 @@ from common.batches import (
     steps_per_execution,
     training_batches,
 )
-from common.examples import Split
 
 import numpy as np
 import pytest
@@ -62,9 +62,7 @@ def assert_equal_batches(some, others):
 def test_a_batch_does_not_depend_on_where_the_stream_was_started(stream):
     from_start = first(training_batches(**stream), 40)
     for start in (1, 17, 39):
-        assert_equal_batches(
-            from_start[start:], first(training_batches(**stream, start_step=start), 40 - start)
-        )
+        assert_equal_batches(from_start[start:], first(training_batches(**stream, start_step=start), 40 - start))
 
 
 def test_an_epoch_is_a_permutation_and_the_next_epoch_another(stream):
@@ -95,9 +93,7 @@ def test_another_seed_gives_another_order(stream):
 def test_the_slices_of_workers_join_to_the_global_batch(stream, workers, replicas):
     whole = first(training_batches(**stream), 20)
     local = replicas // workers
-    parts = [
-        first(each, 20 * local) for each in training_batches(**stream, strategy=Workers(workers, replicas))
-    ]
+    parts = [first(each, 20 * local) for each in training_batches(**stream, strategy=Workers(workers, replicas))]
     for step, (inputs, targets) in enumerate(whole):
         slices = [part[step * local + number] for part in parts for number in range(local)]
         np.testing.assert_array_equal(np.concatenate([piece[0] for piece in slices]), inputs)
@@ -144,11 +140,7 @@ def test_random_shift_equals_reflection_padding_and_cropping():
     offsets = set()
     for image, moved in zip(images, shifted, strict=True):
         padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect")
-        crops = {
-            (down, right): padded[down : down + 8, right : right + 6]
-            for down in range(5)
-            for right in range(5)
-        }
+        crops = {(down, right): padded[down : down + 8, right : right + 6] for down in range(5) for right in range(5)}
         (found,) = (offset for offset, crop in crops.items() if np.array_equal(crop, moved))
         offsets.add(found)
     assert len(offsets) == 25
@@ -167,7 +159,7 @@ import resource
 import numpy as np
 import tensorflow as tf
 from common.batches import training_batches
-from common.examples import Split
+from common.batches import Split
 
 split = Split.of(tf.ones([400, 1000, 1000], tf.uint8), np.ones((400, 1), np.float32))
 

@@ -1,20 +1,28 @@
 import dataclasses
 
-from common.cli import SharedConfig, TrainingFailedError, UserError, field_comments, parse_config, run_recipe
+from common.cli import (
+    Count,
+    Share,
+    SharedConfig,
+    TrainingFailedError,
+    UserError,
+    field_comments,
+    parse_config,
+    run_recipe,
+)
 
 import pytest
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
-    epochs: int = 7  # passes, 100 % of them
-    warmup: float = 0.1  # share
+    epochs: Count = 7  # passes, 100 % of them
+    warmup: Share = 0.1  # share
+    shift: int = 2  # plain number
 
 
 def test_flags_become_fields_of_their_types():
-    config = parse_config(
-        Config, ["--batch-size", "8", "--warmup", "0.5", "--deterministic", "--no-baseline"]
-    )
+    config = parse_config(Config, ["--batch-size", "8", "--warmup", "0.5", "--deterministic", "--no-baseline"])
     assert (config.batch_size, config.warmup, config.deterministic, config.baseline) == (8, 0.5, True, False)
     assert config.epochs == 7
 
@@ -46,17 +54,19 @@ def test_every_field_has_a_comment(recipe):
     [
         (["--no-such-flag", "1"], "--no-such-flag"),
         (["--batch", "8"], "--batch"),
-        (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
+        (["--batch-size", "0"], "--batch-size: 0 must be at least 1"),
         (["--batch-size", "many"], "--batch-size"),
-        (["--epochs", "-1"], "--epochs -1: must be at least 1"),
-        (["--learning-rate", "0"], "--learning-rate 0.0: must be greater than 0"),
-        (["--learning-rate", "nan"], "--learning-rate nan"),
-        (["--validation-size", "1"], "--validation-size 1.0: must be at least 0 and less than 1"),
-        (["--seed", "-3"], "--seed -3: must be at least 0"),
+        (["--epochs", "-1"], "--epochs: -1 must be at least 1"),
+        (["--learning-rate", "0"], "--learning-rate: 0.0 must be at least 1e-30"),
+        (["--learning-rate", "nan"], "--learning-rate: nan must"),
+        (["--validation-size", "1"], "--validation-size: 1.0 must be at least 0 and less than 1"),
+        (["--seed", "-3"], "--seed: -3 must be at least 0"),
         (["--strategy", "fast"], "--strategy"),
         (["--precision", "int8"], "--precision"),
-        (["--devices", "-2"], "--devices -2"),
-        (["--validation-size", "-1"], "--validation-size -1"),
+        (["--devices", "-2"], "--devices: -2"),
+        (["--validation-size", "-1"], "--validation-size: -1"),
+        (["--warmup", "1"], "--warmup: 1.0 must be at least 0 and less than 1"),
+        (["--shift", "-1"], "--shift: -1 must be at least 0"),
         (["extra"], "extra"),
     ],
 )

@@ -6,9 +6,9 @@ import pathlib
 import threading
 
 from common import data as data_module
+from common.batches import Split
 from common.cli import SharedConfig, UserError
-from common.data import Data, load_images, load_texts, tfds_folder
-from common.examples import Examples, Split
+from common.data import CIFAR10, IMDB, MNIST, Data, load_images, load_texts, tfds_folder
 from common.records import weights_sha256
 
 import keras
@@ -20,7 +20,7 @@ from conftest import load_recipe, smoke_config, smoke_data
 from PIL import Image
 
 SPLITS = ("train", "validation", "test")
-SHAPE = (8, 8, 3)
+SIZE = (8, 8)
 
 
 def rows(split: Split) -> list[bytes]:
@@ -70,7 +70,8 @@ def test_nothing_is_fitted_on_validation_or_test(recipe, tmp_path):
     assert weights_sha256(models[0]) == weights_sha256(models[1])
     # The vocabulary is no weight; it shows in what the models make of raw inputs.
     raw = data.train.inputs[:20]
-    np.testing.assert_array_equal(models[0](raw), models[1](raw))
+    outputs = [model(raw)["probabilities"] if data.class_names else model(raw) for model in models]
+    np.testing.assert_array_equal(*outputs)
 
 
 def test_a_class_has_one_number_in_every_split(recipe, monkeypatch):
@@ -80,16 +81,17 @@ def test_a_class_has_one_number_in_every_split(recipe, monkeypatch):
         assert data.train.targets.shape[1] == 1
         return
     read = {}
-    original = Examples.split
+    original = data_module._cut
 
-    def remember(self, order):
-        split = original(self, order)
-        labels = [self.class_names[label] for label in self.targets[order]]
-        read.update(zip(rows(split), labels, strict=True))
-        return split
+    def remember(name, source, arrays, *others, **settings):
+        for inputs, labels in arrays.values():
+            contents = inputs if inputs.dtype == object else [each.tobytes() for each in inputs]
+            read.update(zip(contents, labels, strict=True))
+        return original(name, source, arrays, *others, **settings)
 
-    monkeypatch.setattr(Examples, "split", remember)
+    monkeypatch.setattr(data_module, "_cut", remember)
     data = full_sample(recipe)
+    assert list(data.class_names) == sorted(set(read.values()))
     for split in (data.train, data.validation, data.test):
         targets = np.asarray(split.targets)
         assert targets.shape[1] == len(data.class_names)
@@ -125,7 +127,7 @@ def no_network(monkeypatch, tmp_path):
 
 
 def test_auto_falls_back_to_the_sample_and_says_so(no_network, capsys):
-    data = load_images("cifar10", SharedConfig(smoke=True), SHAPE)
+    data = load_images(CIFAR10, SharedConfig(smoke=True), SIZE)
     assert (data.source, data.name) == ("sample", "drawn shapes")
     (line,) = capsys.readouterr().out.strip().splitlines()
     assert line.startswith("Not CIFAR-10: training on the sample, drawn shapes.")
@@ -134,14 +136,14 @@ def test_auto_falls_back_to_the_sample_and_says_so(no_network, capsys):
 
 
 def test_tfds_without_network_is_refused(no_network, tmp_path):
-    with pytest.raises(UserError, match=r"No MNIST in .*empty, and storage.googleapis.com is out of reach"):
-        load_images("mnist", SharedConfig(data="tfds"), (28, 28, 1))
+    with pytest.raises(UserError, match=r"No MNIST in .*empty: storage.googleapis.com is out of reach"):
+        load_images(MNIST, SharedConfig(data="tfds"), (28, 28))
     assert not (tmp_path / "empty").exists()
 
 
 def test_a_silent_network_is_noticed_in_seconds(monkeypatch):
     """An answer that comes too late counts as none, and nobody waits for it."""
-    monkeypatch.setattr(data_module, "_NETWORK_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(data_module, "NETWORK_TIMEOUT_SECONDS", 0.1)
     asked, released = [], threading.Event()
 
     def answer_late(address, **settings):
@@ -151,18 +153,15 @@ def test_a_silent_network_is_noticed_in_seconds(monkeypatch):
 
     monkeypatch.setattr(requests, "head", answer_late)
     try:
-        assert not data_module._reachable("https://example.invalid/set")
+        assert not data_module.reachable("https://example.invalid/set")
     finally:
         released.set()
     assert asked == [0.1]
 
 
 def test_the_sample_never_asks_the_network(monkeypatch):
-    monkeypatch.setattr(data_module, "_reachable", lambda address: pytest.fail("asked the network"))
-    assert (
-        load_texts("imdb_reviews", SharedConfig(data="sample", smoke=True), "text", "label").source
-        == "sample"
-    )
+    monkeypatch.setattr(data_module, "reachable", lambda address: pytest.fail("asked the network"))
+    assert load_texts(IMDB, SharedConfig(data="sample", smoke=True), "text", "label").source == "sample"
 
 
 def test_data_dir_comes_before_the_environment(monkeypatch):
@@ -180,10 +179,10 @@ def test_a_failed_download_is_told_in_one_line(monkeypatch, tmp_path):
         def download_and_prepare(self):
             raise OSError("disk full\nmore lines")
 
-    monkeypatch.setattr(data_module, "_reachable", lambda address: True)
+    monkeypatch.setattr(data_module, "reachable", lambda address: True)
     monkeypatch.setattr(tfds, "builder", lambda *_, **__: Failing())
     with pytest.raises(UserError, match="disk full") as error:
-        load_images("mnist", SharedConfig(data="tfds", data_dir=str(tmp_path)), (28, 28, 1))
+        load_images(MNIST, SharedConfig(data="tfds", data_dir=str(tmp_path)), (28, 28))
     assert "more lines" not in str(error.value)
 
 
@@ -195,9 +194,7 @@ def write_pictures(folder: pathlib.Path, classes=("cat", "dog"), count=12, mode=
         (folder / name).mkdir(parents=True)
         for index in range(count):
             # Wider than high: 12 x 6, of one grey that tells class and picture.
-            Image.new("L", (12, 6), 100 * number + 5 * index + 20).convert(mode).save(
-                folder / name / f"{index}.png"
-            )
+            Image.new("L", (12, 6), 100 * number + 5 * index + 20).convert(mode).save(folder / name / f"{index}.png")
     return folder
 
 
@@ -205,28 +202,31 @@ def test_a_folder_per_class_becomes_pictures_with_their_aspect_kept(tmp_path):
     write_pictures(tmp_path)
     (tmp_path / "cat" / "notes.txt").write_text("no picture")
     (tmp_path / ".hidden").mkdir()
-    data = load_images("cifar10", SharedConfig(data=str(tmp_path)), SHAPE)
+    data = load_images(CIFAR10, SharedConfig(data=str(tmp_path)), SIZE)
     assert data.source == "files"
     assert data.class_names == ("cat", "dog")
     assert [len(getattr(data, split)) for split in SPLITS] == [20, 2, 2]
     for split in SPLITS:
-        images, labels = (
-            np.asarray(getattr(data, split).inputs),
-            np.asarray(getattr(data, split).targets).argmax(1),
-        )
-        assert images.shape[1:] == SHAPE
+        images, labels = (np.asarray(getattr(data, split).inputs), np.asarray(getattr(data, split).targets).argmax(1))
+        assert images.shape[1:] == (8, 8, 1)
         np.testing.assert_array_equal(images[:, 4, 4, 0] >= 120, labels == 1)
         assert not images[:, [0, 1, 6, 7]].any(), "12 x 6 in 8 x 8 leaves two black rows above and below"
         assert images[:, 2:6].all()
 
 
-def test_grey_and_colour_pictures_fit_either_recipe(tmp_path):
-    grey = write_pictures(tmp_path / "grey", mode="L")
-    colour = write_pictures(tmp_path / "colour", mode="RGBA")
-    for folder in (grey, colour):
-        for channels in (1, 3):
-            data = load_images("mnist", SharedConfig(data=str(folder)), (8, 8, channels))
-            assert data.train.inputs.shape[1:] == (8, 8, channels)
+def test_the_channels_follow_the_pictures_of_train(tmp_path):
+    """A coloured picture in test makes no difference: it becomes grey, as one to be predicted would."""
+    write_pictures(tmp_path / "grey" / "train", mode="RGBA")
+    write_pictures(tmp_path / "grey" / "test", count=1)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "grey" / "test" / "cat" / "red.png")
+    write_pictures(tmp_path / "colour")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "colour" / "cat" / "red.png")
+    for dataset in (MNIST, CIFAR10):
+        grey, colour = (
+            load_images(dataset, SharedConfig(data=str(tmp_path / name)), SIZE) for name in ("grey", "colour")
+        )
+        assert (grey.train.inputs.shape[1:], colour.train.inputs.shape[1:]) == ((8, 8, 1), (8, 8, 3))
+        assert 76 in grey.test.inputs.numpy(), "0.299 of 255"
 
 
 def test_transparent_palette_and_deep_pictures_keep_what_they_show(tmp_path):
@@ -237,7 +237,7 @@ def test_transparent_palette_and_deep_pictures_keep_what_they_show(tmp_path):
     for number in range(10):
         clear.convert("P").save(tmp_path / "cat" / f"{number}.png", transparency=bytes([0] * 10))
         deep.save(tmp_path / "dog" / f"{number}.png")
-    examples = load_images("mnist", SharedConfig(data=str(tmp_path)), (8, 8, 1)).train
+    examples = load_images(MNIST, SharedConfig(data=str(tmp_path)), SIZE).train
     values = {
         np.asarray(examples.targets)[row].argmax(): np.unique(image)
         for row, image in enumerate(np.asarray(examples.inputs))
@@ -248,18 +248,16 @@ def test_transparent_palette_and_deep_pictures_keep_what_they_show(tmp_path):
 def test_folders_for_the_splits_are_used_as_they_are(tmp_path):
     write_pictures(tmp_path / "train")
     write_pictures(tmp_path / "test", count=3)
-    data = load_images("cifar10", SharedConfig(data=str(tmp_path), validation_size=0.25), SHAPE)
+    data = load_images(CIFAR10, SharedConfig(data=str(tmp_path), validation_size=0.25), SIZE)
     assert [len(getattr(data, split)) for split in SPLITS] == [18, 6, 6]
     write_pictures(tmp_path / "validation", count=5)
-    data = load_images("cifar10", SharedConfig(data=str(tmp_path)), SHAPE)
+    data = load_images(CIFAR10, SharedConfig(data=str(tmp_path)), SIZE)
     assert [len(getattr(data, split)) for split in SPLITS] == [24, 10, 6]
 
 
 def test_the_test_split_of_own_files_is_the_same_for_all_seeds(tmp_path):
     write_pictures(tmp_path)
-    tests = [
-        load_images("cifar10", SharedConfig(data=str(tmp_path), seed=seed), SHAPE).test for seed in (0, 1)
-    ]
+    tests = [load_images(CIFAR10, SharedConfig(data=str(tmp_path), seed=seed), SIZE).test for seed in (0, 1)]
     assert rows(tests[0]) == rows(tests[1])
 
 
@@ -271,12 +269,10 @@ def test_texts_from_a_csv_and_from_folders(tmp_path):
         (tmp_path / "folders" / label).mkdir(parents=True, exist_ok=True)
         (tmp_path / "folders" / label / f"{number}.txt").write_text(review)
     for path in (tmp_path / "reviews.csv", tmp_path / "folders"):
-        data = load_texts("imdb_reviews", SharedConfig(data=str(path)), "review", "verdict")
+        data = load_texts(IMDB, SharedConfig(data=str(path)), "review", "verdict")
         assert data.class_names == ("bad", "good", "mixed")
         for split in SPLITS:
-            pairs = zip(
-                rows(getattr(data, split)), np.asarray(getattr(data, split).targets).argmax(1), strict=True
-            )
+            pairs = zip(rows(getattr(data, split)), np.asarray(getattr(data, split).targets).argmax(1), strict=True)
             for text, label in pairs:
                 assert data.class_names[label] == labels[reviews.index(text.decode())]
 
@@ -286,10 +282,9 @@ def test_tables_from_a_csv(tmp_path, name):
     recipe = load_recipe(name)
     numbers = np.random.default_rng(0).normal(size=(60, 4))
     path = tmp_path / "table.csv"
-    pd.DataFrame(numbers, columns=list("abcd")).assign(c=lambda table: (table.c > 0) * 1).to_csv(
-        path, index=False
-    )
+    pd.DataFrame(numbers, columns=list("abcd")).assign(c=lambda table: (table.c > 0) * 1).to_csv(path, index=False)
     data = recipe.load_data(recipe.Config(data=str(path), target="c"))
+    assert data.columns == ("a", "b", "d")
     assert data.train.inputs.shape == (49, 3)
     assert data.class_names == (("0", "1") if name == "dense_classifier" else ())
     by_row = {np.float32(row[[0, 1, 3]]).tobytes(): row[2] > 0 for row in numbers}
@@ -305,21 +300,21 @@ REAL = pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="TFDS_DATA_D
 @pytest.mark.real_data
 @REAL
 @pytest.mark.parametrize(
-    ("name", "counts", "class_names"),
+    ("dataset", "counts", "class_names"),
     [
-        ("mnist", (54_000, 6_000, 10_000), tuple("0123456789")),
+        (MNIST, (54_000, 6_000, 10_000), tuple("0123456789")),
         (
-            "cifar10",
+            CIFAR10,
             (45_000, 5_000, 10_000),
             ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
         ),
-        ("imdb_reviews", (22_500, 2_500, 25_000), ("neg", "pos")),
+        (IMDB, (22_500, 2_500, 25_000), ("neg", "pos")),
     ],
 )
-def test_real_sets_without_touching_the_network(monkeypatch, name, counts, class_names):
-    monkeypatch.setattr(data_module, "_reachable", lambda address: pytest.fail("asked the network"))
+def test_real_sets_without_touching_the_network(monkeypatch, dataset, counts, class_names):
+    monkeypatch.setattr(data_module, "reachable", lambda address: pytest.fail("asked the network"))
     config = SharedConfig(data="tfds")
-    data = load_texts(name, config, "", "") if name == "imdb_reviews" else load_images(name, config, SHAPE)
+    data = load_texts(IMDB, config, "", "") if dataset == IMDB else load_images(dataset, config, SIZE)
     assert data.source == "tfds"
     assert tuple(len(getattr(data, split)) for split in SPLITS) == counts
     assert data.class_names == class_names
@@ -334,9 +329,6 @@ def test_recipes_train_on_the_real_set(tmp_path, name):
     recipe = load_recipe(name)
     config = smoke_config(recipe, tmp_path, data="tfds", smoke=False, epochs=3)
     data = recipe.load_data(config)
-    few = {
-        split: Split.of(getattr(data, split).inputs[:4000], getattr(data, split).targets[:4000])
-        for split in SPLITS
-    }
+    few = {split: Split.of(getattr(data, split).inputs[:4000], getattr(data, split).targets[:4000]) for split in SPLITS}
     metrics = recipe.train(config, dataclasses.replace(data, **few))
     assert metrics["accuracy"] > {"mnist_cnn": 0.8, "cifar10_cnn": 0.25, "text_classifier": 0.6}[name]

@@ -1,15 +1,15 @@
 """The decisions are a pure function of a description of the machine, so they are tested without a GPU."""
 
 from common.cli import SharedConfig, UserError
-from common.hardware import Gpu, Machine, choose, describe_machine
+from common.hardware import Machine, choose, describe_machine
 
 import pytest
 
 LAPTOP = Machine("Laptop", 4, 8 << 30)
-T4, A100 = Gpu("T4", (7, 5)), Gpu("A100", (8, 0))
+T4, A100 = ("T4", (7, 5)), ("A100", (8, 0))
 
 
-def with_gpus(*gpus: Gpu) -> Machine:
+def with_gpus(*gpus: tuple) -> Machine:
     return Machine("Server", 16, 64 << 30, gpus)
 
 
@@ -30,11 +30,8 @@ def with_gpus(*gpus: Gpu) -> Machine:
 )
 def test_choices(machine, flags, expected):
     choices = choose(machine, SharedConfig(**flags))
-    assert (choices.strategy, choices.devices, choices.precision, choices.threads) == expected
-    line = choices.line(machine)
-    assert "\n" not in line
-    for reason in choices.reasons.values():
-        assert f"({reason})" in line
+    assert tuple(choices[name][0] for name in ("strategy", "devices", "precision", "threads")) == expected
+    assert all(reason for _, reason in choices.values())
 
 
 @pytest.mark.parametrize(

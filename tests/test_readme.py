@@ -16,9 +16,7 @@ from conftest import RECIPES, ROOT
 from PIL import Image
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()
-]
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 QUICK = ("--smoke", "--no-baseline")
 # What is appended to a command so that it takes seconds; the rest of it runs as it is written.
 SHORTENED = {
@@ -26,7 +24,6 @@ SHORTENED = {
     ".venv/bin/python": lambda words: [] if words[1].startswith("scripts/") else QUICK,
     "scripts/test.sh": lambda words: ["--collect-only", "--quiet", "tests/test_cli.py"],
     ".venv/bin/tensorboard": lambda words: ["--inspect"],
-    "cp": lambda words: [],
 }
 # Publishing takes an hour and writes into the project: tests/test_scripts.py runs these on copies.
 ELSEWHERE = {"scripts/reproduce.py", "scripts/benchmark.py"}
@@ -62,6 +59,9 @@ def checkout(tmp_path_factory):
         for index in range(12):
             image = np.full((20, 30, 3), 100 * number + index, np.uint8)
             Image.fromarray(image).save(folder / "pictures" / name / f"{index}.png")
+    (folder / "new").mkdir()
+    for name in ("one.png", "two.jpg"):
+        Image.new("RGB", (40, 20), "grey").save(folder / "new" / name)
     texts = pd.DataFrame({"review": ["fine film", "poor film"] * 15, "verdict": ["good", "bad"] * 15})
     texts.to_csv(folder / "texts.csv", index=False)
     table = pd.DataFrame({"length": range(30), "width": range(30), "species": ["a", "b", "c"] * 10})

@@ -4,9 +4,8 @@ import ast
 import json
 import os
 
-from common.batches import evaluation_batches
+from common.batches import Split, evaluation_batches
 from common.data import Data
-from common.examples import Split
 from common.records import weights_sha256
 from common.runs import Run
 
@@ -100,8 +99,10 @@ def test_the_saved_model_takes_what_a_user_has(recipe, finished):
     model = keras.models.load_model(directory / "model.keras")
     assert weights_sha256(model) == result["weights_sha256"]
     test = smoke_data(recipe.__name__).test
-    outputs, targets = model(test.inputs).numpy(), test.targets.numpy()
+    outputs, targets = model(test.inputs), test.targets.numpy()
     if "accuracy" in result["metrics"]:
+        names, outputs = outputs["class"].numpy().astype(str), outputs["probabilities"].numpy()
+        assert names.tolist() == [result["class_names"][label] for label in outputs.argmax(axis=1)]
         np.testing.assert_allclose(outputs.sum(axis=1), 1, rtol=1e-5)
         accuracy = np.mean(outputs.argmax(axis=1) == targets.argmax(axis=1))
         assert accuracy == pytest.approx(result["metrics"]["accuracy"], abs=0.011)
@@ -133,16 +134,14 @@ def test_mirrored_computes_what_one_device_computes(recipe, tmp_path, monkeypatc
     would be so high that a single unit of max pooling or relu that rounding tips over shows in 1e-5.
     """
     original = Run.callbacks
-    monkeypatch.setattr(Run, "callbacks", lambda run, data: [*original(run, data), StopAfterTwoEpochs()])
+    monkeypatch.setattr(Run, "callbacks", lambda run, *data: [*original(run, *data), StopAfterTwoEpochs()])
     config = smoke_config(recipe, tmp_path / "data", validation_size=validation_size)
     data = recipe.load_data(config)
     batch_size = -(-len(data.train) // 10)
     outcomes = []
     for strategy, devices in (("none", 0), ("mirrored", 2)):
         directory = tmp_path / strategy
-        config = smoke_config(
-            recipe, directory, strategy=strategy, devices=devices, batch_size=batch_size, epochs=500
-        )
+        config = smoke_config(recipe, directory, strategy=strategy, devices=devices, batch_size=batch_size, epochs=500)
         metrics = recipe.train(config, data)
         result = json.loads((directory / "result.json").read_text())
         assert (result["steps"], result["hardware"]["strategy"]) == (20, strategy)

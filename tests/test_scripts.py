@@ -84,7 +84,9 @@ def test_an_unknown_recipe_is_named():
 
 @pytest.mark.parametrize(("recipe", "parameters"), [("cifar10_cnn", 122_570), ("mnist_cnn", 225_034)])
 def test_the_naive_network_is_the_recipes(recipe, parameters):
-    assert benchmark.naive_network(benchmark.SUBJECTS[recipe]).count_params() == parameters
+    subject = benchmark.SUBJECTS[recipe]
+    shape = (*subject.size, 1 if recipe == "mnist_cnn" else 3)
+    assert benchmark.naive_network(subject, shape).count_params() == parameters
 
 
 def test_benchmark_runs_pairs_in_fresh_processes():
@@ -120,9 +122,7 @@ def test_the_clock_stops_at_the_target():
 
 
 def test_run_sh_names_the_recipes():
-    run = subprocess.run(
-        [ROOT / "scripts" / "run.sh", "nothing"], capture_output=True, text=True, check=False
-    )
+    run = subprocess.run([ROOT / "scripts" / "run.sh", "nothing"], capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert run.stderr.startswith("error: no recipe 'nothing'; choose one of: cifar10_cnn dense_classifier ")
 

@@ -1,0 +1,111 @@
+"""Compares finished runs in a table and a picture of their curves, without a browser.
+
+    python scripts/compare.py runs/mnist_cnn/one runs/mnist_cnn/two -o curves.png
+    python scripts/compare.py
+
+Without folders, all runs below runs/. The table shows what differs between them: settings, data, metrics, time.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+from common.cli import UserError
+from common.evaluation import figure_png
+
+import rich
+from matplotlib.figure import Figure
+from rich.table import Table
+
+# Not settings: where a run writes, and what else it prints or records.
+NOT_COMPARED = {"recipe", "run_dir", "data_dir", "quiet", "histograms", "profile", "baseline"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("runs", nargs="*", type=pathlib.Path, help="run directories; left out: all below runs/")
+    parser.add_argument("-o", "--output", type=pathlib.Path, default="comparison.png", help="the picture to write")
+    arguments = parser.parse_args()
+    try:
+        folders = arguments.runs or sorted(path.parent for path in pathlib.Path("runs").rglob("result.json"))
+        if not folders:
+            raise UserError("runs: no finished runs below this folder; train a recipe, or name run directories")
+        runs = {str(folder): load(folder) for folder in folders}
+        try:
+            arguments.output.write_bytes(figure_png(curves(runs)))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{arguments.output}: can't be written ({error}); choose another file") from error
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    rich.print(table(runs))
+    print(f"curves: {arguments.output}")
+
+
+def load(folder: pathlib.Path) -> dict:
+    """The result of a run with its configuration."""
+    try:
+        result, config = (json.loads((folder / name).read_text("utf-8")) for name in ("result.json", "config.json"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: not the folder of a finished run ({error}); choose one below runs/") from error
+    return result | {"config": config}
+
+
+def rows(runs: dict[str, dict]) -> dict[str, dict[str, object]]:
+    """What is compared, by run: recipe and data, the settings that differ, all metrics, time and size."""
+    compared = {}
+    configs = [{k: v for k, v in run["config"].items() if k not in NOT_COMPARED} for run in runs.values()]
+    settings = [
+        name for name in dict.fromkeys(key for config in configs for key in config)
+        if len({repr(config.get(name)) for config in configs}) > 1
+    ]  # fmt: skip
+    for (folder, run), config in zip(runs.items(), configs, strict=True):
+        compared[folder] = {
+            "recipe": run["recipe"],
+            "data": f"{run['data']['name']} ({run['data']['source']})",
+            **{f"--{name.replace('_', '-')}": config.get(name, "") for name in settings if name != "data"},
+            **run["metrics"],
+            "parameters": run["parameters"],
+            "training seconds": run["seconds"]["train"],
+            "examples per second": run["examples_per_second"],
+        }
+    return compared
+
+
+def table(runs: dict[str, dict]) -> Table:
+    """A column for each run, since there are more things to compare than runs."""
+    compared = rows(runs)
+    shown = Table("run", *compared)
+    for name in dict.fromkeys(key for row in compared.values() for key in row):
+        shown.add_row(name.replace("_", " "), *(cell(row.get(name)) for row in compared.values()))
+    return shown
+
+
+def cell(value: object) -> str:
+    """A value for people."""
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
+def curves(runs: dict[str, dict]) -> Figure:
+    """A chart for each metric that is both trained and validated; validation solid, train dashed."""
+    logged = dict.fromkeys(name for run in runs.values() for name in run["history"][0])
+    names = [name for name in logged if f"val_{name}" in logged] or ["loss"]
+    figure = Figure(figsize=(6 * len(names), 4.5), layout="constrained")
+    for place, name in enumerate(names, start=1):
+        axes = figure.add_subplot(1, len(names), place, title=name, xlabel="epoch")
+        for number, (folder, run) in enumerate(runs.items()):
+            for key, style, label in ((name, "--", None), (f"val_{name}", "-", folder)):
+                if key in run["history"][0]:
+                    values = [epoch[key] for epoch in run["history"]]
+                    axes.plot(range(1, len(values) + 1), values, style, color=f"C{number % 10}", label=label)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    main()

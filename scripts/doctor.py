@@ -1,0 +1,176 @@
+"""Looks this machine over and names what would stand in the way of a training, each with its remedy.
+
+    python scripts/doctor.py
+
+Exit code 0 if all is well, 2 if there is trouble. Where a real data set can't be had, that is worth a note but no
+trouble: the recipes then train on their samples.
+"""
+
+import importlib.metadata
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parent.parent
+GIB = 1 << 30
+# Releases that install and import but are known to go wrong, with the reason.
+KNOWN_BAD = {
+    ("keras", "3.15.0"): "lacks a security fix of 3.15.1",
+    ("protobuf", "3."): "TensorFlow 2.21 needs protobuf 5 or newer",
+}
+
+
+class Finding(NamedTuple):
+    """What was looked at, what was found, and what to do if that is trouble; a note needs no remedy."""
+
+    subject: str
+    found: str
+    remedy: str = ""
+    trouble: bool = False
+
+
+def main() -> None:
+    findings = [
+        check_python(sys.version_info[:2]),
+        *check_packages((ROOT / "requirements.txt").read_text("utf-8").splitlines(), installed_versions()),
+    ]
+    if any(finding.trouble for finding in findings):
+        findings.append(Finding("machine", "not looked at before the packages are in order"))
+    else:
+        findings += look_at_machine()
+    for finding in findings:
+        print(f"{'TROUBLE' if finding.trouble else 'ok     '} {finding.subject}: {finding.found}")
+        if finding.remedy:
+            print(f"        remedy: {finding.remedy}")
+    sys.exit(2 if any(finding.trouble for finding in findings) else 0)
+
+
+def look_at_machine() -> Iterable[Finding]:
+    """The checks that need TensorFlow, with what they need to know of this machine."""
+    from common.cli import SharedConfig
+    from common.data import CIFAR10, IMDB, MNIST, prepared_version, reachable, tfds_folder
+    from common.hardware import describe_machine
+
+    machine = describe_machine()
+    yield check_gpu(driver_sees_gpus(), [name for name, _ in machine.gpus])
+    yield check_threads(machine.cores, os.environ)
+    yield check_memory(machine.memory_bytes)
+    folder = tfds_folder(SharedConfig())
+    for place in (pathlib.Path.cwd(), folder):
+        there = next(parent for parent in (place, *place.absolute().parents) if parent.exists())
+        yield check_disk(place, shutil.disk_usage(there).free, os.access(there, os.W_OK))
+    for dataset in (MNIST, CIFAR10, IMDB):
+        prepared = prepared_version(dataset, SharedConfig())
+        yield check_data(
+            dataset.title, folder / dataset.folder, prepared, prepared is not None or reachable(dataset.probe)
+        )
+
+
+def installed_versions() -> dict[str, str]:
+    """Every package of this interpreter by its name in small letters, with `-` for `_`."""
+    return {
+        distribution.metadata["Name"].lower().replace("_", "-"): distribution.version
+        for distribution in importlib.metadata.distributions()
+    }
+
+
+def check_python(version: tuple[int, int]) -> Finding:
+    """Whether the recipes run on this Python."""
+    found = ".".join(map(str, version))
+    if (3, 11) <= version <= (3, 13):
+        return Finding("Python", found)
+    remedy = "install Python 3.11, 3.12 or 3.13, then: rm -r .venv; PYTHON=/path/to/it scripts/run.sh linear_regression"
+    return Finding("Python", f"{found}; the recipes need 3.11 to 3.13", remedy, trouble=True)
+
+
+def check_packages(requirements: Iterable[str], installed: dict[str, str]) -> Iterable[Finding]:
+    """Whether each required package is there, in a version that is known to work."""
+    from packaging.requirements import Requirement
+
+    remedy = f"{sys.executable} -m pip install -r requirements.txt -c constraints.txt"
+    for line in requirements:
+        line = line.partition("#")[0].strip()
+        if not line or line.startswith("-"):
+            continue
+        requirement = Requirement(line)
+        version = installed.get(requirement.name.lower().replace("_", "-"))
+        if version is None:
+            yield Finding(requirement.name, "not installed", remedy, trouble=True)
+        elif version not in requirement.specifier:
+            yield Finding(requirement.name, f"{version}; tested with {requirement.specifier}", remedy, trouble=True)
+        else:
+            yield Finding(requirement.name, version)
+    for (name, version), reason in KNOWN_BAD.items():
+        if installed.get(name, "").startswith(version):
+            yield Finding(
+                name, f"{installed[name]}: {reason}", f"{sys.executable} -m pip install -U {name}", trouble=True
+            )
+
+
+def driver_sees_gpus() -> bool:
+    """Whether the NVIDIA driver lists a graphics card."""
+    try:
+        return bool(subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, check=True).stdout)
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+def check_gpu(driver: bool, seen: list[str]) -> Finding:
+    """Whether TensorFlow sees the graphics cards that the driver sees."""
+    if seen:
+        return Finding("GPU", ", ".join(seen))
+    if not driver:
+        return Finding("GPU", "none; training on the CPU")
+    remedy = f"{sys.executable} -m pip install -r requirements-gpu.txt -c constraints.txt"
+    return Finding(
+        "GPU", "the driver lists one, TensorFlow sees none: its CUDA libraries are missing", remedy, trouble=True
+    )
+
+
+def check_threads(cores: int, environment: dict[str, str]) -> Finding:
+    """Whether something keeps TensorFlow from using all cores."""
+    for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
+        if environment.get(name, str(cores)).isdigit() and int(environment.get(name, cores)) < cores:
+            found = f"{name}={environment[name]} holds it to fewer than the {cores} cores"
+            return Finding("threads", found, f"unset {name}", trouble=True)
+    return Finding("threads", f"{cores}, one per core")
+
+
+def check_memory(total: int) -> Finding:
+    """Whether the largest recipe fits: text_classifier peaks at about 3 GiB."""
+    if total >= 4 * GIB:
+        return Finding("memory", f"{total / GIB:.0f} GiB")
+    remedy = "train with --data sample, and text_classifier with --vocabulary 20000"
+    return Finding("memory", f"{total / GIB:.1f} GiB; the largest recipe needs about 3 GiB", remedy, trouble=True)
+
+
+def check_disk(folder: pathlib.Path, free: int, writable: bool) -> Finding:
+    """Whether runs or data sets can be written."""
+    if not writable:
+        return Finding(
+            "disk", f"{folder} may not be written to", f"chmod u+w {folder}, or use another folder", trouble=True
+        )
+    if free < 2 * GIB:
+        remedy = f"free some space below {folder}, or use another disk with --run-dir and --data-dir"
+        return Finding(
+            "disk", f"{free / GIB:.1f} GiB free for {folder}; CIFAR-10 needs about 1 GiB", remedy, trouble=True
+        )
+    return Finding("disk", f"{free / GIB:.0f} GiB free for {folder}")
+
+
+def check_data(title: str, folder: pathlib.Path, prepared: pathlib.Path | None, network: bool) -> Finding:
+    """Whether a data set is there or can be fetched; a note if not, since there is a sample."""
+    if prepared:
+        return Finding(title, f"prepared in {prepared}")
+    if network:
+        return Finding(title, "not here yet; downloaded by the first training")
+    remedy = f"run once with network, or copy a prepared set to {folder}"
+    return Finding(title, "neither here nor in reach; the recipe trains on its sample", remedy)
+
+
+if __name__ == "__main__":
+    main()

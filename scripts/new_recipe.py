@@ -1,0 +1,78 @@
+"""Starts a new recipe from one that is there, with its row in README.md and its bad-data test.
+
+    python scripts/new_recipe.py my_task --from mnist_cnn
+
+All other tests find a recipe by listing recipes/.
+"""
+
+import argparse
+import pathlib
+import re
+import sys
+
+from common.cli import UserError
+
+from reproduce import publish
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("name", help="of the new recipe: small letters, digits and _")
+    parser.add_argument("--from", dest="original", required=True, help="name of the recipe to copy")
+    arguments = parser.parse_args()
+    try:
+        new_recipe(ROOT, arguments.name, arguments.original)
+        publish()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"wrote recipes/{arguments.name}.py and tests/test_{arguments.name}.py, and brought README.md in step")
+    print(f"next: scripts/run.sh {arguments.name} --smoke; scripts/test.sh tests/test_{arguments.name}.py")
+
+
+def new_recipe(root: pathlib.Path, name: str, original: str) -> None:
+    """Copies the recipe under its new name and writes its test."""
+    source, target = (root / "recipes" / f"{each}.py" for each in (original, name))
+    test = root / "tests" / f"test_{name}.py"
+    if not source.exists():
+        names = ", ".join(sorted(path.stem for path in source.parent.glob("*.py")))
+        raise UserError(f"--from {original}: no such recipe; choose one of {names}")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise UserError(f"{name}: no name for a recipe; use small letters, digits and _, a letter first")
+    for path in (target, test):
+        if path.exists():
+            raise UserError(f"{path.relative_to(root)}: exists already; choose another name")
+    text = re.sub(rf"\b{original}\b", name, source.read_text(encoding="utf-8"))
+    # What was measured was the original.
+    target.write_text(
+        re.sub(r"^Result    .*$", "Result    not yet measured", text, count=1, flags=re.MULTILINE), "utf-8"
+    )
+    test.write_text(TEST.format(name=name), encoding="utf-8")
+
+
+TEST = '''\
+"""What recipes/{name}.py promises beyond what tests/test_recipes.py asks of every recipe."""
+
+import json
+
+import numpy as np
+from conftest import load_recipe, smoke_config, smoke_data
+
+
+def test_{name}_learns(tmp_path):
+    """On its sample, the loss falls from epoch to epoch; put the promise of your recipe in its place."""
+    recipe = load_recipe("{name}")
+    metrics = recipe.train(smoke_config(recipe, tmp_path, epochs=3), smoke_data("{name}"))
+    assert all(np.isfinite(value) for value in metrics.values())
+    result = (tmp_path / "result.json").read_text()
+    losses = [epoch["loss"] for epoch in json.loads(result)["history"]]
+    assert losses[-1] < losses[0]
+'''
+
+
+if __name__ == "__main__":
+    main()

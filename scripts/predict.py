@@ -1,0 +1,133 @@
+"""Says what a trained model makes of new pictures, texts or rows.
+
+    python scripts/predict.py runs/my_run cat.png dog.jpg
+    python scripts/predict.py runs/my_run reviews.txt
+    echo "a film to remember" | python scripts/predict.py runs/my_run - --json
+
+What the files hold follows from the model: pictures, of any size and each a file; texts, one to a line; or a CSV
+with the columns that the model was trained on, in any order. `-` reads standard input: a picture, lines or a CSV.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import tempfile
+
+from common.cli import UserError
+from common.user_files import numbers, read_csv, read_image, read_lines
+
+import keras
+import numpy as np
+import rich
+import tensorflow as tf
+from rich.markup import escape
+from rich.table import Table
+
+BATCH = 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("run_dir", type=pathlib.Path, help="folder of a finished run")
+    parser.add_argument("files", nargs="+", help="what to predict; - for standard input")
+    parser.add_argument("--json", action="store_true", help="one JSON object to a line")
+    arguments = parser.parse_args()
+    try:
+        answers = predict(arguments.run_dir, arguments.files)
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    try:
+        if arguments.json:
+            print("\n".join(map(json.dumps, answers)))
+        else:
+            rich.print(as_table(answers))
+    except BrokenPipeError:  # The reader, such as `head`, has seen enough.
+        sys.stderr.close()
+
+
+def predict(run_dir: pathlib.Path, files: list[str]) -> list[dict]:
+    """One answer for each picture, line or row.
+
+    Returns:
+        Of a classifier, `input`, `class`, `probability` and the `probabilities` of all classes by name; of a
+        regression, `input` and `value`.
+    """
+    result, model = load_run(run_dir)
+    with tempfile.TemporaryDirectory() as folder:
+        sources = [
+            (file, standard_input(pathlib.Path(folder)) if file == "-" else pathlib.Path(file)) for file in files
+        ]
+        for title, path in sources:
+            if not path.is_file():
+                raise UserError(f"{title}: no such file; give files to predict, or - for standard input")
+        titles, inputs = read_inputs(model, result, sources)
+    batches = tf.data.Dataset.from_tensor_slices(inputs).batch(BATCH)
+    outputs = model.predict(batches, verbose=0)
+    if not result["class_names"]:
+        return [{"input": title, "value": float(value)} for title, value in zip(titles, outputs[:, 0], strict=True)]
+    return [
+        {
+            "input": title,
+            "class": class_name.decode(),
+            "probability": float(probabilities.max()),
+            "probabilities": dict(zip(result["class_names"], map(float, probabilities), strict=True)),
+        }
+        for title, class_name, probabilities in zip(titles, outputs["class"], outputs["probabilities"], strict=True)
+    ]
+
+
+def load_run(run_dir: pathlib.Path) -> tuple[dict, keras.Model]:
+    """The result and the model of a finished run."""
+    try:
+        result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+        return result, keras.models.load_model(run_dir / "model.keras", compile=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run_dir}: not the folder of a finished run ({error}); choose one below runs/") from error
+
+
+def standard_input(folder: pathlib.Path) -> pathlib.Path:
+    """What comes in through standard input, as a file."""
+    path = folder / "standard input"
+    path.write_bytes(sys.stdin.buffer.read())
+    return path
+
+
+def read_inputs(
+    model: keras.Model, result: dict, sources: list[tuple[str, pathlib.Path]]
+) -> tuple[list[str], np.ndarray]:
+    """What the model takes, read from the files, and a title for each example."""
+    kind, shape = model.inputs[0].dtype, model.input_shape[1:]
+    if kind == "uint8":
+        return [title for title, _ in sources], np.stack([read_image(path, shape) for _, path in sources])
+    if kind == "string":
+        texts = [text for _, path in sources for text in read_lines(path)]
+        return [text.decode() for text in texts], np.array(texts, object)
+    titles, rows = [], []
+    for title, path in sources:
+        table = read_csv(path, [])
+        columns = result["columns"] or list(table.columns)  # Generated columns have no names.
+        missing = [column for column in columns if column not in table]
+        if missing or len(columns) != shape[0]:
+            wanted = ", ".join(result["columns"]) or f"{shape[0]} columns"
+            raise UserError(f"{title}: the model takes {wanted}; the file has {', '.join(table.columns)}")
+        rows.append(numbers(path, table[columns]))
+        titles += [f"{title}, row {number}" for number in range(2, len(table) + 2)]
+    return titles, np.concatenate(rows)
+
+
+def as_table(answers: list[dict]) -> Table:
+    """The answers for people, without the probabilities of the other classes."""
+    columns = [name for name in answers[0] if name != "probabilities"]
+    table = Table(*columns)
+    for answer in answers:
+        cells = (answer[name] for name in columns)
+        table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else escape(cell) for cell in cells))
+    return table
+
+
+if __name__ == "__main__":
+    main()

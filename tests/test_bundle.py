@@ -1,0 +1,125 @@
+"""A bundled recipe stands alone: no file of this project is in its reach."""
+
+import ast
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import nbclient
+import nbformat
+import pytest
+from conftest import NO_NETWORK, run_program
+
+SMOKE = ("--smoke", "--data", "sample", "--deterministic", "--no-baseline", "--quiet", "--threads", "2")
+# Called by Keras, argparse or TensorFlow, or read by name: vulture can't see that.
+CALLED_FROM_OUTSIDE = {
+    *("on_train_begin", "on_epoch_begin", "on_train_batch_end", "on_epoch_end", "on_train_end", "epoch", "error"),
+    *("apply_default_optimizations", "memory_bytes"),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A folder with a Python that has the packages of this environment, but not this project."""
+    folder = tmp_path_factory.mktemp("alone")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
+    (packages,) = [path for path in map(pathlib.Path, sys.path) if path.name == "site-packages"]
+    (site,) = (folder / "venv").glob("lib/python*/site-packages")
+    for path in packages.iterdir():
+        # The editable installation of this project is a .pth file or a finder; all else is a real package.
+        if "editable" not in path.name and path.suffix != ".pth" and not path.name.startswith("keras_recipes"):
+            (site / path.name).symlink_to(path)
+    python = folder / "venv" / "bin" / "python"
+    found = subprocess.run([python, "-c", "import common"], capture_output=True, cwd=folder, check=False)
+    assert found.returncode, "this project must be out of reach"
+    return python
+
+
+def bundle(recipe, target, *flags):
+    run = run_program("scripts/bundle.py", f"recipes/{recipe.__name__}.py", "-o", str(target), *flags)
+    assert (run.returncode, run.stderr) == (0, "")
+    return target
+
+
+def test_a_bundle_alone_gives_the_weights_of_the_recipe(recipe, alone, tmp_path):
+    path = bundle(recipe, tmp_path / "my_train.py")
+    environment = {**os.environ, **NO_NETWORK}
+    command = [alone, "-I", str(path), *SMOKE, "--run-dir", "run"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, ""), run.stderr
+    flags = ("--run-dir", str(tmp_path / "original"))
+    assert run_program(f"recipes/{recipe.__name__}.py", *SMOKE, *flags).returncode == 0
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("run", "original")]
+    assert results[0]["weights_sha256"] == results[1]["weights_sha256"]
+    assert (results[0]["recipe"], results[1]["recipe"]) == ("my_train", recipe.__name__)
+
+
+def test_a_bundle_is_clean_and_complete(recipe, tmp_path):
+    path = bundle(recipe, tmp_path / "my_train.py")
+    for command in (
+        ["check", "--isolated", "--line-length", "130"],
+        ["format", "--check", "--config", "pyproject.toml"],
+    ):
+        run = run_program("-m", "ruff", *command, str(path))
+        assert run.returncode == 0, run.stdout + run.stderr
+    unused = run_program("-m", "vulture", str(path)).stdout.splitlines()
+    seen = CALLED_FROM_OUTSIDE | {field.name for field in dataclasses.fields(recipe.Config)}
+    assert not [line for line in unused if line.split("'")[1] not in seen], unused
+    text = path.read_text()
+    assert text.startswith(f"# Origin: recipes/{recipe.__name__}.py of ")
+    assert "# pip install " in text.split('"""')[0]
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree) == recipe.__doc__.strip()
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not [module for module in modules if module.startswith("common")]
+    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    own = [node.name for node in ast.parse(pathlib.Path(recipe.__file__).read_text()).body if hasattr(node, "name")]
+    assert names[: len(own)] == own, "the recipe's own part comes first, in its order"
+
+
+def test_a_bundle_has_the_flags_of_the_recipe(recipe, tmp_path):
+    path = bundle(recipe, tmp_path / f"{recipe.__name__}.py")
+    texts = [run_program(str(each), "--help").stdout for each in (path, pathlib.Path(recipe.__file__))]
+    flags = [sorted(line.strip() for line in text.partition("options:")[2].splitlines()) for text in texts]
+    assert flags[0] == flags[1]
+    run = run_program(str(path), "--batch-size", "0")
+    # Quiet but for TensorFlow's own lines at import, which a single file does without holding back.
+    line = "error: --batch-size: 0 must be at least 1 and less than inf; --help lists the flags"
+    assert (run.returncode, run.stderr.splitlines()[-1]) == (2, line)
+
+
+@pytest.mark.parametrize("name", ["linear_regression", "mnist_cnn"])
+def test_a_notebook_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
+    path = bundle(load_recipe(name), tmp_path / "my_train.ipynb", "--notebook")
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    last = notebook.cells[-1]
+    assert last.source == "metrics = train(Config())\nmetrics"
+    last.source = last.source.replace("Config()", 'Config(data="sample", smoke=True, epochs=1)')
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    (shown,) = [output for output in last.outputs if output.output_type == "execute_result"]
+    assert "'mse'" in shown.data["text/plain"] or "'accuracy'" in shown.data["text/plain"]
+    assert list(tmp_path.glob("runs/notebook/*/result.json"))
+    headings = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    assert headings[0].startswith("# " + load_recipe(name).__doc__.splitlines()[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("recipes/nowhere.py", "-o", "{}/x.py"), "recipes/nowhere.py: can't be read as Python"),
+        (("README.md", "-o", "{}/x.py"), "README.md: can't be read as Python"),
+        (("recipes/mnist_cnn.py", "-o", "README.md"), "README.md: exists already"),
+        (("recipes/mnist_cnn.py", "-o", "{}/no/x.py"), "can't be written"),
+        (("scripts/predict.py", "-o", "{}/x.py"), "scripts/predict.py: no recipe"),
+    ],
+)
+def test_what_cannot_be_bundled_is_named(words, named, tmp_path):
+    run = run_program("scripts/bundle.py", *(word.format(tmp_path) for word in words))
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
+    assert named in run.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,90 @@
+"""Each check of the doctor, with its input faked."""
+
+import pathlib
+
+import pytest
+from conftest import run_program
+from test_readme import load_script
+
+doctor = load_script("doctor")
+GIB = 1 << 30
+HERE = pathlib.Path("here")
+
+
+@pytest.mark.parametrize(("version", "trouble"), [((3, 10), True), ((3, 11), False), ((3, 13), False), ((3, 14), True)])
+def test_python(version, trouble):
+    assert doctor.check_python(version).trouble is trouble
+
+
+@pytest.mark.parametrize(
+    ("installed", "found", "trouble"),
+    [
+        ({"keras": "3.15.1"}, "3.15.1", False),
+        ({}, "not installed", True),
+        ({"keras": "2.15.0"}, "2.15.0; tested with <3.16,>=3.15.1", True),
+    ],
+)
+def test_packages(installed, found, trouble):
+    (finding,) = doctor.check_packages(["keras>=3.15.1,<3.16  # why", "-e .", ""], installed)
+    assert (finding.subject, finding.found, finding.trouble) == ("keras", found, trouble)
+    assert ("pip install" in finding.remedy) is trouble
+
+
+def test_a_known_bad_release():
+    (finding,) = doctor.check_packages([], {"keras": "3.15.0"})
+    assert finding.trouble
+    assert "security" in finding.found
+    assert finding.remedy.endswith("pip install -U keras")
+
+
+@pytest.mark.parametrize(
+    ("driver", "seen", "found", "trouble"),
+    [(False, [], "none", False), (True, ["A100"], "A100", False), (True, [], "TensorFlow sees none", True)],
+)
+def test_gpu(driver, seen, found, trouble):
+    finding = doctor.check_gpu(driver, seen)
+    assert found in finding.found
+    assert ("requirements-gpu.txt" in finding.remedy, finding.trouble) == (trouble, trouble)
+
+
+@pytest.mark.parametrize(
+    ("environment", "trouble"), [({}, False), ({"OMP_NUM_THREADS": "1"}, True), ({"OMP_NUM_THREADS": "4"}, False)]
+)
+def test_threads(environment, trouble):
+    finding = doctor.check_threads(4, environment)
+    assert (finding.trouble, finding.remedy) == (trouble, "unset OMP_NUM_THREADS" if trouble else "")
+
+
+def test_memory_and_disk():
+    assert not doctor.check_memory(8 * GIB).trouble
+    assert doctor.check_memory(2 * GIB).trouble
+    assert not doctor.check_disk(HERE, 50 * GIB, True).trouble
+    assert "0.5 GiB free" in doctor.check_disk(HERE, GIB // 2, True).found
+    assert "may not be written" in doctor.check_disk(HERE, 50 * GIB, False).found
+
+
+@pytest.mark.parametrize(
+    ("prepared", "network", "found"),
+    [(HERE, False, "prepared in here"), (None, True, "downloaded by"), (None, False, "trains on its sample")],
+)
+def test_missing_data_is_a_note(prepared, network, found):
+    finding = doctor.check_data("MNIST", HERE, prepared, network)
+    assert found in finding.found
+    assert not finding.trouble
+    assert bool(finding.remedy) == ("sample" in found)
+
+
+def test_the_program_ends_as_it_found(tmp_path):
+    run = run_program("scripts/doctor.py", HTTPS_PROXY="http://127.0.0.1:9", TFDS_DATA_DIR=str(tmp_path))
+    assert run.returncode == (2 if "TROUBLE" in run.stdout else 0)
+    subjects = [line[8:].split(":")[0] for line in run.stdout.splitlines() if not line.startswith("  ")]
+    assert {"Python", "tensorflow", "GPU", "threads", "memory", "disk", "MNIST"} <= set(subjects)
+    assert run.stdout.count("trains on its sample") == 3
+
+
+def test_trouble_ends_with_2(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "installed_versions", dict)
+    with pytest.raises(SystemExit) as left:
+        doctor.main()
+    assert left.value.code == 2
+    assert "TROUBLE tensorflow: not installed" in capsys.readouterr().out

@@ -1,0 +1,55 @@
+"""A new recipe starts as a full member of the collection."""
+
+import os
+import shutil
+
+import pytest
+from conftest import ROOT, run_program
+from test_readme import load_script
+
+new_recipe = load_script("new_recipe")
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of the project's own files, with `common` of the copy first on the path."""
+    for name in ("common", "recipes", "scripts", "tests", "results"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def test_a_new_recipe_is_a_member(project):
+    environment = {"PYTHONPATH": str(project)}
+    words = ("scripts/new_recipe.py", "my_task", "--from", "linear_regression")
+    run = run_program(*words, cwd=project, **environment)
+    assert (run.returncode, run.stderr) == (0, "")
+    recipe = (project / "recipes" / "my_task.py").read_text()
+    assert "Run       python recipes/my_task.py" in recipe
+    assert "Result    not yet measured" in recipe
+    assert "linear_regression" not in recipe
+    assert "[`my_task`](recipes/my_task.py)" in (project / "README.md").read_text()
+    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_my_task.py")
+    checked = run_program(*tests, cwd=project, **environment)
+    assert checked.returncode == 0, checked.stdout
+    tidy = run_program("-m", "ruff", "check", "recipes/my_task.py", "tests/test_my_task.py", cwd=project)
+    assert tidy.returncode == 0, tidy.stdout
+    again = run_program(*words, cwd=project, **environment)
+    assert (again.returncode, again.stderr) == (
+        2,
+        f"error: recipes{os.sep}my_task.py: exists already; choose another name\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "original", "named"),
+    [
+        ("my_task", "nowhere", "--from nowhere: no such recipe; choose one of cifar10_cnn, "),
+        ("My Task", "mnist_cnn", "My Task: no name for a recipe"),
+        ("mnist_cnn", "mnist_cnn", "exists already"),
+    ],
+)
+def test_what_cannot_be_made_is_named(project, name, original, named):
+    with pytest.raises(new_recipe.UserError, match=named):
+        new_recipe.new_recipe(project, name, original)
