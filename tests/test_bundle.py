@@ -11,7 +11,7 @@ import sys
 import nbclient
 import nbformat
 import pytest
-from conftest import NO_NETWORK, run_program
+from conftest import NO_NETWORK, load_recipe, run_program
 
 SMOKE = ("--smoke", "--data", "sample", "--deterministic", "--no-baseline", "--quiet", "--threads", "2")
 # Called by Keras, argparse or TensorFlow, or read by name: vulture can't see that.
@@ -33,7 +33,7 @@ def alone(tmp_path_factory):
         if "editable" not in path.name and path.suffix != ".pth" and not path.name.startswith("keras_recipes"):
             (site / path.name).symlink_to(path)
     python = folder / "venv" / "bin" / "python"
-    found = subprocess.run([python, "-c", "import common"], capture_output=True, cwd=folder, check=False)
+    found = subprocess.run([python, "-I", "-c", "import common"], capture_output=True, cwd=folder, check=False)
     assert found.returncode, "this project must be out of reach"
     return python
 
