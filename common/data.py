@@ -22,6 +22,10 @@ import tensorflow as tf
 NETWORK_TIMEOUT_SECONDS = 4
 
 
+class DataUnavailableError(UserError):
+    """The real set is not on this machine and can't be fetched."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Disjoint train, validation and test splits, and where they come from.
@@ -129,13 +133,13 @@ def _load(dataset: Dataset, config: SharedConfig, read_files: Callable[[pathlib.
     if config.data not in ("auto", "tfds", "sample"):
         return _cut(config.data, "files", read_files(_existing(config.data)), config, started)
     if config.data != "sample":
-        unavailable = None if prepared_version(dataset, config) else _download(dataset, config)
-        if not unavailable:
+        try:
             return _cut(dataset.title, "tfds", _read_tfds(dataset, config), config, started)
-        if config.data == "tfds":
-            raise UserError(unavailable)
-        line = f"[bold]Not {dataset.title}: training on the sample, {dataset.sample_title}.[/bold] {unavailable}"
-        rich.console.Console(soft_wrap=True, highlight=False).print(line)
+        except DataUnavailableError as error:
+            if config.data == "tfds":
+                raise
+            line = f"[bold]Not {dataset.title}: training on the sample, {dataset.sample_title}.[/bold] {error}"
+            rich.console.Console(soft_wrap=True, highlight=False).print(line)
     return _cut(dataset.sample_title, "sample", dataset.sample(), config, started)
 
 
@@ -161,6 +165,8 @@ def _read_tfds(dataset: Dataset, config: SharedConfig) -> Arrays:
     # Imported where it is used: with a sample or with own files, nobody waits for it.
     import tensorflow_datasets as tfds
 
+    if not prepared_version(dataset, config):
+        _download(dataset, tfds_folder(config))
     prepared = prepared_version(dataset, config)
     try:
         builder = tfds.builder_from_directory(prepared)
@@ -174,24 +180,20 @@ def _read_tfds(dataset: Dataset, config: SharedConfig) -> Arrays:
         raise UserError(f"{prepared}: can't be read ({error}); delete that folder to have it prepared anew") from error
 
 
-def _download(dataset: Dataset, config: SharedConfig) -> str | None:
-    """Downloads and prepares with TFDS, if there is a network: TFDS alone would try for minutes.
-
-    Returns:
-        None, or in one line why there is no data and how to get it.
-    """
+def _download(dataset: Dataset, folder: pathlib.Path) -> None:
+    """Downloads and prepares with TFDS, if there is a network: TFDS alone would try for minutes."""
     import tensorflow_datasets as tfds
 
-    folder = tfds_folder(config)
     try:
         if not reachable(dataset.probe):
             raise ConnectionError(f"{dataset.probe.split('/')[2]} is out of reach")
         tfds.builder(dataset.folder, data_dir=folder).download_and_prepare()
-        return None
     except Exception as error:  # TFDS lets through whatever its downloader, its parsers and the disk raise.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    remedy = f"Real data: run once with network, or copy a prepared {dataset.folder} folder there"
-    return f"No {dataset.title} in {folder}: {reason}. {remedy}"
+        raise DataUnavailableError(
+            f"No {dataset.title} in {folder}: {reason}. Real data: run once with network, or copy a prepared "
+            f"{dataset.folder} folder there"
+        ) from error
 
 
 def reachable(address: str) -> bool:

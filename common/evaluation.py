@@ -73,7 +73,10 @@ def evaluate_classifier(
     )
     sklearn.metrics.ConfusionMatrixDisplay(confusion, display_labels=class_names).plot(
         ax=report.figures["confusion_matrix"].add_subplot(),
-        **{"cmap": "Blues", "colorbar": False, "xticks_rotation": 45, "include_values": len(class_names) <= 20},
+        cmap="Blues",
+        colorbar=False,
+        xticks_rotation=45,
+        include_values=len(class_names) <= 20,
     )
     shown = (split.inputs if shown_inputs is None else shown_inputs).numpy()[mistakes]
     titles = [f"{is_class}, not {taken_for}" for is_class, taken_for in named]

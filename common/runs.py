@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import inspect
 import json
 import math
 import os
@@ -24,8 +23,6 @@ import numpy as np
 import rich
 import tensorflow as tf
 from rich.table import Table
-from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard.plugins.custom_scalar import summary as custom_scalar
 from tensorboard.plugins.hparams import api as hparams
 
 # What TensorBoard's HParams tab shows of every run; the same in all runs, or it would show some runs only.
@@ -33,8 +30,6 @@ _COLUMNS = hparams.hparams_config_pb(
     hparams=[hparams.HParam(name) for name in ("recipe", "data", "seed", "epochs", "learning_rate")],
     metrics=[hparams.Metric(f"test/{name}") for name in ("accuracy", "f1", "loss", "mse", "mae", "r2")],
 )
-# The Custom Scalars tab: train and validation of a metric in one chart, for all recipes and runs.
-_CHARTS = ("loss", "accuracy", "mae", "learning_rate", "examples_per_second")
 
 
 def start_run(config: SharedConfig) -> "Run":
@@ -50,27 +45,18 @@ def start_run(config: SharedConfig) -> "Run":
         UserError: a hardware flag that does not fit the machine, or a directory that can't be used.
     """
     started = time.perf_counter()
-    try:
-        recipe = pathlib.Path(inspect.getfile(type(config))).stem
-    except (OSError, TypeError):  # A class typed into a notebook has no file.
-        recipe = "notebook"
+    # A class typed into a notebook stands in no file.
+    recipe = pathlib.Path(getattr(sys.modules[type(config).__module__], "__file__", "notebook")).stem
     machine = describe_machine()
     choices = choose(machine, config)
     moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     directory = pathlib.Path(config.run_dir or pathlib.Path("runs", recipe, moment))
-    problem = None
     try:
-        there = next(place for place in (directory, *directory.absolute().parents) if place.exists())
-        if not there.is_dir():
-            problem = f"{there} is a file"
-        elif not os.access(there, os.W_OK | os.X_OK):
-            problem = f"{there} may not be written to"
-        elif there == directory and any(directory.iterdir()):
-            problem = "holds a run already" if (directory / "config.json").exists() else "is not empty"
-    except OSError as error:
-        problem = error.strerror
-    if problem:
-        raise UserError(f"--run-dir {directory}: {problem}; choose an empty or a new folder")
+        free = not os.path.exists(directory) or not os.listdir(directory)
+    except OSError:  # A file, or a folder that can't be read.
+        free = False
+    if not free:
+        raise UserError(f"--run-dir {directory}: is not an empty folder; choose an empty or a new one")
     # The same layer names in the second run of a process as in the first; before `apply`, as it also
     # forgets the precision.
     keras.utils.clear_session()
@@ -114,7 +100,7 @@ class Run:
             (self.directory / "plots").mkdir(parents=True, exist_ok=True)
             write_json(self.directory / "config.json", {"recipe": self.recipe, **config})
         except OSError as error:
-            raise UserError(f"--run-dir {self.directory}: {error.strerror}; choose another folder") from error
+            raise UserError(f"--run-dir {self.directory}: {error.strerror}; choose an empty or a new one") from error
         about = {"name": data.name, "source": data.source, **data.counts()}
         if not self.config.quiet:
             counts = ", ".join(f"{count:,} {split}" for split, count in data.counts().items())
@@ -127,12 +113,6 @@ class Run:
             chosen = {name: value for name, value in config.items() if name not in ("data_dir", "run_dir", "quiet")}
             name = f"{self.recipe}/{self.directory.name}"
             hparams.hparams({**chosen, "recipe": self.recipe, "data": data.name}, trial_id=name)
-            charts = [
-                layout_pb2.Chart(title=name, multiline=layout_pb2.MultilineChartContent(tag=[f"^epoch_{name}$"]))
-                for name in _CHARTS
-            ]
-            layout = layout_pb2.Layout(category=[layout_pb2.Category(title="train and validation", chart=charts)])
-            tf.summary.experimental.write_raw_pb(custom_scalar.pb(layout).SerializeToString(), step=0)
             _show_examples(data, augment)
         self.writer.flush()
         self.watch = _Watch(len(data.train))
@@ -175,8 +155,14 @@ class Run:
             "seed": self.config.seed,
             "epochs": len(watch.history),
             "steps": watch.steps,
-            "seconds": {"data": data.seconds, **watch.seconds(), "total": time.perf_counter() - self.started},
-            "examples_per_second": watch.examples_per_second(),
+            "seconds": {
+                "data": data.seconds,
+                "compile": watch.traced - watch.begin,
+                "train": watch.end - watch.traced,
+                "evaluate": time.perf_counter() - watch.end,
+                "total": time.perf_counter() - self.started,
+            },
+            "examples_per_second": watch.examples / watch.seconds if watch.examples else None,
             "weights_sha256": weights_sha256(model),
             "hardware": self.hardware,
             **provenance(),
@@ -190,7 +176,7 @@ class Run:
             table = Table("figure", "value", title=f"{self.recipe}: test split of {data.name} ({data.source})")
             for name, value in metrics.items():
                 table.add_row(name.replace("_", " "), f"{value:.4f}")
-            for name, value in (("parameters", result["parameters"]), ("training seconds", watch.seconds()["train"])):
+            for name, value in (("parameters", result["parameters"]), ("training seconds", result["seconds"]["train"])):
                 table.add_row(name, f"{value:,.0f}")
             table.add_row("examples per second", f"{result['examples_per_second'] or math.nan:,.0f}")
             rich.print(table)
@@ -211,30 +197,28 @@ def with_class_names(model: keras.Model, class_names: tuple[str, ...]) -> keras.
 class _Watch(keras.callbacks.Callback):
     """Measures the time of training, keeps the history, and stops at a loss that is not finite.
 
-    The first execution traces the graph, so it counts as `compile` and not into the throughput.
-    Validation counts into the seconds of `train`, but not into the throughput. `history` holds the logs
-    of each epoch, and the seconds from the start of training to its end.
+    The first execution traces the graph, so it counts as compiling and not into the throughput, which is
+    `examples` in `seconds`. Validation counts as training, but not into the throughput either. `history`
+    holds the logs of each epoch, and the seconds from the start of training to its end.
     """
 
     def __init__(self, examples_per_epoch: int):
         super().__init__()
-        self.examples_per_epoch, self.steps = examples_per_epoch, 0
+        self.examples_per_epoch, self.steps, self.examples, self.seconds = examples_per_epoch, 0, 0.0, 0.0
         self.history: list[dict[str, float]] = []
-        self._begin = self._traced = self._end = math.nan
-        self._examples = self._seconds = 0.0
+        self.traced = None
 
     def on_train_begin(self, logs=None):
-        self._begin = time.perf_counter()
+        self.begin = time.perf_counter()
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._from, self._first = time.perf_counter(), 0
+        self._from, self._untimed = time.perf_counter(), 0
 
     def on_train_batch_end(self, batch, logs=None):
         # With several steps per execution, `batch` is the last one of them.
-        self._until, self._epoch_steps = time.perf_counter(), batch + 1
-        if math.isnan(self._traced):
-            self._traced = self._from = self._until
-            self._first = batch + 1
+        self.end, self._batches = time.perf_counter(), batch + 1
+        if self.traced is None:
+            self.traced, self._from, self._untimed = self.end, self.end, batch + 1
         if not math.isfinite(logs["loss"]):
             raise TrainingFailedError(
                 f"the loss is {logs['loss']} at step {self.steps + batch + 1}; "
@@ -242,29 +226,16 @@ class _Watch(keras.callbacks.Callback):
             )
 
     def on_epoch_end(self, epoch, logs=None):
-        self.steps += self._epoch_steps
-        examples = self.examples_per_epoch * (1 - self._first / self._epoch_steps)
-        self._examples += examples
-        self._seconds += self._until - self._from
+        examples, seconds = self.examples_per_epoch * (1 - self._untimed / self._batches), self.end - self._from
+        self.steps, self.examples, self.seconds = (
+            self.steps + self._batches,
+            self.examples + examples,
+            self.seconds + seconds,
+        )
         if examples:
-            logs["examples_per_second"] = examples / (self._until - self._from)
-        logged = {name: float(value) for name, value in logs.items()}
-        self.history.append({**logged, "seconds": time.perf_counter() - self._begin})
-
-    def on_train_end(self, logs=None):
-        self._end = time.perf_counter()
-
-    def seconds(self) -> dict[str, float]:
-        """The seconds of compiling (up to the end of the first execution), training, and all since."""
-        return {
-            "compile": self._traced - self._begin,
-            "train": self._end - self._traced,
-            "evaluate": time.perf_counter() - self._end,
-        }
-
-    def examples_per_second(self) -> float | None:
-        """Training throughput without the first execution; None if that was all."""
-        return self._examples / self._seconds if self._examples else None
+            logs["examples_per_second"] = examples / seconds
+        self.end = time.perf_counter()
+        self.history.append({name: float(value) for name, value in logs.items()} | {"seconds": self.end - self.begin})
 
 
 def _show_examples(data: Data, augment: Augment | None) -> None:

@@ -7,7 +7,6 @@ be stored; they are harder than they look, see `tests/test_samples.py`.
 from common.batches import Arrays
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 
 def handwritten_digits() -> Arrays:
@@ -23,32 +22,20 @@ def handwritten_digits() -> Arrays:
     return _train_and_test(images[order], labels[order].astype(str), test_count=1000)
 
 
-# Each draws its shape in white between -1 and 1, which a canvas of 64 x 64 pixels spans with some margin.
+# How far each shape reaches from its centre, by the angle; a ring and a frame are hollow.
 SHAPES = {
-    "bar": lambda draw, xy: draw.rectangle(xy(-1, -0.3, 1, 0.3), fill=255),
-    "crescent": lambda draw, xy: (
-        draw.ellipse(xy(-1, -1, 1, 1), fill=255),
-        draw.ellipse(xy(-0.3, -0.75, 1.2, 0.75), 0),
-    ),
-    "cross": lambda draw, xy: (
-        draw.rectangle(xy(-1, -0.28, 1, 0.28), 255),
-        draw.rectangle(xy(-0.28, -1, 0.28, 1), 255),
-    ),
-    "disc": lambda draw, xy: draw.ellipse(xy(-0.9, -0.9, 0.9, 0.9), fill=255),
-    "frame": lambda draw, xy: draw.rectangle(xy(-0.85, -0.85, 0.85, 0.85), outline=255, width=9),
-    "half disc": lambda draw, xy: draw.pieslice(xy(-1, -1, 1, 1), 0, 180, fill=255),
-    "ring": lambda draw, xy: draw.ellipse(xy(-0.95, -0.95, 0.95, 0.95), outline=255, width=10),
-    "square": lambda draw, xy: draw.rectangle(xy(-0.8, -0.8, 0.8, 0.8), fill=255),
-    "star": lambda draw, xy: draw.polygon(xy(*_corners(5, 0.42)), fill=255),
-    "triangle": lambda draw, xy: draw.polygon(xy(*_corners(3, 0.5)), fill=255),
+    "bar": lambda angle: np.minimum(1 / abs(np.cos(angle)), 0.35 / abs(np.sin(angle))),
+    "cross": lambda angle: np.clip(0.28 / np.minimum(abs(np.sin(angle)), abs(np.cos(angle))), 0, 1),
+    "disc": lambda angle: 0.9 + 0 * angle,
+    "flower": lambda angle: 0.7 + 0.3 * np.cos(4 * angle),
+    "frame": lambda angle: 0.8 / np.maximum(abs(np.sin(angle)), abs(np.cos(angle))),
+    "half disc": lambda angle: np.where(np.sin(angle) > 0, 1.0, 0.0),
+    "ring": lambda angle: 0.9 + 0 * angle,
+    "square": lambda angle: 0.8 / np.maximum(abs(np.sin(angle)), abs(np.cos(angle))),
+    "star": lambda angle: 0.3 / np.cos(np.pi / 5 + abs(angle % (2 * np.pi / 5) - np.pi / 5)),
+    "triangle": lambda angle: 0.5 / np.cos(angle % (2 * np.pi / 3) - np.pi / 3),
 }
-
-
-def _corners(points: int, valley: float) -> list[float]:
-    """Corners x, y, x, y ... of a star whose points reach to 1 and whose valleys to `valley`."""
-    angles = np.arange(2 * points) * np.pi / points
-    radius = np.where(np.arange(2 * points) % 2, valley, 1)
-    return np.stack([radius * np.sin(angles), -radius * np.cos(angles)], axis=1).ravel().tolist()
+HOLLOW = {"ring", "frame"}
 
 
 def drawn_shapes(count: int = 6000) -> Arrays:
@@ -63,57 +50,34 @@ def drawn_shapes(count: int = 6000) -> Arrays:
 
 
 def _draw(label: str, random: np.random.Generator) -> np.ndarray:
-    # A background that runs from one colour to another, crossed by two lines and strewn with dots.
-    background = random.integers(20, 235, (2, 2, 3), np.uint8)
-    picture = Image.fromarray(background).resize((64, 64), Image.Resampling.BILINEAR)
-    draw = ImageDraw.Draw(picture)
-    places, colours = random.integers(0, 64, (8, 4)).tolist(), random.integers(0, 255, (8, 3)).tolist()
-    for number, (place, colour) in enumerate(zip(places, colours, strict=True)):
-        if number < 2:
-            draw.line(place, tuple(colour), width=3)
-        else:
-            draw.circle(place[:2], 1 + place[2] / 20, tuple(colour))
-
-    # The shape, turned, scaled and moved, in a colour that stands out from the middle of the background.
-    mask = Image.new("L", (64, 64))
-    SHAPES[label](ImageDraw.Draw(mask), lambda *xy: [31.5 + 22 * number for number in xy])
-    side = int(random.integers(38, 64))
-    mask = mask.rotate(random.uniform(0, 360), Image.Resampling.BILINEAR).resize((side, side))
-    middle = background.mean(axis=(0, 1))
-    colour = middle + np.where(middle > 128, -1, 1) * random.uniform((90, 0, 0), (120, 100, 100))[random.permutation(3)]
-    place = random.integers(-4, 64 - side + 5, 2).tolist()
-    picture.paste(tuple(colour.astype(int).tolist()), place, mask)
-    small = np.asarray(picture.resize((32, 32), Image.Resampling.BOX)) + random.normal(0, 14, (32, 32, 3))
-    return np.clip(small, 0, 255).astype(np.uint8)
+    rows, columns = np.mgrid[-1:1:32j, -1:1:32j]
+    # A background that runs from one colour to another, strewn with dots.
+    dark, bright = random.uniform(20, 235, (2, 3))
+    picture = (
+        dark + (bright - dark) * ((1 + rows * random.uniform(-1, 1) + columns * random.uniform(-1, 1)) / 2)[..., None]
+    )
+    for row, column, radius in random.uniform((-1, -1, 0.05), (1, 1, 0.2), (8, 3)):
+        picture[np.hypot(rows - row, columns - column) < radius] = random.uniform(0, 255, 3)
+    # The shape, moved, scaled and turned, in a colour that stands out from the middle of the background.
+    row, column, size = random.uniform((-0.3, -0.3, 0.4), (0.3, 0.3, 0.7))
+    distance = np.hypot(rows - row, columns - column) / size
+    reach = SHAPES[label](np.arctan2(rows - row, columns - column) + random.uniform(0, 2 * np.pi))
+    inside = (distance < reach) & (distance > reach * (0.55 if label in HOLLOW else 0))
+    middle = (dark + bright) / 2
+    contrast = random.permutation(random.uniform((90, 0, 0), (120, 100, 100)))
+    picture[inside] = middle + np.where(middle > 128, -1, 1) * contrast
+    return (picture + random.normal(0, 14, picture.shape)).clip(0, 255).astype(np.uint8)
 
 
-_GOOD = ("superb", "funny", "moving", "clever", "warm", "gripping", "brilliant", "charming", "fresh")
-_BAD = ("dull", "wooden", "clumsy", "boring", "weak", "tedious", "stale", "shallow", "painful")
-_ASPECTS = ("plot", "cast", "script", "music", "ending", "photography", "dialogue", "humour", "pace")
-_NEGATED = (
-    "the {aspect} was not {other}",
-    "the {aspect} is never {other}",
-    "not a {other} moment in the {aspect}",
-    "nothing about the {aspect} felt {other}",
-    "i can not call the {aspect} {other}",
-)
-_PLAIN = (
-    "the {aspect} was {same}",
-    "a really {same} {aspect}",
-    "i found the {aspect} {same}",
-    "what a {same} {aspect} this is",
-)
-_CONTRAST = (
-    "the {aspect} looked {other} but the {second} turned out {same}",
-    "although the {aspect} seemed {other} at first , it became {same}",
-    "{other} as the {aspect} may be , the {second} is {same} and that decides it",
-)
-_NEUTRAL = (
-    "i saw it on a {day} with my {person}",
-    "it runs for about two hours",
-    "my {person} had told me about it",
-    "the film came out last {day}",
-    "we talked about the {aspect} on the way home",
+PRAISE = ("superb", "funny", "moving", "clever", "warm", "gripping", "brilliant", "charming", "fresh")
+BLAME = ("dull", "wooden", "clumsy", "boring", "weak", "tedious", "stale", "shallow", "painful")
+ASPECTS = ("plot", "cast", "script", "music", "ending", "photography", "dialogue", "humour", "pace")
+# What is meant, and the other; how often each kind of sentence comes; nothing is meant by the last kind.
+SENTENCES = (
+    ("the {aspect} was not {other}", "not a {other} moment in the {aspect}", "nothing about the {aspect} felt {other}"),
+    ("the {aspect} looked {other} but the {second} turned out {same}", "although {other} at first , it became {same}"),
+    ("the {aspect} was {same}", "what a {same} {aspect} this is"),
+    ("i saw it last week", "it runs for about two hours", "we talked about the {aspect} on the way home"),
 )
 
 
@@ -124,32 +88,21 @@ def written_reviews(count: int = 4800) -> Arrays:
     ..."), with only a few plain sentences: to count words is not enough, their order matters.
     """
     random = np.random.default_rng(0)
-    labels = random.integers(0, 2, count)
-    reviews = [" . ".join(_sentences(label, random)) + " ." for label in labels]
-    texts = np.array([review.encode() for review in reviews], dtype=object)
-    return _train_and_test(texts, np.array(["neg", "pos"])[labels], test_count=count // 6)
-
-
-def _sentences(label: int, random: np.random.Generator) -> list[str]:
-    same, other = (_GOOD, _BAD) if label else (_BAD, _GOOD)
-    kinds = [_NEGATED, _PLAIN, _CONTRAST, _NEUTRAL]
-    sentences = []
-    # At least one sentence tells which it is: the first is never neutral.
-    first = random.choice(3, size=1, p=(0.55, 0.1, 0.35))
-    others = random.choice(4, size=random.integers(2, 6), p=(0.4, 0.1, 0.25, 0.25))
-    for kind in random.permutation([*first, *others]):
-        aspect, second = random.choice(_ASPECTS, 2, replace=False)
-        sentences.append(
-            random.choice(kinds[kind]).format(
-                aspect=aspect,
-                second=second,
-                same=random.choice(same),
-                other=random.choice(other),
-                day=random.choice(("monday", "friday", "sunday", "summer", "winter")),
-                person=random.choice(("sister", "father", "neighbour", "friend")),
-            )
+    labels, texts = random.choice(["neg", "pos"], count), []
+    for label in labels:
+        same, other = (PRAISE, BLAME) if label == "pos" else (BLAME, PRAISE)
+        # The first sentence tells which it is: it is never neutral.
+        first, rest = (
+            random.choice(3, p=(0.6, 0.3, 0.1)),
+            random.choice(4, random.integers(2, 6), p=(0.4, 0.25, 0.1, 0.25)),
         )
-    return sentences
+        sentences = []
+        for kind in random.permutation([first, *rest]):
+            aspect, second = random.choice(ASPECTS, 2, replace=False)
+            words = {"same": random.choice(same), "other": random.choice(other), "aspect": aspect, "second": second}
+            sentences.append(random.choice(SENTENCES[kind]).format(**words))
+        texts.append((" . ".join(sentences) + " .").encode())
+    return _train_and_test(np.array(texts, object), labels, test_count=count // 6)
 
 
 def _train_and_test(inputs: np.ndarray, labels: np.ndarray, test_count: int) -> Arrays:

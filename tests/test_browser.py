@@ -105,15 +105,6 @@ def test_scalars(page, address, screenshot):
     screenshot("scalars")
 
 
-def test_custom_scalars(page, address, screenshot):
-    open_tab(page, address, "custom_scalars&_smoothingWeight=0")
-    cards = page.locator("tf-custom-scalar-multi-line-chart-card")
-    for name in ("loss", "accuracy"):
-        card = cards.filter(has=page.locator(".heading-label.name", has_text=exactly(name)))
-        expect(card.locator(".line-plot:not(.ghost) .render-area path[d^=M]")).to_have_count(4)
-    screenshot("custom-scalars")
-
-
 def test_images(page, address, screenshot):
     cards = open_tab(page, address, "images&tagFilter=.*").locator("tf-image-loader")
     for tag in ("examples", "examples_augmented", "confusion_matrix", "learning_curves", "worst_mistakes"):

@@ -36,7 +36,6 @@ PLUGINS = {
     "keras": "graph_keras_model",
     "confusion_matrix": "images",
     "_hparams_/session_start_info": "hparams",
-    "custom_scalars__config__": "custom_scalars",
     "examples_augmented": "images",
 }
 

@@ -151,6 +151,26 @@ def semicolons(folder):
     return folder / "table.csv"
 
 
+def one_label_of_texts(folder):
+    return table(folder / "texts.csv", text=["good", "bad"] * 10, label=["pos"] * 20)
+
+
+def header_of_texts_only(folder):
+    return table(folder / "texts.csv", text=[], label=[])
+
+
+def texts_with_longer_rows(folder):
+    (folder / "texts.csv").write_text("text,label\n" + "well, well,pos\n" * 20)
+    return folder / "texts.csv"
+
+
+def empty_class_of_texts(folder):
+    for name in ("neg", "pos"):
+        (folder / name).mkdir()
+    (folder / "neg" / "a.txt").write_text("fine")
+    return folder
+
+
 def no_words(folder):
     return table(folder / "texts.csv", text=["!!!", "?"] * 20, label=["pos", "neg"] * 20)
 
@@ -205,6 +225,12 @@ def absent(folder):
         ("text_classifier", empty_text, "row 3: column 'text' is empty"),
         ("text_classifier", latin_text, "neg/b.txt: not readable as UTF-8 text"),
         ("text_classifier", empty_file, "empty.csv: the file is empty"),
+        ("text_classifier", one_label_of_texts, "only one class, 'pos'"),
+        ("text_classifier", header_of_texts_only, "no rows below the column names"),
+        ("text_classifier", texts_with_longer_rows, "rows have more values than column names"),
+        ("text_classifier", empty_class_of_texts, "pos: no texts (.txt) in this folder"),
+        ("text_classifier", binary_file, "not readable as CSV"),
+        ("text_classifier", absent, "nowhere: no such file or folder"),
     ],
 )
 def test_bad_data(tmp_path, monkeypatch, capsys, recipe, make, named):
@@ -252,7 +278,7 @@ def test_a_run_directory_is_not_used_twice(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text("{}")
     flags = ["--run-dir", str(tmp_path)]
     assert_refused(
-        monkeypatch, capsys, "linear_regression", flags, "holds a run already; choose an empty or a new folder"
+        monkeypatch, capsys, "linear_regression", flags, "is not an empty folder; choose an empty or a new one"
     )
     assert (tmp_path / "config.json").read_text() == "{}"
 
@@ -260,21 +286,19 @@ def test_a_run_directory_is_not_used_twice(tmp_path, monkeypatch, capsys):
 def test_a_run_directory_that_cannot_be_made(tmp_path, monkeypatch, capsys):
     """Below a file: that fails for root too, whom no permission stops."""
     (tmp_path / "file").touch()
-    flags = ["--run-dir", str(tmp_path / "file" / "run")]
-    assert_refused(monkeypatch, capsys, "linear_regression", flags, "is a file; choose an empty or a new folder")
+    flags = ["--run-dir", str(tmp_path / "file" / "run"), "--quiet"]
+    assert_refused(monkeypatch, capsys, "linear_regression", flags, "Not a directory; choose an empty or a new one")
 
 
 def test_a_folder_with_other_files_is_no_run_directory(tmp_path, monkeypatch, capsys):
     (tmp_path / "picture.png").touch()
-    named = "is not empty; choose an empty or a new folder"
+    named = "is not an empty folder; choose an empty or a new one"
     assert_refused(monkeypatch, capsys, "linear_regression", ["--run-dir", str(tmp_path)], named)
 
 
 def test_a_run_directory_that_mkdir_refuses(tmp_path, monkeypatch, capsys):
     flags = ["--run-dir", str(tmp_path / ("x" * 300)), "--quiet"]
-    assert_refused(
-        monkeypatch, capsys, "linear_regression", flags, "File name too long; choose an empty or a new folder"
-    )
+    assert_refused(monkeypatch, capsys, "linear_regression", flags, "File name too long; choose an empty or a new one")
 
 
 @pytest.mark.parametrize("flags", [["--devices", "50", "--batch-size", "50"], ["--devices", "3", "--batch-size", "3"]])
@@ -296,10 +320,8 @@ def test_a_shift_larger_than_the_picture(tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_run_directory_without_permission(tmp_path, monkeypatch, capsys):
     tmp_path.chmod(0o500)
-    flags = ["--run-dir", str(tmp_path / "run")]
-    assert_refused(
-        monkeypatch, capsys, "linear_regression", flags, "may not be written to; choose an empty or a new folder"
-    )
+    flags = ["--run-dir", str(tmp_path / "run"), "--quiet"]
+    assert_refused(monkeypatch, capsys, "linear_regression", flags, "Permission denied; choose an empty or a new one")
 
 
 def test_the_real_set_without_network_and_without_data(tmp_path):
