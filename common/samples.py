@@ -93,8 +93,8 @@ def written_reviews(count: int = 4800) -> Arrays:
         same, other = (PRAISE, BLAME) if label == "pos" else (BLAME, PRAISE)
         # The first sentence tells which it is: it is never neutral.
         first, rest = (
-            random.choice(3, p=(0.6, 0.3, 0.1)),
-            random.choice(4, random.integers(2, 6), p=(0.4, 0.25, 0.1, 0.25)),
+            random.choice(3, p=(0.45, 0.35, 0.2)),
+            random.choice(4, random.integers(2, 6), p=(0.35, 0.25, 0.15, 0.25)),
         )
         sentences = []
         for kind in random.permutation([first, *rest]):
