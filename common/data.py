@@ -16,8 +16,8 @@ from common.samples import drawn_shapes, handwritten_digits, written_reviews
 from common.user_files import read_image_folders, read_labelled_texts, read_table
 
 import numpy as np
-import rich.console
 import tensorflow as tf
+from rich.console import Console
 
 NETWORK_TIMEOUT_SECONDS = 4
 
@@ -138,8 +138,8 @@ def _load(dataset: Dataset, config: SharedConfig, read_files: Callable[[pathlib.
         except DataUnavailableError as error:
             if config.data == "tfds":
                 raise
-            line = f"[bold]Not {dataset.title}: training on the sample, {dataset.sample_title}.[/bold] {error}"
-            rich.console.Console(soft_wrap=True, highlight=False).print(line)
+            line = f"Not {dataset.title}: training on the sample, {dataset.sample_title}. {error}"
+            Console(soft_wrap=True, highlight=False, markup=False).print(line, style="bold")
     return _cut(dataset.sample_title, "sample", dataset.sample(), config, started)
 
 

@@ -20,8 +20,8 @@ from common.records import provenance, weights_sha256, write_json
 
 import keras
 import numpy as np
-import rich
 import tensorflow as tf
+from rich.console import Console
 from rich.table import Table
 from tensorboard.plugins.hparams import api as hparams
 
@@ -179,7 +179,7 @@ class Run:
             for name, value in (("parameters", result["parameters"]), ("training seconds", result["seconds"]["train"])):
                 table.add_row(name, f"{value:,.0f}")
             table.add_row("examples per second", f"{result['examples_per_second'] or math.nan:,.0f}")
-            rich.print(table)
+            Console(markup=False).print(table)  # A path may hold brackets.
             print(f"run directory: {self.directory}")
             print(f"watch it: tensorboard --logdir {shlex.quote(str(self.directory))}")
         return metrics

@@ -2,17 +2,24 @@
 
 import ast
 import dataclasses
+import functools
+import importlib.util
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import typing
+
+from common.cli import field_comments
 
 import nbclient
 import nbformat
 import pytest
-from conftest import NO_NETWORK, load_recipe, run_program
+from conftest import NO_NETWORK, ROOT, load_recipe, run_program
+from test_readme import load_script
 
+bundle_script = load_script("bundle")
 SMOKE = ("--smoke", "--data", "sample", "--deterministic", "--no-baseline", "--quiet", "--threads", "2")
 # Called by Keras, argparse or TensorFlow, or read by name: vulture can't see that.
 CALLED_FROM_OUTSIDE = {
@@ -39,9 +46,13 @@ def alone(tmp_path_factory):
     return python
 
 
-def bundle(recipe, target, *flags):
-    run = run_program("scripts/bundle.py", f"recipes/{recipe.__name__}.py", "-o", str(target), *flags)
-    assert (run.returncode, run.stderr) == (0, "")
+@functools.cache
+def bundled_source(name):
+    return bundle_script.as_file(ROOT / "recipes" / f"{name}.py")
+
+
+def bundle(recipe, target):
+    target.write_text(bundled_source(recipe.__name__))
     return target
 
 
@@ -81,20 +92,29 @@ def test_a_bundle_is_clean_and_complete(recipe, tmp_path):
     assert names[: len(own)] == own, "the recipe's own part comes first, in its order"
 
 
-def test_a_bundle_has_the_flags_of_the_recipe(recipe, tmp_path):
-    path = bundle(recipe, tmp_path / f"{recipe.__name__}.py")
-    texts = [run_program(str(each), "--help").stdout for each in (path, pathlib.Path(recipe.__file__))]
-    flags = [sorted(line.strip() for line in text.partition("options:")[2].splitlines()) for text in texts]
+def test_a_bundle_has_the_flags_of_the_recipe(recipe, tmp_path, monkeypatch):
+    specification = importlib.util.spec_from_file_location("my_train", bundle(recipe, tmp_path / "my_train.py"))
+    bundled = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, "my_train", bundled)
+    specification.loader.exec_module(bundled)
+    flags = [
+        {field.name: (field.default, types[field.name], comments[field.name]) for field in dataclasses.fields(config)}
+        for config, types, comments in (
+            (each.Config, typing.get_type_hints(each.Config, include_extras=True), field_comments(each.Config))
+            for each in (bundled, recipe)
+        )
+    ]
     assert flags[0] == flags[1]
-    run = run_program(str(path), "--batch-size", "0")
-    # Quiet but for TensorFlow's own lines at import, which a single file does without holding back.
-    line = "error: --batch-size: 0 must be at least 1 and less than inf; --help lists the flags"
-    assert (run.returncode, run.stderr.splitlines()[-1]) == (2, line)
+    assert bundled.parse_config(bundled.Config, ["--seed", "7"]).seed == 7
+    with pytest.raises(bundled.UserError, match="--batch-size: 0 must be at least 1"):
+        bundled.parse_config(bundled.Config, ["--batch-size", "0"])
 
 
 @pytest.mark.parametrize("name", ["linear_regression", "mnist_cnn"])
 def test_a_notebook_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
-    path = bundle(load_recipe(name), tmp_path / "my_train.ipynb", "--notebook")
+    path = tmp_path / "my_train.ipynb"
+    written = run_program("scripts/bundle.py", f"recipes/{name}.py", "-o", str(path), "--notebook")
+    assert (written.returncode, written.stderr) == (0, "")
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     last = notebook.cells[-1]
@@ -113,14 +133,17 @@ def test_a_notebook_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
     ("words", "named"),
     [
         (("recipes/nowhere.py", "-o", "{}/x.py"), "recipes/nowhere.py: can't be read as Python"),
-        (("README.md", "-o", "{}/x.py"), "README.md: can't be read as Python"),
         (("recipes/mnist_cnn.py", "-o", "README.md"), "README.md: exists already"),
         (("recipes/mnist_cnn.py", "-o", "{}/no/x.py"), "can't be written"),
         (("scripts/predict.py", "-o", "{}/x.py"), "scripts/predict.py: no recipe"),
     ],
 )
-def test_what_cannot_be_bundled_is_named(words, named, tmp_path):
-    run = run_program("scripts/bundle.py", *(word.format(tmp_path) for word in words))
-    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
-    assert named in run.stderr
+def test_what_cannot_be_bundled_is_named(words, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["bundle.py", *(word.format(tmp_path) for word in words)])
+    with pytest.raises(SystemExit) as left:
+        bundle_script.main()
+    printed = capsys.readouterr()
+    assert (left.value.code, printed.out, printed.err.count("\n")) == (2, "", 1)
+    assert named in printed.err
     assert not list(tmp_path.iterdir())
