@@ -53,7 +53,8 @@ class Data:
         for split in (self.train, self.validation, self.test):
             for values in (split.inputs.numpy(), split.targets.numpy()):
                 sha256.update(f"{values.dtype}{values.shape}".encode())
-                sha256.update(b"\0".join(values) if values.dtype == object else values.tobytes())
+                texts = values if values.dtype == object else ()
+                sha256.update(b"".join(len(text).to_bytes(8, "little") + text for text in texts) or values.tobytes())
         return sha256.hexdigest()
 
 
