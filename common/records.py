@@ -26,8 +26,8 @@ def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
 def weights_sha256(model: keras.Model) -> str:
     """SHA-256 over the weights in the model's order: equal digests, bit-identical weights."""
     sha256 = hashlib.sha256()
-    for values in model.get_weights():
-        sha256.update(f"{values.dtype}{values.shape}".encode() + np.ascontiguousarray(values).tobytes())
+    for values in map(np.ascontiguousarray, model.get_weights()):
+        sha256.update(f"{values.dtype}{values.shape}".encode() + values.tobytes())
     return sha256.hexdigest()
 
 
