@@ -66,11 +66,16 @@ def _class_files(
     splits = {name: folder / name for name in ("train", "validation", "test") if (folder / name).is_dir()}
     if splits and "train" not in splits:
         raise UserError(f"{folder}: has a folder {next(iter(splits))!r} but none called 'train'; add it")
+    for other in sorted(folder.glob("[!.]*/")) if splits else ():
+        if other.name not in splits:
+            raise UserError(
+                f"{other}: a folder beside 'train', which is for splits; they are train, validation and test"
+            )
     found = {}
     for split, place in (splits or {"train": folder}).items():
         found[split] = []
         for of_class in sorted(place.glob("[!.]*/")):
-            files = sorted(file for file in of_class.iterdir() if file.suffix.lower() in suffixes)
+            files = sorted(file for file in of_class.iterdir() if file.suffix.lower() in suffixes and file.is_file())
             if not files:
                 raise UserError(f"{of_class}: no {kind} in this folder; add some or remove it")
             found[split] += [(file, of_class.name) for file in files]
@@ -97,6 +102,8 @@ def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> np.ndarray:
                     layered = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layered)
                 image = image.convert("L" if channels == 1 else "RGB")
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from error
     except Exception as error:  # Each of Pillow's decoders has errors of its own.
         raise UserError(f"{path}: not a readable image; repair or remove it") from error
     return np.asarray(ImageOps.pad(image, (width, height))).reshape(shape)
@@ -104,13 +111,15 @@ def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> np.ndarray:
 
 def _read_text(path: pathlib.Path) -> bytes:
     try:
-        return path.read_text(encoding="utf-8").encode()
+        return path.read_text(encoding="utf-8-sig").encode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as UTF-8 text; repair or remove it") from error
 
 
-def read_lines(path: pathlib.Path) -> list[bytes]:
-    """The lines of a file of texts, blank ones left out."""
+def read_texts(path: pathlib.Path, column: str) -> list[bytes]:
+    """The texts of a CSV's column, or the lines of any other file, blank ones left out."""
+    if path.suffix.lower() == ".csv":
+        return [text.encode() for text in _filled(path, read_csv(path, [column])[column])]
     lines = [line for line in _read_text(path).splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path}: no text in this file; write one text to a line")
@@ -130,18 +139,23 @@ def read_csv(path: pathlib.Path, columns: list[str]) -> pd.DataFrame:
     except pd.errors.EmptyDataError as error:
         raise UserError(f"{path}: the file is empty; it needs a line of column names and rows") from error
     except pd.errors.ParserWarning as error:
-        raise UserError(f"{path}: rows have more values than column names; mend the first line") from error
-    except (OSError, ValueError) as error:  # ParserError and UnicodeDecodeError are ValueErrors.
+        raise UserError(f"{path}: rows have more values than there are column names; mend those rows") from error
+    except pd.errors.ParserError as error:
+        raise UserError(f"{path}: not readable as CSV ({error}); put texts with commas into quotes") from error
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError.
         raise UserError(f"{path}: not readable as CSV ({error}); save it as UTF-8 with commas") from error
+    if "" in set(names):
+        raise UserError(
+            f"{path}: column {list(names).index('') + 1} has no name; name it, or remove it if it counts rows"
+        )
     for name in names[names.duplicated()]:
         raise UserError(f"{path}: there are two columns {name!r}; rename or remove one")
     table.columns = list(names)
     for column in columns:
         if column not in table:
-            raise UserError(
-                f"{path}: no column {column!r}; name one of its columns by flag: {', '.join(names)}"
-                + ("; or save it with commas, if these are several" if len(names) == 1 else "")
-            )
+            problem = f"no column {column!r} among {', '.join(names)}"
+            remedy = "name another with --target, --text-column or --label-column"
+            raise UserError(f"{path}: {problem}; {remedy}, or save it with commas if these are several")
     if table.empty:
         raise UserError(f"{path}: no rows below the column names; add some")
     return table

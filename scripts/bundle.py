@@ -15,7 +15,6 @@ import pathlib
 import re
 import subprocess
 import sys
-import textwrap
 
 from common.cli import UserError
 from common.records import commit
@@ -242,11 +241,7 @@ def as_file(path: pathlib.Path) -> str:
     docstring = f'"""{ast.get_docstring(bundle.recipe.tree, clean=False)}"""'
     future = "from __future__ import annotations  # What a function names may be defined below it."
     body = tidy("\n\n".join([docstring, future, environment(), bundle.imports(), code]) + "\n")
-    header = [
-        f"# Origin: {origin(path)}",
-        *textwrap.wrap(pip_line(body), 110, initial_indent="# ", subsequent_indent="#     "),
-    ]
-    return "\n".join(header) + "\n" + body
+    return f"# Origin: {origin(path)}\n# {pip_line(body)}\n{body}"
 
 
 def as_notebook(path: pathlib.Path) -> str:
@@ -292,6 +287,8 @@ def main() -> None:
     try:
         if arguments.output.exists():
             raise UserError(f"{arguments.output}: exists already; choose another name or remove it")
+        if (arguments.output.suffix == ".ipynb") != arguments.notebook:
+            raise UserError(f"{arguments.output}: a notebook is a file .ipynb, with --notebook; mend one of the two")
         written = (as_notebook if arguments.notebook else as_file)(arguments.recipe)
         try:
             arguments.output.write_text(written, encoding="utf-8")

@@ -49,7 +49,8 @@ def load(folder: pathlib.Path) -> dict:
     """The result of a run with its configuration."""
     try:
         result, config = (json.loads((folder / name).read_text("utf-8")) for name in ("result.json", "config.json"))
-    except (OSError, ValueError) as error:
+        result["recipe"], result["metrics"], config["seed"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: not the folder of a finished run ({error}); choose one below runs/") from error
     return result | {"config": config}
 

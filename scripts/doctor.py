@@ -6,6 +6,7 @@ Exit code 0 if all is well, 2 if there is trouble. Where a real data set can't b
 trouble: the recipes then train on their samples.
 """
 
+import argparse
 import importlib.metadata
 import os
 import pathlib
@@ -34,6 +35,10 @@ class Finding(NamedTuple):
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.parse_args()
     findings = [
         check_python(sys.version_info[:2]),
         *check_packages((ROOT / "requirements.txt").read_text("utf-8").splitlines(), installed_versions()),

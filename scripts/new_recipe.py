@@ -6,6 +6,8 @@ All other tests find a recipe by listing recipes/.
 """
 
 import argparse
+import importlib.util
+import keyword
 import pathlib
 import re
 import sys
@@ -38,7 +40,7 @@ def new_recipe(root: pathlib.Path, name: str, original: str) -> None:
     """Copies the recipe under its new name and writes its test."""
     source, target = (root / "recipes" / f"{each}.py" for each in (original, name))
     test = root / "tests" / f"test_{name}.py"
-    if not source.exists():
+    if not re.fullmatch(r"\w+", original) or not source.exists():
         names = ", ".join(sorted(path.stem for path in source.parent.glob("*.py")))
         raise UserError(f"--from {original}: no such recipe; choose one of {names}")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
@@ -46,6 +48,9 @@ def new_recipe(root: pathlib.Path, name: str, original: str) -> None:
     for path in (target, test):
         if path.exists():
             raise UserError(f"{path.relative_to(root)}: exists already; choose another name")
+    # A program's own folder comes first on the import path: recipes/json.py would hide Python's json.
+    if keyword.iskeyword(name) or importlib.util.find_spec(name):
+        raise UserError(f"{name}: Python has a use of its own for this name; choose another")
     text = re.sub(rf"\b{original}\b", name, source.read_text(encoding="utf-8"))
     # What was measured was the original.
     target.write_text(

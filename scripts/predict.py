@@ -4,18 +4,20 @@
     python scripts/predict.py runs/my_run reviews.txt
     echo "a film to remember" | python scripts/predict.py runs/my_run - --json
 
-What the files hold follows from the model: pictures, of any size and each a file; texts, one to a line; or a CSV
-with the columns that the model was trained on, in any order. `-` reads standard input: a picture, lines or a CSV.
+What the files hold follows from the model: pictures, of any size and each a file; texts, one to a line, or in a .csv
+with the text column of the training; or a CSV with the columns that the model was trained on, in any order. `-` reads
+standard input: a picture, lines or a CSV of numbers.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import sys
 import tempfile
 
 from common.cli import UserError
-from common.user_files import numbers, read_csv, read_image, read_lines
+from common.user_files import numbers, read_csv, read_image, read_texts
 
 import keras
 import numpy as np
@@ -45,8 +47,11 @@ def main() -> None:
             print("\n".join(map(json.dumps, answers)))
         else:
             rich.print(as_table(answers))
-    except BrokenPipeError:  # The reader, such as `head`, has seen enough.
-        sys.stderr.close()
+        sys.stdout.flush()
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # A reader such as `head` has seen enough.
+            print(f"error: standard output: {error.strerror}; write to another place", file=sys.stderr)
+        os._exit(2)  # Python's own farewell would try to write once more.
 
 
 def predict(run_dir: pathlib.Path, files: list[str]) -> list[dict]:
@@ -57,13 +62,16 @@ def predict(run_dir: pathlib.Path, files: list[str]) -> list[dict]:
         regression, `input` and `value`.
     """
     result, model = load_run(run_dir)
+    if files.count("-") > 1:
+        raise UserError("-: standard input can be read only once; give - once")
     with tempfile.TemporaryDirectory() as folder:
         sources = [
             (file, standard_input(pathlib.Path(folder)) if file == "-" else pathlib.Path(file)) for file in files
         ]
         for title, path in sources:
             if not path.is_file():
-                raise UserError(f"{title}: no such file; give files to predict, or - for standard input")
+                problem = "a folder" if path.is_dir() else "no such file"
+                raise UserError(f"{title}: {problem}; give files to predict, or - for standard input")
         titles, inputs = read_inputs(model, result, sources)
     batches = tf.data.Dataset.from_tensor_slices(inputs).batch(BATCH)
     outputs = model.predict(batches, verbose=0)
@@ -83,15 +91,16 @@ def predict(run_dir: pathlib.Path, files: list[str]) -> list[dict]:
 def load_run(run_dir: pathlib.Path) -> tuple[dict, keras.Model]:
     """The result and the model of a finished run."""
     try:
-        result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+        result, config = (json.loads((run_dir / name).read_text("utf-8")) for name in ("result.json", "config.json"))
+        result = {"class_names": result["class_names"], "columns": result["columns"], "config": config}
         return result, keras.models.load_model(run_dir / "model.keras", compile=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run_dir}: not the folder of a finished run ({error}); choose one below runs/") from error
 
 
 def standard_input(folder: pathlib.Path) -> pathlib.Path:
     """What comes in through standard input, as a file."""
-    path = folder / "standard input"
+    path = folder / "standard_input"
     path.write_bytes(sys.stdin.buffer.read())
     return path
 
@@ -104,7 +113,8 @@ def read_inputs(
     if kind == "uint8":
         return [title for title, _ in sources], np.stack([read_image(path, shape) for _, path in sources])
     if kind == "string":
-        texts = [text for _, path in sources for text in read_lines(path)]
+        column = result["config"].get("text_column", "")
+        texts = [text for _, path in sources for text in read_texts(path, column)]
         return [text.decode() for text in texts], np.array(texts, object)
     titles, rows = [], []
     for title, path in sources:

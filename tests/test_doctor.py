@@ -84,6 +84,7 @@ def test_the_program_ends_as_it_found(tmp_path):
 
 def test_trouble_ends_with_2(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "installed_versions", dict)
+    monkeypatch.setattr("sys.argv", ["doctor.py"])
     with pytest.raises(SystemExit) as left:
         doctor.main()
     assert left.value.code == 2

@@ -48,6 +48,9 @@ def test_a_new_recipe_is_a_member(project):
         ("my_task", "nowhere", "--from nowhere: no such recipe; choose one of cifar10_cnn, "),
         ("My Task", "mnist_cnn", "My Task: no name for a recipe"),
         ("mnist_cnn", "mnist_cnn", "exists already"),
+        ("json", "mnist_cnn", "json: Python has a use of its own"),
+        ("class", "mnist_cnn", "class: Python has a use of its own"),
+        ("my_task", "../scripts/doctor", "no such recipe"),
     ],
 )
 def test_what_cannot_be_made_is_named(project, name, original, named):

@@ -85,6 +85,14 @@ def test_three_classes_of_texts_from_training_to_prediction(tmp_path):
     assert [answer["class"] for answer in answers] == ["fruit", "metal", "sea"]
     assert answers[1]["input"] == "some zinc, at last!"
     assert tuple(answers[0]["probabilities"]) == tuple(words)
+    # From a CSV, the text column alone; from a file with a byte order mark, the text alone.
+    pd.DataFrame({"said": ["a pear, a\nplum"], "about": ["metal"]}).to_csv(tmp_path / "new.csv", index=False)
+    (tmp_path / "new.txt").write_text("zinc", encoding="utf-8-sig")
+    answers = predict.predict(tmp_path / "run", [str(tmp_path / "new.csv"), str(tmp_path / "new.txt")])
+    assert [(answer["input"], answer["class"]) for answer in answers] == [
+        ("a pear, a\nplum", "fruit"),
+        ("zinc", "metal"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["dense_classifier", "linear_regression"])
@@ -130,7 +138,12 @@ def test_a_picture_through_standard_input_and_the_table(picture_run, tmp_path):
 
 @pytest.mark.parametrize(
     ("files", "named"),
-    [(["nowhere.png"], "nowhere.png: no such file"), (["broken.png"], "broken.png: not a readable image")],
+    [
+        (["."], "a folder; give files"),
+        (["-", "-"], "give - once"),
+        (["nowhere.png"], "nowhere.png: no such file"),
+        (["broken.png"], "broken.png: not a readable image"),
+    ],
 )
 def test_what_cannot_be_predicted_is_named(picture_run, tmp_path, monkeypatch, files, named):
     (tmp_path / "broken.png").write_text("none")
@@ -143,3 +156,10 @@ def test_a_folder_that_is_no_run(tmp_path):
     run = run_program("scripts/predict.py", str(tmp_path), "x.png")
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
     assert "not the folder of a finished run" in run.stderr
+
+
+def test_a_result_that_is_none(picture_run, tmp_path):
+    for name in ("result.json", "config.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(predict.UserError, match="not the folder of a finished run"):
+        predict.predict(tmp_path, ["x.png"])

@@ -244,3 +244,16 @@ def test_the_files_keep_the_common_order(recipe):
     own = set(recipe.Config.__annotations__)
     assert 4 <= len(own) <= 10
     assert len((ROOT / "recipes" / f"{recipe.__name__}.py").read_text().splitlines()) <= 200
+
+
+def test_the_ridge_baseline_is_ridge_regression():
+    """Against the closed form: centred data, penalty 1."""
+    recipe, data = load_recipe("dense_regression"), smoke_data("dense_regression")
+    (x, y), (test_x, test_y) = (
+        (s.inputs.numpy().astype(float), s.targets.numpy()[:, 0]) for s in (data.train, data.test)
+    )
+    weights = np.linalg.solve(
+        (x - x.mean(0)).T @ (x - x.mean(0)) + np.eye(x.shape[1]), (x - x.mean(0)).T @ (y - y.mean())
+    )
+    expected = np.mean(((test_x - x.mean(0)) @ weights + y.mean() - test_y) ** 2)
+    assert recipe.ridge_mse(data) == pytest.approx(expected, rel=1e-2)

@@ -180,6 +180,22 @@ def only_test_folder(folder):
     return folder
 
 
+def unknown_split(folder):
+    pictures(folder / "train", "cat", "dog")
+    pictures(folder / "val", "cat", "dog")
+    return folder
+
+
+def index_column(folder):
+    pd.DataFrame({"a": range(20), "target": [0, 1] * 10}).to_csv(folder / "table.csv")
+    return folder / "table.csv"
+
+
+def unquoted_commas(folder):
+    (folder / "texts.csv").write_text("text,label\nfine,pos\nwell, well,pos\n")
+    return folder / "texts.csv"
+
+
 def a_folder(folder):
     return folder
 
@@ -200,7 +216,7 @@ def absent(folder):
         ("cifar10_cnn", too_few, "too few examples for a split each"),
         ("mnist_cnn", absent, "nowhere: no such file or folder"),
         ("mnist_cnn", missing_column, "not a folder"),
-        ("dense_classifier", missing_column, "no column 'target'; name one of its columns by flag: a, b"),
+        ("dense_classifier", missing_column, "no column 'target' among a, b; name another with --target"),
         ("linear_regression", missing_column, "no column 'y'"),
         ("dense_regression", text_among_numbers, "row 4: 'three' in column 'a' is not a number that fits float32"),
         ("dense_classifier", missing_number, "row 3: '' in column 'a' is not a number that fits float32"),
@@ -216,8 +232,11 @@ def absent(folder):
         ("dense_classifier", huge_number, "row 5: '1e+308' in column 'a' is not a number that fits float32"),
         ("dense_classifier", blank_line, "row 3: column 'target' is empty"),
         ("dense_classifier", two_columns_of_one_name, "there are two columns 'a'"),
-        ("dense_classifier", longer_rows, "rows have more values than column names"),
+        ("dense_classifier", longer_rows, "rows have more values than there are column names"),
         ("dense_classifier", semicolons, "save it with commas"),
+        ("cifar10_cnn", unknown_split, "val: a folder beside 'train'"),
+        ("dense_classifier", index_column, "column 1 has no name"),
+        ("text_classifier", unquoted_commas, "put texts with commas into quotes"),
         ("dense_regression", a_folder, "a folder; give a CSV file"),
         ("text_classifier", no_words, "the training texts hold no words"),
         ("text_classifier", missing_column, "no column 'text'"),
@@ -227,7 +246,7 @@ def absent(folder):
         ("text_classifier", empty_file, "empty.csv: the file is empty"),
         ("text_classifier", one_label_of_texts, "only one class, 'pos'"),
         ("text_classifier", header_of_texts_only, "no rows below the column names"),
-        ("text_classifier", texts_with_longer_rows, "rows have more values than column names"),
+        ("text_classifier", texts_with_longer_rows, "rows have more values than there are column names"),
         ("text_classifier", empty_class_of_texts, "pos: no texts (.txt) in this folder"),
         ("text_classifier", binary_file, "not readable as CSV"),
         ("text_classifier", absent, "nowhere: no such file or folder"),
