@@ -12,6 +12,8 @@ import subprocess
 import sys
 from typing import Any
 
+from common.cli import UserError
+
 import keras
 import numpy as np
 
@@ -21,6 +23,21 @@ def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(part, path)
+
+
+def read_run(folder: pathlib.Path) -> dict[str, Any]:
+    """The result of a finished run, and under `config` its configuration.
+
+    Raises:
+        UserError: the folder holds no such run.
+    """
+    try:
+        result, config = (json.loads((folder / name).read_text("utf-8")) for name in ("result.json", "config.json"))
+        for name in ("recipe", "metrics", "class_names", "columns", "history"):
+            result[name]
+        return {**result, "config": dict(config)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: not the folder of a finished run ({error}); choose one below runs/") from error
 
 
 def weights_sha256(model: keras.Model) -> str:

@@ -140,7 +140,7 @@ class Run:
             for name, figure in {"learning_curves": curves_figure(watch.history), **report.figures}.items():
                 png = figure_png(figure)
                 (self.directory / "plots" / f"{name}.png").write_bytes(png)
-                tf.summary.image(name, tf.image.decode_png(png, channels=3)[None])
+                _write_picture(name, png)
             for name, text in report.texts.items():
                 tf.summary.text(name, text)
         self.writer.close()
@@ -253,5 +253,8 @@ def _show_examples(data: Data, augment: Augment | None) -> None:
             first_draw = BatchRandom(tf.constant([0, 0], tf.int64), count, tf.constant(0, tf.int64), count)
             shown["examples_augmented"], _ = augment(inputs, targets, first_draw)
         for tag, images in shown.items():
-            png = figure_png(picture_figure(np.asarray(images), names))
-            tf.summary.image(tag, tf.image.decode_png(png, channels=3)[None])
+            _write_picture(tag, figure_png(picture_figure(np.asarray(images), names)))
+
+
+def _write_picture(tag: str, png: bytes) -> None:
+    tf.summary.image(tag, tf.image.decode_png(png, channels=3)[None])

@@ -7,12 +7,12 @@ Without folders, all runs below runs/. The table shows what differs between them
 """
 
 import argparse
-import json
 import pathlib
 import sys
 
 from common.cli import UserError
 from common.evaluation import figure_png
+from common.records import read_run
 
 import rich
 from matplotlib.figure import Figure
@@ -33,7 +33,7 @@ def main() -> None:
         folders = arguments.runs or sorted(path.parent for path in pathlib.Path("runs").rglob("result.json"))
         if not folders:
             raise UserError("runs: no finished runs below this folder; train a recipe, or name run directories")
-        runs = {str(folder): load(folder) for folder in folders}
+        runs = {str(folder): read_run(folder) for folder in folders}
         try:
             arguments.output.write_bytes(figure_png(curves(runs)))
         except (OSError, ValueError) as error:
@@ -43,16 +43,6 @@ def main() -> None:
         sys.exit(2)
     rich.print(table(runs))
     print(f"curves: {arguments.output}")
-
-
-def load(folder: pathlib.Path) -> dict:
-    """The result of a run with its configuration."""
-    try:
-        result, config = (json.loads((folder / name).read_text("utf-8")) for name in ("result.json", "config.json"))
-        result["recipe"], result["metrics"], config["seed"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: not the folder of a finished run ({error}); choose one below runs/") from error
-    return result | {"config": config}
 
 
 def rows(runs: dict[str, dict]) -> dict[str, dict[str, object]]:

@@ -1,4 +1,4 @@
-"""Starts a new recipe from one that is there, with its row in README.md and its bad-data test.
+"""Starts a new recipe from one that is there, with a test of its own and its row in README.md.
 
     python scripts/new_recipe.py my_task --from mnist_cnn
 

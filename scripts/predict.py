@@ -17,6 +17,7 @@ import sys
 import tempfile
 
 from common.cli import UserError
+from common.records import read_run
 from common.user_files import numbers, read_csv, read_image, read_texts
 
 import keras
@@ -90,12 +91,11 @@ def predict(run_dir: pathlib.Path, files: list[str]) -> list[dict]:
 
 def load_run(run_dir: pathlib.Path) -> tuple[dict, keras.Model]:
     """The result and the model of a finished run."""
+    result = read_run(run_dir)
     try:
-        result, config = (json.loads((run_dir / name).read_text("utf-8")) for name in ("result.json", "config.json"))
-        result = {"class_names": result["class_names"], "columns": result["columns"], "config": config}
         return result, keras.models.load_model(run_dir / "model.keras", compile=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run_dir}: not the folder of a finished run ({error}); choose one below runs/") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run_dir}: its model can't be read ({error}); choose another run below runs/") from error
 
 
 def standard_input(folder: pathlib.Path) -> pathlib.Path:

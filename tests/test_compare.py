@@ -2,6 +2,8 @@
 
 import shutil
 
+from common.records import read_run
+
 import pytest
 from conftest import ROOT, load_recipe, run_program, smoke_config
 from test_readme import load_script
@@ -31,7 +33,7 @@ def test_all_runs_below_runs(folder):
 
 
 def test_the_figures_are_those_of_the_results(folder):
-    runs = {str(path): compare.load(path) for path in sorted((folder / "runs" / "linear_regression").iterdir())}
+    runs = {str(path): read_run(path) for path in sorted((folder / "runs" / "linear_regression").iterdir())}
     compared = list(compare.rows(runs).values())
     assert [row["--seed"] for row in compared] == [0, 1]
     for row, run in zip(compared, runs.values(), strict=True):
