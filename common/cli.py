@@ -1,11 +1,14 @@
 """From a recipe's dataclass to a checked configuration, and from errors to exit codes."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import inspect
 import math
+import os
 import re
+import signal
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -15,6 +18,7 @@ from typing import Annotated, Any, Literal, NoReturn
 Count = Annotated[int, 1, math.inf]
 Positive = Annotated[float, 1e-30, math.inf]
 Share = Annotated[float, 0, 1]
+EXIT_INTERRUPTED = 75
 
 
 class UserError(Exception):
@@ -23,6 +27,10 @@ class UserError(Exception):
 
 class TrainingFailedError(Exception):
     """Training came to a loss that is not a finite number."""
+
+
+class AlreadyFinishedError(Exception):
+    """There is nothing left to resume."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +51,8 @@ class SharedConfig:
     deterministic: bool = False  # the same command gives bit for bit the same weights; slower
     baseline: bool = True  # also train what the result is compared with
     run_dir: str = ""  # folder for everything this run writes; empty: runs/<recipe>/<time>
+    resume: bool = False  # go on with the run in --run-dir, else with the latest unfinished one of this recipe
+    checkpoint_every: str = ""  # save within epochs too: so many steps, as 500, or minutes, as 10min
     smoke: bool = False  # a few examples, two epochs at most: does it run at all?
     histograms: bool = False  # write histograms of the weights to TensorBoard after each epoch
     profile: bool = False  # write a TensorBoard profile of a few steps
@@ -102,19 +112,39 @@ def field_comments(config_class: type) -> dict[str, str]:
     return dict(re.findall(r"^ {4}(\w+): .*?  # (.*)$", source, flags=re.MULTILINE))
 
 
+def warn(line: str) -> None:
+    """Says what went wrong and did not stop the program."""
+    without_marks = re.sub(r"{{.*?}} | \[Op:\w*\]( name: )?", "", line)  # Where in its own code TensorFlow was.
+    print("warning: " + " ".join(without_marks.split()), file=sys.stderr, flush=True)
+
+
 def run_recipe(train: Callable[[Any], dict], config_class: type, description: str | None = None) -> None:
     """The whole of a recipe's `main`: reads the flags, trains, and ends the process with the exit code.
 
-    0 done; 2 something the user can mend; 3 the loss is no longer a finite number; 130 interrupted.
+    0 done; 2 something the user can mend; 3 the loss is no longer a finite number; 75 interrupted.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _exit_interrupted)
     try:
         train(parse_config(config_class, sys.argv[1:], description or ""))
-        return
+        code, line = 0, ""
+    except AlreadyFinishedError as finished:
+        code, line = 0, f"{finished}\n"
     except UserError as error:
         code, line = 2, f"error: {error}"
     except TrainingFailedError as error:
         code, line = 3, f"training failed: {error}"
-    except KeyboardInterrupt:
-        code, line = 130, "interrupted"
-    print(" ".join(line.split()), file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        code, line = EXIT_INTERRUPTED, f"interrupted: {interruption}"
+    if line:
+        print(" ".join(line.split()), file=sys.stderr if code else sys.stdout)
     sys.exit(code)
+
+
+def _exit_interrupted(number: int, frame: Any) -> None:
+    # During `fit` another handler saves first. At any other time nothing is unsaved, and to exit at once is safer
+    # than an exception, which a library might swallow.
+    with contextlib.suppress(RuntimeError):  # The signal came while a line was being printed.
+        sys.stdout.flush()
+    os.write(2, b"interrupted: the same command with --resume goes on\n")
+    os._exit(EXIT_INTERRUPTED)

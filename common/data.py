@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -157,9 +158,9 @@ def tfds_folder(config: SharedConfig) -> pathlib.Path:
 
 
 def prepared_version(dataset: Dataset, config: SharedConfig) -> pathlib.Path | None:
-    """The newest prepared version, found by its `dataset_info.json`: TFDS writes it last."""
-    versions = [found.parent for found in (tfds_folder(config) / dataset.folder).glob("*/dataset_info.json")]
-    return max(versions, key=lambda version: [int(part) for part in version.name.split(".")], default=None)
+    """The newest prepared version: TFDS works in a folder `incomplete…`, and renames it when all is there."""
+    versions = [found.parent for found in (tfds_folder(config) / dataset.folder).glob("[0-9]*/dataset_info.json")]
+    return max(versions, key=lambda version: [int(part) for part in re.findall("[0-9]+", version.name)], default=None)
 
 
 def _read_tfds(dataset: Dataset, config: SharedConfig) -> Arrays:
@@ -167,30 +168,51 @@ def _read_tfds(dataset: Dataset, config: SharedConfig) -> Arrays:
     import tensorflow_datasets as tfds
 
     if not prepared_version(dataset, config):
-        _download(dataset, tfds_folder(config))
+        _download(dataset, config)
     prepared = prepared_version(dataset, config)
+    files = {}
     try:
         builder = tfds.builder_from_directory(prepared)
         class_names = np.array(builder.info.features["label"].names)
         arrays = {}
         for split in ("train", "test"):
+            info = builder.info.splits[split]
+            files |= zip(info.filepaths, info.shard_lengths, strict=True)
             examples = builder.as_dataset(split=split, batch_size=-1)
             arrays[split] = (examples[dataset.inputs].numpy(), class_names[examples["label"].numpy()])
         return arrays
-    except (tf.errors.OpError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{prepared}: can't be read ({error}); delete that folder to have it prepared anew") from error
+    except Exception as error:  # TFDS lets through whatever TensorFlow, its own parsers and the disk raise.
+        # Without a name: TensorFlow says what is wrong with a record, but not in which file.
+        damaged = next((file for file, count in files.items() if _records(file) != count), prepared)
+        raise UserError(f"{damaged}: missing or damaged; delete {prepared} to have it prepared anew") from error
 
 
-def _download(dataset: Dataset, folder: pathlib.Path) -> None:
+def _records(file: pathlib.Path) -> int | None:
+    try:
+        return sum(1 for _ in tf.data.TFRecordDataset(str(file)))
+    except tf.errors.OpError:
+        return None
+
+
+def _download(dataset: Dataset, config: SharedConfig) -> None:
     """Downloads and prepares with TFDS, if there is a network: TFDS alone would try for minutes."""
+    import requests
     import tensorflow_datasets as tfds
 
+    folder = tfds_folder(config)
     try:
         if not reachable(dataset.probe):
             raise ConnectionError(f"{dataset.probe.split('/')[2]} is out of reach")
         tfds.builder(dataset.folder, data_dir=folder).download_and_prepare()
     except Exception as error:  # TFDS lets through whatever its downloader, its parsers and the disk raise.
+        if prepared_version(dataset, config):  # Another process was at it too, and faster.
+            return
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        network = requests.RequestException | ConnectionError | TimeoutError
+        if isinstance(error, OSError | tf.errors.OpError) and not isinstance(error, network):
+            raise UserError(
+                f"--data-dir {folder}: {dataset.title} can't be written ({reason}); make room or name another folder"
+            ) from error
         raise DataUnavailableError(
             f"No {dataset.title} in {folder}: {reason}. Real data: run once with network, or copy a prepared "
             f"{dataset.folder} folder there"

@@ -18,11 +18,44 @@ import keras
 import numpy as np
 
 
-def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all: under another name first, then renamed."""
+def write_file(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all: under another name first, then renamed."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def sealed(content: dict[str, Any]) -> str:
+    """JSON that holds the SHA-256 of its own content, for `unsealed`."""
+    seal = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, "sha256": seal}, indent=2) + "\n"
+
+
+def unsealed(text: bytes) -> dict[str, Any]:
+    """What was given to `sealed`; a ValueError if a single byte is another."""
+    try:
+        content = json.loads(text)
+        del content["sha256"]
+        whole = sealed(content)
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError("not written by a recipe, or damaged") from error
+    if text != whole.encode():
+        raise ValueError("changed since it was written")
+    return content
+
+
+def read_sealed(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a file that was written as `write_file(path, sealed(content))`.
+
+    Raises:
+        UserError: the file is not there, or a byte of it is another.
+    """
+    try:
+        return unsealed(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); name the folder of a run, below runs/") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; take another run, or train again") from error
 
 
 def read_run(folder: pathlib.Path) -> dict[str, Any]:
@@ -31,13 +64,14 @@ def read_run(folder: pathlib.Path) -> dict[str, Any]:
     Raises:
         UserError: the folder holds no such run.
     """
-    try:
-        result, config = (json.loads((folder / name).read_text("utf-8")) for name in ("result.json", "config.json"))
-        for name in ("recipe", "metrics", "class_names", "columns", "history"):
-            result[name]
-        return {**result, "config": dict(config)}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: not the folder of a finished run ({error}); choose one below runs/") from error
+    result, settings = read_sealed(folder / "result.json"), read_sealed(folder / "config.json")
+    return {**result, "config": settings["config"]}
+
+
+def file_sha256(path: pathlib.Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_sha256(model: keras.Model) -> str:

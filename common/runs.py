@@ -1,62 +1,69 @@
-"""One run: its directory, its TensorBoard logs, its clock, and the true record of its result."""
+"""One run: its directory, its lock, its clock, and the true record of its result."""
 
 import dataclasses
 import datetime
-import json
+import fcntl
 import math
 import os
 import pathlib
+import platform
+import re
 import shlex
+import shutil
 import sys
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, BinaryIO
 
-from common.batches import Augment, BatchRandom
-from common.cli import SharedConfig, TrainingFailedError, UserError
+from common.batches import Augment
+from common.checkpoints import Checkpoints, newest_checkpoint
+from common.cli import AlreadyFinishedError, SharedConfig, TrainingFailedError, UserError, warn
 from common.data import Data
-from common.evaluation import Report, curves_figure, figure_png, picture_figure, text_table
+from common.evaluation import Report, curves_figure, figure_png
 from common.hardware import apply, choose, describe_machine
-from common.records import provenance, weights_sha256, write_json
+from common.records import file_sha256, provenance, read_sealed, sealed, unsealed, weights_sha256, write_file
+from common.tensorboard import Logs
 
 import keras
-import numpy as np
 import tensorflow as tf
 from rich.console import Console
 from rich.table import Table
-from tensorboard.plugins.hparams import api as hparams
 
-# What TensorBoard's HParams tab shows of every run; the same in all runs, or it would show some runs only.
-_COLUMNS = hparams.hparams_config_pb(
-    hparams=[hparams.HParam(name) for name in ("recipe", "data", "seed", "epochs", "learning_rate")],
-    metrics=[hparams.Metric(f"test/{name}") for name in ("accuracy", "f1", "loss", "mse", "mae", "r2")],
-)
+# What a resumed run may have other than before.
+_FREE_TO_CHANGE = ("resume", "run_dir", "quiet")
+# What may be left of a run that was killed before it had begun.
+_TRACES = {"lock", "config.json.part"}
+_locks: dict[pathlib.Path, BinaryIO] = {}
 
 
 def start_run(config: SharedConfig) -> "Run":
     """Sets up hardware and seeds as `config` says, and chooses the run directory.
 
     Until training begins, a mistake in the data can still end the run, and that shall leave nothing behind:
-    so the directory is only made then, by `Run.callbacks`.
+    so a new directory is only made then, by `Run.callbacks`.
 
     Args:
         config: the whole configuration. The file its class stands in gives the recipe's name.
 
     Raises:
-        UserError: a hardware flag that does not fit the machine, or a directory that can't be used.
+        UserError: a hardware flag that does not fit the machine, a directory that can't be used, or with
+            `--resume` a run with another configuration.
+        AlreadyFinishedError: the run to resume has its result.
     """
     started = time.perf_counter()
+    if not re.fullmatch(r"([1-9]\d{0,8}(min)?)?", config.checkpoint_every):
+        raise UserError(f"--checkpoint-every {config.checkpoint_every}: give steps, as 500, or minutes, as 10min")
     # A class typed into a notebook stands in no file.
     recipe = pathlib.Path(getattr(sys.modules[type(config).__module__], "__file__", "notebook")).stem
     machine = describe_machine()
     choices = choose(machine, config)
-    moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    directory = pathlib.Path(config.run_dir or pathlib.Path("runs", recipe, moment))
-    try:
-        free = not os.path.exists(directory) or not os.listdir(directory)
-    except OSError:  # A file, or a folder that can't be read.
-        free = False
-    if not free:
-        raise UserError(f"--run-dir {directory}: is not an empty folder; choose an empty or a new one")
+    chosen = {name: value for name, (value, _) in choices.items()}
+    settings = {"recipe": recipe, "config": dataclasses.asdict(config), "chosen": chosen, "resumed": 0}
+    directory = _choose_directory(recipe, config)
+    checkpoint = None
+    if _is_used(directory, config.resume):
+        settings = _resumed_settings(directory, settings)
+        checkpoint = newest_checkpoint(directory / "checkpoints")
     # The same layer names in the second run of a process as in the first; before `apply`, as it also
     # forgets the precision.
     keras.utils.clear_session()
@@ -64,17 +71,101 @@ def start_run(config: SharedConfig) -> "Run":
     keras.utils.set_random_seed(config.seed)
     if not config.quiet:
         gpus = ", ".join(name for name, _ in machine.gpus) or "no GPU"
-        chosen = ", ".join(f"{name} {value} ({reason})" for name, (value, reason) in choices.items())
-        print(f"hardware: {machine.processor}, {machine.cores} cores, {gpus}: {chosen}")
-    hardware = dataclasses.asdict(machine) | {name: value for name, (value, _) in choices.items()}
-    return Run(recipe, config, directory, strategy, hardware, started)
+        reasons = ", ".join(f"{name} {value} ({reason})" for name, (value, reason) in choices.items())
+        print(f"hardware: {machine.processor}, {machine.cores} cores, {gpus}: {reasons}", flush=True)
+    hardware = dataclasses.asdict(machine) | chosen
+    return Run(recipe, config, directory, strategy, hardware, started, settings, checkpoint)
+
+
+def _choose_directory(recipe: str, config: SharedConfig) -> pathlib.Path:
+    """`--run-dir`, or with `--resume` alone the latest unfinished run, or a new one, named by the time."""
+    if config.run_dir:
+        return pathlib.Path(config.run_dir)
+    runs = sorted(found.parent for found in pathlib.Path("runs", recipe).glob("*/config.json")) if config.resume else []
+    unfinished = [run for run in runs if not (run / "result.json").exists()]
+    new = pathlib.Path("runs", recipe, datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f"))
+    return (unfinished or runs or [new])[-1]
+
+
+def _is_used(directory: pathlib.Path, resume: bool) -> bool:
+    """Whether there is a run in `directory`, which then is locked; refuses one that may not be used."""
+    try:
+        found = set(os.listdir(directory)) - _TRACES
+    except FileNotFoundError:
+        found = set()
+    except OSError as error:
+        raise UserError(f"--run-dir {directory}: {error.strerror}; choose an empty or a new one") from error
+    if not found:
+        return False
+    if (directory / "lock").exists() or resume:
+        lock(directory)
+    if not resume:
+        raise UserError(f"--run-dir {directory}: is not empty; choose a new folder, or go on with its run by --resume")
+    return True
+
+
+def lock(directory: pathlib.Path) -> None:
+    """Keeps other processes out of a run directory, until this one ends in whatever way.
+
+    Raises:
+        UserError: another process is at work in it, or it can't be written to.
+    """
+    path = (directory / "lock").resolve()
+    if path in _locks:  # An earlier run of this process.
+        _locks.pop(path).close()
+    try:
+        new = not path.exists()
+        file = open(path, "a+b")  # noqa: SIM115
+        file.seek(0)
+        try:
+            holder = "process {pid} on {host}".format(**unsealed(file.read()))
+        except ValueError:
+            holder = ""
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not new and not holder:
+            warn(f"{path}: damaged; taken over, as no process holds it")
+        file.truncate(0)
+        file.write(sealed({"pid": os.getpid(), "host": platform.node()}).encode())
+        file.flush()
+    except BlockingIOError as error:
+        raise UserError(
+            f"--run-dir {directory}: in use by {holder or 'another process'}; wait for it, or choose another"
+        ) from error
+    except OSError as error:
+        raise UserError(f"--run-dir {directory}: {error.strerror}; choose an empty or a new one") from error
+    _locks[path] = file
+
+
+def _resumed_settings(directory: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the run in `directory`, if `settings` are the same."""
+    if not (directory / "config.json").exists():
+        raise UserError(f"--run-dir {directory}: holds no run; choose a new folder, or that of a run to resume")
+    before = read_sealed(directory / "config.json")
+    if before["recipe"] != settings["recipe"]:
+        raise UserError(
+            f"--run-dir {directory}: a run of {before['recipe']}, not of {settings['recipe']}; choose another"
+        )
+    differing = []
+    for part in ("config", "chosen"):
+        for name in {**before[part], **settings[part]}:
+            old, new = before[part].get(name), settings[part].get(name)
+            exact = part == "config" or name != "threads" or settings["config"]["deterministic"]
+            if old != new and exact and name not in _FREE_TO_CHANGE:
+                differing.append(f"{name} was {old!r} and is {new!r}")
+    if differing:
+        raise UserError(f"--resume: in {directory}, {'; '.join(differing)}; give the same flags, or start a new run")
+    if (directory / "result.json").exists():
+        read_sealed(directory / "result.json")
+        raise AlreadyFinishedError(f"{directory}: finished already; leave --resume out to start a new run")
+    return {**before, "resumed": before["resumed"] + 1}
 
 
 @dataclasses.dataclass
 class Run:
     """A training run, between `start_run` and `finish`.
 
-    `directory` holds everything that it writes; `strategy` is the one to build and compile the model under.
+    `directory` holds everything that it writes; `strategy` is the one to build and compile the model under;
+    `settings` is what `config.json` holds; `checkpoint` is the one to go on from, with its state.
     """
 
     recipe: str
@@ -83,42 +174,85 @@ class Run:
     strategy: tf.distribute.Strategy
     hardware: dict[str, Any]
     started: float
+    settings: dict[str, Any]
+    checkpoint: tuple[pathlib.Path, dict[str, Any]] | None
 
     @property
     def verbose(self) -> int:
         """The value for `fit`: a progress bar for people, a line per epoch for files."""
         return 0 if self.config.quiet else 1 if sys.stdout.isatty() else 2
 
-    def callbacks(self, data: Data, augment: Augment | None = None) -> list[keras.callbacks.Callback]:
-        """Makes the run directory and gives the callbacks for `fit`: the watch first, then TensorBoard.
+    @property
+    def start_step(self) -> int:
+        """The number of the first step: 0, or where a resumed run goes on."""
+        return self.checkpoint[1]["step"] if self.checkpoint else 0
+
+    def callbacks(
+        self, data: Data, augment: Augment | None = None, more: Sequence[keras.callbacks.Callback] = ()
+    ) -> list[keras.callbacks.Callback]:
+        """Makes the run directory and gives the callbacks for `fit`: watch, logs, `more`, checkpoints.
 
         Also writes what TensorBoard can show from the start: the run card, and examples of the data as
         they are and as `augment` makes them.
+
+        Args:
+            data: what the model is trained on.
+            augment: the augmentation of training batches, to show what it does.
+            more: your own callbacks, such as `EarlyStopping`: here, their state survives an interruption.
         """
-        config = dataclasses.asdict(self.config)
-        try:
-            (self.directory / "plots").mkdir(parents=True, exist_ok=True)
-            write_json(self.directory / "config.json", {"recipe": self.recipe, **config})
-        except OSError as error:
-            raise UserError(f"--run-dir {self.directory}: {error.strerror}; choose an empty or a new one") from error
+        state = self.checkpoint[1] if self.checkpoint else {}
+        self.data_digest = data.digest()
+        if self.settings["resumed"] and self.settings["data_digest"] != self.data_digest:
+            raise UserError(f"{data.name}: not the data that this run began with; bring that back, or start a new run")
+        self.settings["data_digest"] = self.data_digest
+        self._write_settings()
         about = {"name": data.name, "source": data.source, **data.counts()}
         if not self.config.quiet:
             counts = ", ".join(f"{count:,} {split}" for split, count in data.counts().items())
-            print(f"data: {data.name} ({data.source}): {counts}")
-        card = {"data": about, "config": config, "hardware": self.hardware, **provenance()}
-        self.writer = tf.summary.create_file_writer(str(self.directory / "tensorboard"))
-        with self.writer.as_default(step=0):
-            tf.summary.text("run_card", f"```\n{json.dumps(card, indent=2)}\n```")
-            tf.summary.experimental.write_raw_pb(_COLUMNS.SerializeToString(), step=0)
-            chosen = {name: value for name, value in config.items() if name not in ("data_dir", "run_dir", "quiet")}
-            name = f"{self.recipe}/{self.directory.name}"
-            hparams.hparams({**chosen, "recipe": self.recipe, "data": data.name}, trial_id=name)
-            _show_examples(data, augment)
-        self.writer.flush()
-        self.watch = _Watch(len(data.train))
-        profile = (2, 4) if self.config.profile else 0
-        folder, histograms = str(self.directory / "tensorboard"), int(self.config.histograms)
-        return [self.watch, keras.callbacks.TensorBoard(folder, histogram_freq=histograms, profile_batch=profile)]
+            print(f"data: {data.name} ({data.source}): {counts}", flush=True)
+            if self.settings["resumed"]:
+                print(f"resumed: {self.directory}, from step {self.start_step}", flush=True)
+        self.logs = Logs(self.directory / "tensorboard", self.config, state.get("logs", {}))
+        if not state:
+            card = {"recipe": self.recipe, "data": about, "config": dataclasses.asdict(self.config)}
+            card |= {"hardware": self.hardware, **provenance()}
+            self.logs.attempt(self.logs.begin, f"{self.recipe}/{self.directory.name}", card, data, augment)
+        self.seconds = {"data": data.seconds, "total": 0.0}
+        for part, seconds in state.get("seconds", {}).items():
+            self.seconds[part] += seconds
+        self.watch = _Watch(len(data.train), state.get("batch", 0))
+        kept = Checkpoints(
+            self.directory / "checkpoints",
+            self.config.checkpoint_every,
+            [self.watch, *more],
+            lambda: {"seconds": self._seconds(), "logs": self.logs.sizes()},
+            self.checkpoint,
+        )
+        return [self.watch, self.logs, *more, kept]
+
+    def _seconds(self) -> dict[str, float]:
+        return {**self.seconds, "total": self.seconds["total"] + time.perf_counter() - self.started}
+
+    def _write_settings(self) -> None:
+        """Makes the directory and `config.json`, or nothing at all."""
+        new = not self.directory.exists()
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock(self.directory)
+            if not self.settings["resumed"] and set(os.listdir(self.directory)) - _TRACES:
+                raise UserError(f"--run-dir {self.directory}: another process was faster; choose a new folder")
+            write_file(self.directory / "config.json", sealed(self.settings))
+            for name in ("plots", "checkpoints"):
+                (self.directory / name).mkdir(exist_ok=True)
+            # Whether checkpoints can be written shall show now, not after hours.
+            part = self.directory / "checkpoints" / "part"
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+        except OSError as error:
+            if new:
+                shutil.rmtree(self.directory, ignore_errors=True)
+            problem = f"{error.filename or self.directory}: {error.strerror}"
+            raise UserError(f"--run-dir {problem}; choose an empty or a new one") from error
 
     def finish(self, model: keras.Model, data: Data, report: Report, beside: dict[str, float]) -> dict[str, float]:
         """Saves the model, the plots and `result.json`, and prints the result.
@@ -132,35 +266,29 @@ class Run:
 
         Returns:
             All metrics: those of the report and those beside it.
+
+        Raises:
+            UserError: a file can't be written.
         """
         metrics, watch = {**report.metrics, **beside}, self.watch
-        with self.writer.as_default(step=watch.steps):
-            for name, value in metrics.items():
-                tf.summary.scalar(f"test/{name}", value)
-            for name, figure in {"learning_curves": curves_figure(watch.history), **report.figures}.items():
-                png = figure_png(figure)
-                (self.directory / "plots" / f"{name}.png").write_bytes(png)
-                _write_picture(name, png)
-            for name, text in report.texts.items():
-                tf.summary.text(name, text)
-        self.writer.close()
-        part = self.directory / "part.keras"  # Renamed when whole; Keras wants the suffix.
-        (with_class_names(model, data.class_names) if data.class_names else model).save(part)
-        os.replace(part, self.directory / "model.keras")
+        figures = {"learning_curves": curves_figure(watch.history), **report.figures}
+        pictures = {name: figure_png(figure) for name, figure in figures.items()}
+        self.logs.attempt(self.logs.end, watch.steps, metrics, pictures, report.texts)
+        evaluated = time.perf_counter()
         result = {
             "recipe": self.recipe,
-            "data": {"source": data.source, "name": data.name, "digest": data.digest(), **data.counts()},
+            "data": {"source": data.source, "name": data.name, "digest": self.data_digest, **data.counts()},
             "metrics": metrics,
             "parameters": sum(math.prod(weight.shape) for weight in model.trainable_weights),
             "seed": self.config.seed,
             "epochs": len(watch.history),
             "steps": watch.steps,
+            "resumed": self.settings["resumed"],
             "seconds": {
-                "data": data.seconds,
-                "compile": watch.traced - watch.begin,
-                "train": watch.end - watch.traced,
-                "evaluate": time.perf_counter() - watch.end,
-                "total": time.perf_counter() - self.started,
+                "compile": watch.compile_seconds,
+                "train": watch.elapsed - watch.compile_seconds,
+                "evaluate": evaluated - watch._end,
+                **self._seconds(),
             },
             "examples_per_second": watch.examples / watch.seconds if watch.examples else None,
             "weights_sha256": weights_sha256(model),
@@ -171,7 +299,17 @@ class Run:
             "history": watch.history,
             "evaluation": report.details,
         }
-        write_json(self.directory / "result.json", result)
+        try:
+            for name, png in pictures.items():
+                (self.directory / "plots" / f"{name}.png").write_bytes(png)
+            part = self.directory / "part.keras"  # Renamed when whole; Keras wants the suffix.
+            (with_class_names(model, data.class_names) if data.class_names else model).save(part)
+            os.replace(part, self.directory / "model.keras")
+            result["model_sha256"] = file_sha256(self.directory / "model.keras")
+            write_file(self.directory / "result.json", sealed(result))
+            (self.directory / "lock").unlink()
+        except OSError as error:
+            raise UserError(f"--run-dir {self.directory}: {error}; make room, then go on with --resume") from error
         if not self.config.quiet:
             table = Table("figure", "value", title=f"{self.recipe}: test split of {data.name} ({data.source})")
             for name, value in metrics.items():
@@ -202,59 +340,59 @@ class _Watch(keras.callbacks.Callback):
     holds the logs of each epoch, and the seconds from the start of training to its end.
     """
 
-    def __init__(self, examples_per_epoch: int):
+    def __init__(self, examples_per_epoch: int, passed_over: int):
         super().__init__()
-        self.examples_per_epoch, self.steps, self.examples, self.seconds = examples_per_epoch, 0, 0.0, 0.0
+        # What begins with _ is not part of a checkpoint; in a resumed run, the first batches are only counted.
+        self._examples_per_epoch, self._passed_over, self._traced, self._last_loss = (
+            *(examples_per_epoch, passed_over, False),
+            "none before",
+        )
         self.history: list[dict[str, float]] = []
-        self.traced = None
+        self.steps, self.elapsed, self.compile_seconds, self.examples, self.seconds = 0, 0.0, 0.0, 0.0, 0.0
+        self.epoch_examples, self.epoch_seconds = 0.0, 0.0
+
+    def _tick(self) -> float:
+        now = time.perf_counter()
+        took, self._end = now - self._end, now
+        self.elapsed += took
+        return took
 
     def on_train_begin(self, logs=None):
-        self.begin = time.perf_counter()
+        self._end = time.perf_counter()
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._from, self._untimed = time.perf_counter(), 0
+        self._tick()
+        self._batches = 0
 
     def on_train_batch_end(self, batch, logs=None):
         # With several steps per execution, `batch` is the last one of them.
-        self.end, self._batches = time.perf_counter(), batch + 1
-        if self.traced is None:
-            self.traced, self._from, self._untimed = self.end, self.end, batch + 1
+        took, batches, self._batches = self._tick(), batch + 1 - self._batches, batch + 1
+        if self._batches <= self._passed_over:
+            return
         if not math.isfinite(logs["loss"]):
             raise TrainingFailedError(
-                f"the loss is {logs['loss']} at step {self.steps + batch + 1}; "
+                f"the loss is {logs['loss']} at step {self.steps + self._batches} ({self._last_loss}); "
                 "try a smaller --learning-rate, and inputs of a sensible scale"
             )
+        self._last_loss = f"the last finite one was {logs['loss']:.6g}"
+        if self._traced:
+            self.epoch_examples += batches * self._examples_per_epoch / self.params["steps"]
+            self.epoch_seconds += took
+        else:
+            self._traced = True
+            self.compile_seconds += took
 
     def on_epoch_end(self, epoch, logs=None):
-        examples, seconds = self.examples_per_epoch * (1 - self._untimed / self._batches), self.end - self._from
+        self._tick()
+        # An epoch of one execution, which was traced, has nothing else to be measured by.
+        examples, seconds = self.epoch_examples, self.epoch_seconds
+        logs["examples_per_second"] = (
+            examples / seconds if examples else self._examples_per_epoch / self.compile_seconds
+        )
         self.steps, self.examples, self.seconds = (
             self.steps + self._batches,
             self.examples + examples,
             self.seconds + seconds,
         )
-        if examples:
-            logs["examples_per_second"] = examples / seconds
-        self.end = time.perf_counter()
-        self.history.append({name: float(value) for name, value in logs.items()} | {"seconds": self.end - self.begin})
-
-
-def _show_examples(data: Data, augment: Augment | None) -> None:
-    """Writes the first training examples to TensorBoard: pictures before and after, texts as a table."""
-    if not data.class_names:
-        return
-    inputs, targets = data.train.inputs[:25], data.train.targets[:25]
-    names = [data.class_names[label] for label in targets.numpy().argmax(axis=1)]
-    if inputs.dtype == tf.string:
-        tf.summary.text("examples", text_table(inputs.numpy(), names))
-    elif inputs.dtype == tf.uint8:
-        shown = {"examples": inputs}
-        if augment:
-            count = tf.constant(len(names), tf.int64)
-            first_draw = BatchRandom(tf.constant([0, 0], tf.int64), count, tf.constant(0, tf.int64), count)
-            shown["examples_augmented"], _ = augment(inputs, targets, first_draw)
-        for tag, images in shown.items():
-            _write_picture(tag, figure_png(picture_figure(np.asarray(images), names)))
-
-
-def _write_picture(tag: str, png: bytes) -> None:
-    tf.summary.image(tag, tf.image.decode_png(png, channels=3)[None])
+        self.epoch_examples, self.epoch_seconds, self._passed_over = 0.0, 0.0, 0
+        self.history.append({name: float(value) for name, value in logs.items()} | {"seconds": self.elapsed})

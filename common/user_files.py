@@ -78,6 +78,9 @@ def _class_files(
             files = sorted(file for file in of_class.iterdir() if file.suffix.lower() in suffixes and file.is_file())
             if not files:
                 raise UserError(f"{of_class}: no {kind} in this folder; add some or remove it")
+            for file in files:
+                if not file.resolve().is_relative_to(folder.resolve()):
+                    raise UserError(f"{file}: a link out of {folder}; copy what it points to, or name its folder")
             found[split] += [(file, of_class.name) for file in files]
         if not found[split]:
             raise UserError(f"{place}: no folders of {kind}; make one for each class")

@@ -77,7 +77,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             steps_per_execution=steps_per_execution(steps, run.strategy),
         )
     model.fit(
-        training_batches(data.train, config.batch_size, config.seed, augment, run.strategy),
+        training_batches(data.train, config.batch_size, config.seed, augment, run.strategy, run.start_step),
         steps_per_epoch=steps,
         shuffle=False,  # Shuffled already.
         epochs=config.epochs,

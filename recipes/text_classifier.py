@@ -94,7 +94,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             steps_per_execution=steps_per_execution(steps, run.strategy),
         )
     model.fit(
-        training_batches(train_tokens, config.batch_size, config.seed, augment, run.strategy),
+        training_batches(train_tokens, config.batch_size, config.seed, augment, run.strategy, run.start_step),
         steps_per_epoch=steps,
         shuffle=False,  # Shuffled already.
         epochs=config.epochs,

@@ -22,7 +22,7 @@ import time
 
 from common.cli import SharedConfig
 from common.data import CIFAR10, MNIST, Dataset, load_images
-from common.records import write_json
+from common.records import write_file
 
 import keras
 import numpy as np
@@ -201,7 +201,7 @@ def main() -> None:
     if not arguments.smoke:
         results = ROOT / "results"
         results.mkdir(exist_ok=True)
-        write_json(results / f"benchmark-{arguments.recipe}.json", record)
+        write_file(results / f"benchmark-{arguments.recipe}.json", json.dumps(record, indent=2) + "\n")
         publish()
 
 

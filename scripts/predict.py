@@ -15,9 +15,10 @@ import os
 import pathlib
 import sys
 import tempfile
+import zipfile
 
 from common.cli import UserError
-from common.records import read_run
+from common.records import file_sha256, read_run
 from common.user_files import numbers, read_csv, read_image, read_texts
 
 import keras
@@ -28,6 +29,8 @@ from rich.markup import escape
 from rich.table import Table
 
 BATCH = 512
+# A whole model hardly shrinks in its archive: weights are noise to a packer.
+LARGEST_EXPANSION = 100
 
 
 def main() -> None:
@@ -91,11 +94,16 @@ def predict(run_dir: pathlib.Path, files: list[str]) -> list[dict]:
 
 def load_run(run_dir: pathlib.Path) -> tuple[dict, keras.Model]:
     """The result and the model of a finished run."""
-    result = read_run(run_dir)
+    result, path = read_run(run_dir), run_dir / "model.keras"
     try:
-        return result, keras.models.load_model(run_dir / "model.keras", compile=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run_dir}: its model can't be read ({error}); choose another run below runs/") from error
+        if file_sha256(path) != result["model_sha256"]:
+            raise ValueError("it is not the file that the training wrote")
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > LARGEST_EXPANSION * path.stat().st_size:
+                raise ValueError("unpacked, it would fill memory and disk")
+        return result, keras.models.load_model(path, compile=False)
+    except Exception as error:  # Keras refuses what could do harm with errors of many types.
+        raise UserError(f"{path}: can't be read ({error}); train again, or take another run") from error
 
 
 def standard_input(folder: pathlib.Path) -> pathlib.Path:

@@ -19,7 +19,7 @@ import tempfile
 
 from common.cli import UserError
 from common.evaluation import figure_png
-from common.records import write_json
+from common.records import write_file
 
 from matplotlib.figure import Figure
 
@@ -74,7 +74,7 @@ def reproduce(recipe: str, seeds: list[int], flags: list[str]) -> None:
         result["command"] = shlex.join(["python", f"recipes/{recipe}.py", *without_places(flags), "--seed", str(seed)])
         runs.append(result)
     RESULTS.mkdir(exist_ok=True)
-    write_json(RESULTS / f"{recipe}.json", {"recipe": recipe, "runs": runs})
+    write_file(RESULTS / f"{recipe}.json", json.dumps({"recipe": recipe, "runs": runs}, indent=2) + "\n")
 
 
 def without_places(flags: list[str]) -> list[str]:

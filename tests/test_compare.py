@@ -49,7 +49,10 @@ def test_the_figures_are_those_of_the_results(folder):
 
 def test_what_cannot_be_compared_is_named(folder, tmp_path):
     program = str(ROOT / "scripts" / "compare.py")
-    for words, named in (((), "runs: no finished runs"), ((str(tmp_path),), "not the folder of a finished run")):
+    for words, named in (
+        ((), "runs: no finished runs"),
+        ((str(tmp_path),), "result.json: can't be read (No such file or directory)"),
+    ):
         run = run_program(program, *words, cwd=tmp_path)
         assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
         assert named in run.stderr

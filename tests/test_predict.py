@@ -155,11 +155,11 @@ def test_what_cannot_be_predicted_is_named(picture_run, tmp_path, monkeypatch, f
 def test_a_folder_that_is_no_run(tmp_path):
     run = run_program("scripts/predict.py", str(tmp_path), "x.png")
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
-    assert "not the folder of a finished run" in run.stderr
+    assert "result.json: can't be read (No such file or directory)" in run.stderr
 
 
 def test_a_result_that_is_none(picture_run, tmp_path):
     for name in ("result.json", "config.json"):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(predict.UserError, match="not the folder of a finished run"):
+    with pytest.raises(predict.UserError, match="not written by a recipe, or damaged"):
         predict.predict(tmp_path, ["x.png"])

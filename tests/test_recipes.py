@@ -89,7 +89,7 @@ def test_result_says_what_was_run(recipe, finished):
         assert f"{value:.4f}" in printed.stdout
     config = json.loads((directory / "config.json").read_text())
     assert config["recipe"] == recipe.__name__
-    assert config["batch_size"] == recipe.Config().batch_size
+    assert config["config"]["batch_size"] == recipe.Config().batch_size
 
 
 def test_the_saved_model_takes_what_a_user_has(recipe, finished):

@@ -297,7 +297,11 @@ def test_a_run_directory_is_not_used_twice(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text("{}")
     flags = ["--run-dir", str(tmp_path)]
     assert_refused(
-        monkeypatch, capsys, "linear_regression", flags, "is not an empty folder; choose an empty or a new one"
+        monkeypatch,
+        capsys,
+        "linear_regression",
+        flags,
+        "is not empty; choose a new folder, or go on with its run by --resume",
     )
     assert (tmp_path / "config.json").read_text() == "{}"
 
@@ -311,7 +315,7 @@ def test_a_run_directory_that_cannot_be_made(tmp_path, monkeypatch, capsys):
 
 def test_a_folder_with_other_files_is_no_run_directory(tmp_path, monkeypatch, capsys):
     (tmp_path / "picture.png").touch()
-    named = "is not an empty folder; choose an empty or a new one"
+    named = "is not empty; choose a new folder, or go on with its run by --resume"
     assert_refused(monkeypatch, capsys, "linear_regression", ["--run-dir", str(tmp_path)], named)
 
 

@@ -1,0 +1,237 @@
+"""Exact resume: all that the next step depends on, written whole or not at all, and checked when it is read."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from common.cli import TrainingFailedError, UserError, warn
+from common.records import file_sha256, read_sealed, sealed, write_file
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+
+def newest_checkpoint(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]] | None:
+    """The newest checkpoint in `folder` whose files are those that were written, and its state; None without any."""
+    for checkpoint in sorted(folder.glob("epoch-*"), reverse=True):
+        try:
+            state = read_sealed(checkpoint / "state.json")
+            for name, digest in state["files"].items():
+                if not (checkpoint / name).is_file() or file_sha256(checkpoint / name) != digest:
+                    raise UserError(f"{checkpoint / name}: damaged")
+            return checkpoint, state
+        except UserError as error:
+            warn(f"{str(error).split(';')[0]}; going on from the checkpoint before it")
+        except OSError as error:
+            warn(f"{checkpoint}: {error.strerror}; going on from the checkpoint before it")
+    return None
+
+
+class Checkpoints(keras.callbacks.Callback):
+    """Saves and restores a training, and ends it cleanly on SIGTERM and SIGINT; the last in the list of callbacks.
+
+    A checkpoint is a folder `epoch-E-batch-B`: all variables of model and optimizer (the seeds of dropout are among
+    them), the metrics of the epoch so far, the state of other callbacks, and the number of the step. It is
+    written as `part` and renamed. The last two stay, and the one with the lowest validation loss (without
+    validation: loss). Keras' own `BackupAndRestore` keeps neither seeds nor metrics nor callbacks.
+
+    Args:
+        folder: where the checkpoints are.
+        every: save within an epoch too: so many steps, as "500", or minutes, as "10min"; "" for neither.
+        others: the callbacks whose state belongs to the training: their public numbers, texts and arrays.
+        about: gives what else is to be stored with each checkpoint.
+        resumed: the checkpoint to go on from and its state, by `newest_checkpoint`.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        every: str,
+        others: Sequence[keras.callbacks.Callback],
+        about: Callable[[], dict[str, Any]],
+        resumed: tuple[pathlib.Path, dict[str, Any]] | None,
+    ):
+        super().__init__()
+        self.folder, self.every, self.others, self.about, self.resumed = folder, every, others, about, resumed
+        self._signal, self._passed_over, self._last_step, self._handlers = 0, 0, 0, {}
+
+    def on_train_begin(self, logs=None):
+        if not self.model.optimizer.built:
+            self.model.optimizer.build(self.model.trainable_variables)
+        if self.resumed:
+            self._restore(*self.resumed)
+        self._saved = time.monotonic()
+        if threading.current_thread() is threading.main_thread():  # Only there, Python allows it.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: Any) -> None:
+        self._signal = number
+        if number == signal.SIGINT:  # The second one ends the program at once; in a notebook, the cell.
+            default = self._handlers[number] is signal.default_int_handler
+            signal.signal(number, signal.default_int_handler if default else signal.SIG_DFL)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        done, steps = batch + 1, self.params["steps"]
+        if done <= self._passed_over:
+            return
+        due, step = False, self._epoch * steps + done
+        if self.every.endswith("min"):
+            due = time.monotonic() - self._saved >= 60 * int(self.every.removesuffix("min"))
+        elif self.every:
+            due = step // int(self.every) > self._last_step // int(self.every)
+        self._last_step = step
+        if (due and done < steps) or self._signal:
+            self._save(self._epoch, done, self._metrics())
+            self._stop_if_asked()
+
+    def on_test_begin(self, logs=None):
+        self._before_validation = self._metrics()
+
+    def on_test_batch_end(self, batch, logs=None):
+        if self._signal:
+            self._save(self._epoch, self.params["steps"], self._before_validation)
+            self._stop_if_asked()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._passed_over = 0
+        self._save(epoch + 1, 0, [], logs.get("val_loss", logs["loss"]))
+        self._stop_if_asked()
+
+    def on_train_end(self, logs=None):
+        self.model._initial_epoch = None
+        self._give_signals_back()
+
+    def _give_signals_back(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _stop_if_asked(self) -> None:
+        if self._signal:
+            self._give_signals_back()
+            raise KeyboardInterrupt(f"saved in {self.folder}; the same command with --resume goes on")
+
+    def _variables(self) -> list:
+        return [*self.model.variables, *self.model.optimizer.variables]
+
+    def _metrics(self) -> list[np.ndarray]:
+        return [np.asarray(variable) for variable in self.model.metrics_variables]
+
+    def _save(self, epoch: int, batch: int, metrics: list[np.ndarray], value: float | None = None) -> None:
+        """Writes a checkpoint; one that can't be written is warned of, and the one before stays."""
+        variables, step = self._variables(), epoch * self.params["steps"] + batch
+        for variable in variables:
+            if np.issubdtype(variable.dtype, np.floating) and not np.isfinite(np.asarray(variable)).all():
+                raise TrainingFailedError(
+                    f"{variable.path} is not finite after step {step}; try a smaller --learning-rate"
+                )
+        arrays, callbacks = list(metrics), []
+        for callback in self.others:
+            callbacks.append({"class": type(callback).__name__, "plain": {}, "arrays": {}})
+            for name, content in vars(callback).items():
+                if name.startswith("_") or name == "params":
+                    continue
+                content = content.item() if isinstance(content, np.generic) else content
+                if isinstance(content, list) and content and all(isinstance(each, np.ndarray) for each in content):
+                    callbacks[-1]["arrays"][name] = list(range(len(arrays), len(arrays) + len(content)))
+                    arrays += content
+                else:
+                    with contextlib.suppress(TypeError, ValueError):  # What JSON can't hold is no state: a function.
+                        json.dumps(content)
+                        callbacks[-1]["plain"][name] = content
+        part, checkpoint = self.folder / "part", self.folder / f"epoch-{epoch:06}-batch-{batch:09}"
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            saved = tf.train.Checkpoint(variables=variables, arrays=[tf.Variable(array) for array in arrays])
+            saved.write(str(part / "variables"))
+            state = {
+                "epoch": epoch,
+                "batch": batch,
+                "step": step,
+                "stopped": self.model.stop_training,
+                "value": value,
+                "variables": self._shapes(),
+                "metrics": len(metrics),
+                "callbacks": callbacks,
+                "files": {file.name: file_sha256(file) for file in sorted(part.iterdir())},
+                **self.about(),
+            }
+            write_file(part / "state.json", sealed(state))
+            shutil.rmtree(checkpoint, ignore_errors=True)  # A damaged one that was reached again.
+            os.rename(part, checkpoint)
+            self._delete_old(checkpoint)
+        except (OSError, tf.errors.OpError) as error:
+            shutil.rmtree(part, ignore_errors=True)
+            warn(f"{checkpoint}: can't be written ({error}); the checkpoint before it stays")
+        self._saved = time.monotonic()
+
+    def _shapes(self) -> list[list]:
+        return [[each.path, list(each.shape), str(each.dtype)] for each in self._variables()]
+
+    def _delete_old(self, newest: pathlib.Path) -> None:
+        others = [each for each in sorted(self.folder.glob("epoch-*"), reverse=True) if each != newest]
+        before = [each for each in others if each.name < newest.name]
+        values = {}
+        for each in (newest, *before):
+            with contextlib.suppress(UserError):
+                value = read_sealed(each / "state.json")["value"]
+                if value is not None:
+                    values[each] = value
+        kept = {*before[:1], min(values, key=values.get, default=newest)}
+        for each in others:
+            if each not in kept:
+                shutil.rmtree(each)
+
+    def _restore(self, checkpoint: pathlib.Path, state: dict[str, Any]) -> None:
+        for there, here in zip(state["variables"], self._shapes(), strict=False):
+            if there != here:
+                raise UserError(f"{checkpoint}: holds {there} where this model has {here}; start a new run")
+        names = [type(callback).__name__ for callback in self.others]
+        if len(state["variables"]) != len(self._shapes()) or [each["class"] for each in state["callbacks"]] != names:
+            raise UserError(f"{checkpoint}: of another model or with other callbacks; start a new run")
+        reader = tf.train.load_checkpoint(str(checkpoint / "variables"))
+
+        def stored(kind: str, number: int) -> np.ndarray:
+            return reader.get_tensor(f"{kind}/{number}/.ATTRIBUTES/VARIABLE_VALUE")
+
+        for number, variable in enumerate(self._variables()):
+            variable.assign(stored("variables", number))
+        for callback, kept in zip(self.others, state["callbacks"], strict=True):
+            vars(callback).update(kept["plain"])
+            for name, numbers in kept["arrays"].items():
+                setattr(callback, name, [stored("arrays", number) for number in numbers])
+        # Keras' own way to let a callback choose the first epoch; `BackupAndRestore` has no other.
+        self.model._initial_epoch = self.params["epochs"] if state["stopped"] else state["epoch"]
+        self._last_step = state["step"]
+        if state["batch"]:
+            self._pass_over(state["batch"], [stored("arrays", number) for number in range(state["metrics"])])
+
+    def _pass_over(self, batches: int, metrics: list[np.ndarray]) -> None:
+        """Lets the epoch go on behind its first batches: Keras counts them, but nothing is computed."""
+        self._passed_over, compute, left = batches, self.model.train_function, [batches]
+
+        def go_on(iterator: Any) -> Any:
+            if left[0] == batches:
+                # `fit` has just reset the metrics; those of `compile` may not even be built.
+                self.model._symbolic_build(data_batch=iterator.element_spec)
+                for variable, content in zip(self.model.metrics_variables, metrics, strict=True):
+                    variable.assign(content)
+            if left[0] > 0:
+                left[0] -= self.model.steps_per_execution
+                return self.model.get_metrics_result()
+            self.model.train_function = compute
+            return compute(iterator)
+
+        self.model.train_function = go_on

@@ -1,0 +1,121 @@
+"""What TensorBoard shows of a run; a log that can't be written never stops a training."""
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from common.batches import Augment, BatchRandom
+from common.cli import SharedConfig, warn
+from common.data import Data
+from common.evaluation import figure_png, picture_figure, text_table
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorboard.plugins.hparams import api as hparams
+
+# What TensorBoard's HParams tab shows of every run; the same in all runs, or it would show some runs only.
+_COLUMNS = hparams.hparams_config_pb(
+    hparams=[hparams.HParam(name) for name in ("recipe", "data", "seed", "epochs", "learning_rate")],
+    metrics=[hparams.Metric(f"test/{name}") for name in ("accuracy", "f1", "loss", "mse", "mae", "r2")],
+)
+_EVENT_FILES = "events.out.tfevents*"
+
+
+class Logs(keras.callbacks.TensorBoard):
+    """Keras' TensorBoard callback and what a run writes beside it; warns of its first failure, then is silent.
+
+    Args:
+        folder: the log directory.
+        config: `histograms` and `profile` are used.
+        sizes: the bytes of each log file that count, from `Logs.sizes` at the checkpoint that a run goes on
+            from: what was written later will be written again. Empty for a run that begins.
+    """
+
+    def __init__(self, folder: pathlib.Path, config: SharedConfig, sizes: dict[str, int]):
+        self.folder, self.failed, self.writer = folder, False, None
+        profile, histograms = (2, 4) if config.profile else 0, int(config.histograms)
+        super().__init__(str(folder), histogram_freq=histograms, profile_batch=profile, write_graph=not sizes)
+        for name in dir(keras.callbacks.TensorBoard):
+            if name.startswith("on_") or name == "set_model":
+                setattr(self, name, functools.partial(self.attempt, getattr(self, name)))
+        self.attempt(self._open, sizes)
+
+    def attempt(self, write: Callable[..., None], *arguments: Any, **named: Any) -> None:
+        """Calls `write` unless logging has failed before; a failure is only warned of."""
+        if not self.failed:
+            try:
+                write(*arguments, **named)
+            except (OSError, tf.errors.OpError) as error:
+                self.failed = True
+                warn(f"{self.folder}: no more logs ({error}); training goes on without them")
+
+    def _open(self, sizes: dict[str, int]) -> None:
+        for file in self.folder.rglob(_EVENT_FILES):
+            size = sizes.get(str(file.relative_to(self.folder)), 0)
+            if size == 0:
+                file.unlink()
+            elif size < file.stat().st_size:
+                os.truncate(file, size)
+        self.writer = tf.summary.create_file_writer(str(self.folder))
+
+    def sizes(self) -> dict[str, int]:
+        """The size of each log file in bytes, with all that has been logged so far."""
+
+        def flush() -> None:
+            for writer in (self.writer, *self._writers.values()):
+                writer.flush()
+
+        self.attempt(flush)
+        found = {}
+        for file in self.folder.rglob(_EVENT_FILES):
+            with contextlib.suppress(OSError):  # Deleted meanwhile.
+                found[str(file.relative_to(self.folder))] = file.stat().st_size
+        return found
+
+    def begin(self, name: str, card: dict[str, Any], data: Data, augment: Augment | None) -> None:
+        """Writes what can be shown before training: the run card, the hyperparameters, and examples of the data."""
+        with self.writer.as_default(step=0):
+            tf.summary.text("run_card", f"```\n{json.dumps(card, indent=2)}\n```")
+            tf.summary.experimental.write_raw_pb(_COLUMNS.SerializeToString(), step=0)
+            left_out = ("data_dir", "run_dir", "quiet", "resume", "checkpoint_every")
+            chosen = {key: value for key, value in card["config"].items() if key not in left_out}
+            hparams.hparams({**chosen, "recipe": card["recipe"], "data": data.name}, trial_id=name)
+            _show_examples(data, augment)
+
+    def end(self, step: int, metrics: dict[str, float], pictures: dict[str, bytes], texts: dict[str, str]) -> None:
+        """Writes the results on the test split."""
+        with self.writer.as_default(step=step):
+            for name, value in metrics.items():
+                tf.summary.scalar(f"test/{name}", value)
+            for name, png in pictures.items():
+                _write_picture(name, png)
+            for name, text in texts.items():
+                tf.summary.text(name, text)
+        self.writer.close()
+
+
+def _show_examples(data: Data, augment: Augment | None) -> None:
+    """Writes the first training examples to TensorBoard: pictures before and after, texts as a table."""
+    if not data.class_names:
+        return
+    inputs, targets = data.train.inputs[:25], data.train.targets[:25]
+    names = [data.class_names[label] for label in targets.numpy().argmax(axis=1)]
+    if inputs.dtype == tf.string:
+        tf.summary.text("examples", text_table(inputs.numpy(), names))
+    elif inputs.dtype == tf.uint8:
+        shown = {"examples": inputs}
+        if augment:
+            count = tf.constant(len(names), tf.int64)
+            first_draw = BatchRandom(tf.constant([0, 0], tf.int64), count, tf.constant(0, tf.int64), count)
+            shown["examples_augmented"], _ = augment(inputs, targets, first_draw)
+        for tag, images in shown.items():
+            _write_picture(tag, figure_png(picture_figure(np.asarray(images), names)))
+
+
+def _write_picture(tag: str, png: bytes) -> None:
+    tf.summary.image(tag, tf.image.decode_png(png, channels=3)[None])

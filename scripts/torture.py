@@ -1,0 +1,183 @@
+"""Kills a training again and again, resumes it by the same command, and compares the end with a run left alone.
+
+    python scripts/torture.py mnist_cnn --kills 20
+    python scripts/torture.py mnist_cnn --kills 20 --signal TERM
+    python scripts/torture.py mnist_cnn --kills 3 -- --smoke --batch-size 64
+
+KILL is `kill -9`, at random moments from the start of the process to its end; a quarter of the kills falls inside
+the writing of a checkpoint. TERM asks politely, at any moment after the recipe's first line: the exit code must
+be 75 each time. Compared are the digest of the weights, the step counter of the optimizer, the test metrics, the
+losses of all epochs, and each step of each curve in TensorBoard. Flags behind `--` go to the recipe.
+"""
+
+import argparse
+import collections
+import json
+import os
+import pathlib
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+from common.cli import EXIT_INTERRUPTED
+
+import tensorflow as tf
+
+ROOT = pathlib.Path(__file__).parent.parent
+STANDARD_FLAGS = ["--data", "sample", "--epochs", "4", "--checkpoint-every", "5"]
+FIXED_FLAGS = ["--deterministic", "--no-baseline"]
+
+
+def main() -> None:
+    own, flags = sys.argv[1:], []
+    if "--" in own:
+        own, flags = own[: own.index("--")], own[own.index("--") + 1 :]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("recipe", choices=sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))
+    parser.add_argument("--kills", type=int, default=20, help="how often (default: 20)")
+    parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
+    parser.add_argument("--seed", type=int, default=0, help="decides the moments, as far as a clock can")
+    arguments = parser.parse_args(own)
+    with tempfile.TemporaryDirectory() as folder:
+        torture = Torture(arguments, [*(flags or STANDARD_FLAGS), *FIXED_FLAGS], pathlib.Path(folder))
+        sys.exit(torture.run())
+
+
+class Torture:
+    """A reference run, and victims that are killed until there were enough kills."""
+
+    def __init__(self, arguments: argparse.Namespace, flags: list[str], folder: pathlib.Path):
+        self.recipe = str(ROOT / "recipes" / f"{arguments.recipe}.py")
+        self.name, self.kills, self.signal = arguments.recipe, arguments.kills, arguments.signal
+        self.flags, self.folder, self.random = flags, folder, random.Random(arguments.seed)
+        self.slowest_exit = 0.0
+
+    def command(self, run_dir: pathlib.Path, *more: str) -> list[str]:
+        """The training, as a user would start it."""
+        return [sys.executable, self.recipe, *self.flags, "--run-dir", str(run_dir), *more]
+
+    def run(self) -> int:
+        """Prints the comparison; 0 if all is identical, else 1."""
+        began = time.monotonic()
+        done = subprocess.run(self.command(self.folder / "alone"), capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(done.stderr, file=sys.stderr)
+            return done.returncode
+        self.duration = time.monotonic() - began
+        self.lead = self.duration - json.loads((self.folder / "alone" / "result.json").read_text())["seconds"]["train"]
+        expected, counts, victims = outcome(self.folder / "alone"), collections.Counter(), 0
+        while counts["kills"] < self.kills:
+            victims += 1
+            victim = self.folder / f"victim-{victims}"
+            while not self.live(victim, counts):
+                pass
+            found = outcome(victim)
+            for what in expected:
+                if found[what] != expected[what]:
+                    print(f"{self.name}: {what} differs\n  alone: {expected[what]}\n  killed: {found[what]}")
+                    return 1
+        print(
+            f"{self.name}: {counts['kills']} x {self.signal} ({counts['in write']} inside a checkpoint write), "
+            f"{victims} runs finished, {counts['resumed']} times from a checkpoint: identical to the run left alone"
+            + (f"; slowest exit {self.slowest_exit:.1f} s" if self.signal == "TERM" else "")
+        )
+        return 0
+
+    def live(self, victim: pathlib.Path, counts: collections.Counter) -> bool:
+        """One life of a victim, to its end or to its death; whether it came to the end."""
+        command = self.command(victim, "--resume")
+        if counts["kills"] >= self.kills:
+            moment = None
+        elif self.signal == "KILL" and counts["in write"] * 4 <= counts["kills"]:
+            moment = None
+            command[:1] = [sys.executable, __file__, "victim", str(self.random.randint(1, 4))]
+        else:
+            # Most moments in training, some in what comes before and behind it.
+            share = 2 * (self.duration - self.lead) / max(1, self.kills)
+            moment = self.random.uniform(0.3 * self.lead, self.lead + share)
+            moment = self.random.choice([moment, self.random.uniform(0, self.duration)])
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if moment is not None:
+            threading.Thread(target=self.strike, args=(process, moment), daemon=True).start()
+        printed, errors = process.communicate()
+        counts["resumed"] += "\nresumed: " in printed and "from step 0" not in printed
+        if process.returncode == 0:
+            return True
+        if process.returncode != (EXIT_INTERRUPTED if self.signal == "TERM" else -signal.SIGKILL):
+            raise SystemExit(f"{self.name}: exit code {process.returncode}\n{errors}")
+        self.slowest_exit = max(self.slowest_exit, time.monotonic() - getattr(process, "struck", time.monotonic()))
+        counts["kills"] += 1
+        counts["in write"] += "victim" in command
+        return False
+
+    def strike(self, process: subprocess.Popen, moment: float) -> None:
+        """Sends the signal after so many seconds."""
+        time.sleep(moment)
+        process.struck = time.monotonic()
+        process.send_signal(signal.SIGKILL if self.signal == "KILL" else signal.SIGTERM)
+
+
+def outcome(run_dir: pathlib.Path) -> dict[str, object]:
+    """What must be the same, however often a run was interrupted."""
+    result = json.loads((run_dir / "result.json").read_text())
+    newest = max((run_dir / "checkpoints").glob("epoch-*"))
+    names = [name for name, _, _ in json.loads((newest / "state.json").read_text())["variables"]]
+    (iteration,) = [number for number, name in enumerate(names) if name.endswith("/iteration")]
+    iterations = tf.train.load_checkpoint(str(newest / "variables")).get_tensor(
+        f"variables/{iteration}/.ATTRIBUTES/VARIABLE_VALUE"
+    )
+    timed = ("seconds", "examples_per_second")
+    return {
+        "weights": result["weights_sha256"],
+        "iterations": int(iterations),
+        "metrics": result["metrics"],
+        "history": [{name: value for name, value in epoch.items() if name not in timed} for epoch in result["history"]],
+        "curves": curves(run_dir / "tensorboard"),
+    }
+
+
+def curves(folder: pathlib.Path) -> list[tuple[str, str, int]]:
+    """Folder, tag and step of everything in the event files, sorted."""
+    found = []
+    for file in folder.rglob("events.out.tfevents*"):
+        for record in tf.data.TFRecordDataset(str(file)):
+            event = tf.compat.v1.Event.FromString(record.numpy())
+            found += [(str(file.parent.relative_to(folder)), value.tag, event.step) for value in event.summary.value]
+    return sorted(found)
+
+
+def be_victim(write: int, recipe: str) -> None:
+    """Runs a recipe that dies inside the given checkpoint write, counted from 1."""
+    from common.checkpoints import Checkpoints
+
+    save, writes = Checkpoints._save, 0
+
+    def save_and_die(*arguments):
+        nonlocal writes
+        writes += 1
+        if writes == write:
+            # A write takes some 20 ms: all its stages are met.
+            timer = threading.Timer(random.uniform(0, 0.03), os.kill, (os.getpid(), signal.SIGKILL))
+            timer.start()
+            save(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(*arguments)
+
+    Checkpoints._save = save_and_die
+    runpy.run_path(recipe, run_name="__main__")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["victim"]:
+        write, recipe = int(sys.argv[2]), sys.argv[3]
+        sys.argv = sys.argv[3:]
+        be_victim(write, recipe)
+    else:
+        main()
