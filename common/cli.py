@@ -136,6 +136,8 @@ def run_recipe(train: Callable[[Any], dict], config_class: type, description: st
         code, line = 3, f"training failed: {error}"
     except KeyboardInterrupt as interruption:
         code, line = EXIT_INTERRUPTED, f"interrupted: {interruption}"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # The outcome is settled; Python's farewell shall not change it.
     if line:
         print(" ".join(line.split()), file=sys.stderr if code else sys.stdout)
     sys.exit(code)

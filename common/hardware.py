@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from common.cli import SharedConfig, UserError
-from common.upstream import cure_symbolic_build
+from common.upstream import cure_gradient_leak, cure_symbolic_build
 
 import keras
 import tensorflow as tf
@@ -112,6 +112,7 @@ def apply(choices: dict[str, tuple[Any, str]], config: SharedConfig) -> tf.distr
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     keras.config.set_dtype_policy(choices["precision"][0])
+    cure_gradient_leak()
     if devices == 1:
         return tf.distribute.get_strategy()
     cure_symbolic_build()

@@ -1,5 +1,6 @@
 """One run: its directory, its lock, its clock, and the true record of its result."""
 
+import contextlib
 import dataclasses
 import datetime
 import fcntl
@@ -62,7 +63,11 @@ def start_run(config: SharedConfig) -> "Run":
     directory = _choose_directory(recipe, config)
     checkpoint = None
     if _is_used(directory, config.resume):
-        settings = _resumed_settings(directory, settings)
+        try:
+            settings = _resumed_settings(directory, settings)
+        except (UserError, AlreadyFinishedError):
+            unlock(directory)
+            raise
         checkpoint = newest_checkpoint(directory / "checkpoints")
     # The same layer names in the second run of a process as in the first; before `apply`, as it also
     # forgets the precision.
@@ -97,9 +102,10 @@ def _is_used(directory: pathlib.Path, resume: bool) -> bool:
         raise UserError(f"--run-dir {directory}: {error.strerror}; choose an empty or a new one") from error
     if not found:
         return False
-    if (directory / "lock").exists() or resume:
+    if resume or (directory / "lock").exists():
         lock(directory)
     if not resume:
+        unlock(directory)
         raise UserError(f"--run-dir {directory}: is not empty; choose a new folder, or go on with its run by --resume")
     return True
 
@@ -113,8 +119,8 @@ def lock(directory: pathlib.Path) -> None:
     path = (directory / "lock").resolve()
     if path in _locks:  # An earlier run of this process.
         _locks.pop(path).close()
+    new, file = not path.exists(), None
     try:
-        new = not path.exists()
         file = open(path, "a+b")  # noqa: SIM115
         file.seek(0)
         try:
@@ -127,13 +133,23 @@ def lock(directory: pathlib.Path) -> None:
         file.truncate(0)
         file.write(sealed({"pid": os.getpid(), "host": platform.node()}).encode())
         file.flush()
-    except BlockingIOError as error:
-        raise UserError(
-            f"--run-dir {directory}: in use by {holder or 'another process'}; wait for it, or choose another"
-        ) from error
     except OSError as error:
-        raise UserError(f"--run-dir {directory}: {error.strerror}; choose an empty or a new one") from error
+        if file:
+            with contextlib.suppress(OSError):  # On a full disk, closing tries to write once more.
+                file.close()
+        problem = f"{error.strerror}; choose an empty or a new one"
+        if isinstance(error, BlockingIOError):
+            problem = f"in use by {holder or 'another process'}; wait for it, or choose another"
+        raise UserError(f"--run-dir {directory}: {problem}") from error
     _locks[path] = file
+
+
+def unlock(directory: pathlib.Path) -> None:
+    """Gives the lock of a run directory back, if this process has it."""
+    path = (directory / "lock").resolve()
+    if path in _locks:
+        path.unlink(missing_ok=True)
+        _locks.pop(path).close()
 
 
 def _resumed_settings(directory: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -248,9 +264,11 @@ class Run:
             part = self.directory / "checkpoints" / "part"
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
-        except OSError as error:
+        except (OSError, UserError) as error:
             if new:
                 shutil.rmtree(self.directory, ignore_errors=True)
+            if isinstance(error, UserError):
+                raise
             problem = f"{error.filename or self.directory}: {error.strerror}"
             raise UserError(f"--run-dir {problem}; choose an empty or a new one") from error
 
@@ -307,7 +325,7 @@ class Run:
             os.replace(part, self.directory / "model.keras")
             result["model_sha256"] = file_sha256(self.directory / "model.keras")
             write_file(self.directory / "result.json", sealed(result))
-            (self.directory / "lock").unlink()
+            unlock(self.directory)
         except OSError as error:
             raise UserError(f"--run-dir {self.directory}: {error}; make room, then go on with --resume") from error
         if not self.config.quiet:

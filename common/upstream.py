@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 from keras.src import tree
+from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 
 
@@ -26,3 +27,20 @@ def cure_symbolic_build() -> None:
         original(self, data_batch=data_batch)
 
     TensorFlowTrainer._maybe_symbolic_build = from_one_slice
+
+
+@functools.cache
+def cure_gradient_leak() -> None:
+    """Lets the graph of a training go when the training is over: some 10 MB for each `fit` of a small network.
+
+    Keras 3.15 sums gradients up over the replicas by `all_reduce`, even where there is only one. That is a
+    `tf.custom_gradient`, whose closure TensorFlow 2.21 keeps for ever, and with it the graph that it was traced in
+    (https://github.com/tensorflow/tensorflow/issues/97697). With several replicas it stays so.
+    """
+    original = TFOptimizer._all_reduce_sum_gradients
+
+    def for_several_replicas(self: TFOptimizer, grads_and_vars: list) -> list:
+        replicas = self._distribution_strategy.num_replicas_in_sync
+        return original(self, grads_and_vars) if replicas > 1 else grads_and_vars
+
+    TFOptimizer._all_reduce_sum_gradients = for_several_replicas

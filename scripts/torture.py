@@ -70,8 +70,10 @@ class Torture:
         if done.returncode:
             print(done.stderr, file=sys.stderr)
             return done.returncode
-        self.duration = time.monotonic() - began
-        self.lead = self.duration - json.loads((self.folder / "alone" / "result.json").read_text())["seconds"]["train"]
+        # What comes before and behind the training, and the training itself.
+        seconds = json.loads((self.folder / "alone" / "result.json").read_text())["seconds"]
+        self.around = (time.monotonic() - began if self.signal == "KILL" else seconds["total"]) - seconds["train"]
+        self.training = seconds["train"]
         expected, counts, victims = outcome(self.folder / "alone"), collections.Counter(), 0
         while counts["kills"] < self.kills:
             victims += 1
@@ -99,15 +101,15 @@ class Torture:
             moment = None
             command[:1] = [sys.executable, __file__, "victim", str(self.random.randint(1, 4))]
         else:
-            # Most moments in training, some in what comes before and behind it.
-            share = 2 * (self.duration - self.lead) / max(1, self.kills)
-            moment = self.random.uniform(0.3 * self.lead, self.lead + share)
-            moment = self.random.choice([moment, self.random.uniform(0, self.duration)])
+            # Half of them early enough in training that it takes many lives, the others at any moment.
+            early = self.random.uniform(0.3 * self.around, self.around + 2 * self.training / self.kills)
+            moment = self.random.choice([early, self.random.uniform(0, self.around + self.training)])
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        printed = process.stdout.readline() if self.signal == "TERM" else ""
         if moment is not None:
             threading.Thread(target=self.strike, args=(process, moment), daemon=True).start()
-        printed, errors = process.communicate()
-        counts["resumed"] += "\nresumed: " in printed and "from step 0" not in printed
+        rest, errors = process.communicate()
+        counts["resumed"] += "\nresumed: " in printed + rest and "from step 0\n" not in rest
         if process.returncode == 0:
             return True
         if process.returncode != (EXIT_INTERRUPTED if self.signal == "TERM" else -signal.SIGKILL):

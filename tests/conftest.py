@@ -2,6 +2,7 @@ import functools
 import importlib.util
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import types
@@ -40,6 +41,15 @@ def smoke_data(name: str) -> Data:
 @pytest.fixture(params=RECIPES)
 def recipe(request) -> types.ModuleType:
     return load_recipe(request.param)
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """What a recipe does on SIGINT and SIGTERM is not for the tests that follow."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def smoke_config(recipe: types.ModuleType, run_dir: pathlib.Path, **settings):

@@ -1,0 +1,541 @@
+"""A run that was interrupted anywhere goes on to the very same weights, records and curves."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+
+from common.batches import Split, evaluation_batches, training_batches
+from common.checkpoints import Checkpoints, newest_checkpoint
+from common.cli import AlreadyFinishedError, SharedConfig, TrainingFailedError, UserError, run_recipe
+from common.data import Data
+from common.evaluation import evaluate_regressor
+from common.records import read_sealed, sealed
+from common.runs import start_run
+
+import damage
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import torture
+from conftest import ROOT, load_recipe, run_program, smoke_config, smoke_data
+
+STEPS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(SharedConfig):
+    """Settings of the training below."""
+
+    epochs: int = 30
+    batch_size: int = 16
+    threads: int = 2
+    deterministic: bool = True
+    quiet: bool = True
+    strategy: str = "none"
+
+
+class Interruption(keras.callbacks.Callback):
+    """Sends this process a signal at one moment: (hook, epoch, batch)."""
+
+    def __init__(self, moment=None, number=signal.SIGTERM):
+        super().__init__()
+        self._moment, self._number = moment, number
+
+    def _at(self, hook, batch):
+        if self._moment == (hook, self._epoch, batch):
+            os.kill(os.getpid(), self._number)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch = epoch
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._at("train", batch)
+
+    def on_test_batch_begin(self, batch, logs=None):
+        self._at("validation", batch)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._at("end", 0)
+
+
+def splits():
+    random = np.random.default_rng(0)
+    inputs = random.normal(size=(130, 5)).astype(np.float32)
+    targets = (inputs[:, :1] * 2 + random.normal(size=(130, 1))).astype(np.float32)
+    parts = {"train": slice(0, 90), "validation": slice(90, 110), "test": slice(110, 130)}
+    return Data("noise", "generated", **{name: Split.of(inputs[part], targets[part]) for name, part in parts.items()})
+
+
+def fit(directory, moment=None, number=signal.SIGTERM, steps_per_execution=1, width=8, more=(), **settings):
+    """Trains a network with all that has a state: dropout, batch normalisation, Adam, callbacks that wait."""
+    config = Config(run_dir=str(directory), **settings)
+    run, data = start_run(config), splits()
+    with run.strategy.scope():
+        inputs = keras.Input([5])
+        x = keras.layers.Dense(width, activation="relu")(inputs)
+        x = keras.layers.Dropout(0.5)(keras.layers.BatchNormalization()(x))
+        model = keras.Model(inputs, keras.layers.Dense(1)(x))
+        model.compile(keras.optimizers.Adam(0.1), "mse", metrics=["mae"], steps_per_execution=steps_per_execution)
+    callbacks = [
+        keras.callbacks.EarlyStopping(patience=2, restore_best_weights=True),
+        keras.callbacks.ReduceLROnPlateau(patience=1, factor=0.5),
+        Interruption(moment, number),
+        *more,
+    ]
+    model.fit(
+        training_batches(data.train, 16, config.seed, strategy=run.strategy, start_step=run.start_step),
+        steps_per_epoch=STEPS,
+        shuffle=False,
+        epochs=config.epochs,
+        validation_data=evaluation_batches(data.validation, 10, run.strategy),
+        validation_steps=2,
+        callbacks=run.callbacks(data, more=callbacks),
+        verbose=0,
+    )
+    run.finish(model, data, evaluate_regressor(model, data.test, 16, run.strategy), {})
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The outcome of the run that nobody interrupts."""
+    directory = tmp_path_factory.mktemp("alone") / "run"
+    fit(directory)
+    outcome = torture.outcome(directory)
+    assert len(outcome["history"]) < Config.epochs, "early stopping must be part of this"
+    assert len({epoch["loss"] for epoch in outcome["history"]}) == len(outcome["history"])
+    return outcome
+
+
+MOMENTS = [
+    ("train", 0, 0),
+    ("train", 0, 3),
+    ("train", 2, STEPS - 1),
+    ("train", 3, 2),
+    ("validation", 1, 0),
+    ("validation", 2, 1),
+    ("end", 0, 0),
+    ("end", 2, 0),
+]
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: "-".join(map(str, moment)))
+def test_interrupted_anywhere_the_end_is_the_same(tmp_path, alone, moment):
+    with pytest.raises(KeyboardInterrupt, match="the same command with --resume goes on"):
+        fit(tmp_path / "run", moment)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "given back"
+    assert not (tmp_path / "run" / "result.json").exists()
+    fit(tmp_path / "run", resume=True)
+    assert torture.outcome(tmp_path / "run") == alone
+    assert read_sealed(tmp_path / "run" / "result.json")["resumed"] == 1
+    assert not (tmp_path / "run" / "lock").exists()
+
+
+def test_interrupted_at_every_stage_of_one_run(tmp_path, alone):
+    for number, moment in enumerate(sorted(MOMENTS, key=lambda moment: (moment[1], moment[0] != "train", moment[2]))):
+        with contextlib.suppress(KeyboardInterrupt, AlreadyFinishedError):  # The moment may have passed.
+            fit(tmp_path / "run", moment, resume=number > 0)
+    if not (tmp_path / "run" / "result.json").exists():
+        fit(tmp_path / "run", resume=True)
+    assert torture.outcome(tmp_path / "run") == alone
+    result = read_sealed(tmp_path / "run" / "result.json")
+    assert result["resumed"] >= 6
+    seconds = result["seconds"]
+    assert seconds["total"] > seconds["compile"] + seconds["train"] > result["history"][-1]["seconds"]
+    assert [epoch["seconds"] for epoch in result["history"]] == sorted(epoch["seconds"] for epoch in result["history"])
+
+
+def test_several_steps_in_one_execution(tmp_path):
+    fit(tmp_path / "alone", steps_per_execution=3)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", ("train", 1, 0), steps_per_execution=3)
+    checkpoint, state = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert (checkpoint.name, state["step"]) == ("epoch-000001-batch-000000003", STEPS + 3)
+    fit(tmp_path / "run", steps_per_execution=3, resume=True)
+    assert torture.outcome(tmp_path / "run") == torture.outcome(tmp_path / "alone")
+
+
+def test_under_several_replicas(tmp_path):
+    settings = {"strategy": "mirrored", "devices": 2}
+    fit(tmp_path / "alone", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", ("train", 1, 2), **settings)
+    fit(tmp_path / "run", resume=True, **settings)
+    outcomes = [torture.outcome(tmp_path / name) for name in ("run", "alone")]
+    assert outcomes[0]["weights"] == outcomes[1]["weights"]
+    assert outcomes[0]["curves"] == outcomes[1]["curves"]
+
+
+def test_killed_in_evaluation_or_while_the_result_is_written(tmp_path, alone, monkeypatch):
+    """All epochs are done: nothing is trained again, not even after early stopping."""
+
+    def die(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("common.runs.sealed", lambda content: die() if "metrics" in content else sealed(content))
+        with pytest.raises(KeyboardInterrupt):
+            fit(tmp_path / "run")
+    fit(tmp_path / "run", ("train", len(alone["history"]), 0), resume=True)
+    assert torture.outcome(tmp_path / "run") == alone
+
+
+def test_killed_before_the_first_checkpoint(tmp_path, alone, monkeypatch):
+    def die(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "on_epoch_begin", die)
+        with pytest.raises(KeyboardInterrupt):
+            fit(tmp_path / "run")
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints") is None
+    fit(tmp_path / "run", resume=True)
+    assert torture.outcome(tmp_path / "run") == alone
+
+
+def test_resume_starts_what_never_began(tmp_path, alone):
+    fit(tmp_path / "run", resume=True)
+    assert torture.outcome(tmp_path / "run") == alone
+
+
+def test_the_last_two_checkpoints_and_the_best_are_kept(tmp_path):
+    directory = tmp_path / "run"
+    fit(directory, checkpoint_every="4")
+    history = read_sealed(directory / "result.json")["history"]
+    best = 1 + int(np.argmin([epoch["val_loss"] for epoch in history]))
+    last = len(history)
+    # Every four steps: in the last epoch (steps 6 x (last - 1) to 6 x last) after 2 or 4 of its steps.
+    steps = [step for step in range(4, STEPS * last, 4) if step % STEPS]
+    newest = max(steps)
+    names = {(best, 0), (last, 0), max((last - 1, 0), divmod(newest, STEPS))}
+    assert best < last - 1
+    expected = {f"epoch-{epoch:06}-batch-{batch:09}" for epoch, batch in names}
+    assert {path.name for path in (directory / "checkpoints").iterdir()} == expected
+
+
+def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(Checkpoints, "_save", lambda self, epoch, batch, *rest: saved.append((epoch, batch)))
+    clock = iter(range(0, 100_000, 25))  # Each look at it is 25 seconds later.
+    monkeypatch.setattr("common.checkpoints.time.monotonic", lambda: next(clock))
+    fit(tmp_path / "run", checkpoint_every="1min", epochs=1)
+    assert (0, 3) in saved
+    assert (1, 0) in saved
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, alone, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", ("train", 3, 2))
+    newest, _ = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    file = newest / "variables.data-00000-of-00001"
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    fit(tmp_path / "run", resume=True)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"warning: {file}: damaged; going on from the checkpoint before it"
+    assert torture.outcome(tmp_path / "run") == alone
+
+
+def test_damage_anywhere_is_noticed(tmp_path, capsys):
+    """The quick part of scripts/damage.py: every kind of file, some of its bytes."""
+    counts = damage.damage(tmp_path, flips=100, truncations=30, random=random.Random(0))
+    assert len(counts) == 8
+    assert sum(counts.values()) == 130
+
+
+def test_a_second_interrupt_ends_the_program_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("signal.default_int_handler", None)  # As when the recipe has set its own handler.
+    before = signal.getsignal(signal.SIGINT)
+
+    class Look(keras.callbacks.Callback):
+        found = None
+
+        def on_train_batch_begin(self, batch, logs=None):
+            if batch == 1:
+                Look.found = signal.getsignal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match="saved in"):
+        fit(tmp_path / "run", ("train", 0, 1), signal.SIGINT, more=[Look()])
+    assert Look.found == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
+def test_exit_code_75_from_a_recipe(tmp_path, how):
+    """As a process: once in training, once before it; then to the end."""
+    recipe = str(ROOT / "recipes" / "linear_regression.py")
+    command = [sys.executable, recipe, "--deterministic", "--no-baseline", "--epochs", "200", "--run-dir", "run"]
+    for awaited in ("hardware: ", "Epoch 2/"):
+        process = subprocess.Popen(
+            [*command, "--resume"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        while not process.stdout.readline().startswith(awaited):
+            assert process.poll() is None
+        process.send_signal(getattr(signal, how))
+        _, errors = process.communicate()
+        assert (process.returncode, errors.count("\n")) == (75, 1), errors
+        assert errors.startswith("interrupted: ")
+        assert errors.endswith("the same command with --resume goes on\n")
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints")[1]["step"] > 0
+    done = run_program(*command[1:], "--resume", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    again = run_program(*command[1:], "--resume", cwd=tmp_path)
+    assert (again.returncode, again.stdout.count("\n"), again.stderr) == (0, 1, "")
+    assert again.stdout.startswith("run: finished already;")
+
+
+def test_resume_alone_takes_the_latest_unfinished_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = load_recipe("linear_regression")
+    data = smoke_data("linear_regression")
+
+    def train(**settings):
+        module.train(smoke_config(module, "", **settings), data)
+
+    def interrupt():
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoints, "on_test_end", lambda self, logs=None: os.kill(os.getpid(), signal.SIGTERM))
+            with pytest.raises(KeyboardInterrupt):
+                train()
+
+    train()
+    interrupt()
+    interrupt()
+    runs = sorted((tmp_path / "runs" / "linear_regression").iterdir())
+    finished = [(run / "result.json").exists() for run in runs]
+    assert finished == [True, False, False]
+    train(resume=True)
+    assert [(run / "result.json").exists() for run in runs] == [True, False, True]
+    train(resume=True)
+    assert [(run / "result.json").exists() for run in runs] == [True, True, True]
+    with pytest.raises(AlreadyFinishedError, match=runs[-1].name):
+        train(resume=True)
+    assert sorted((tmp_path / "runs" / "linear_regression").iterdir()) == runs
+
+
+def test_another_model_is_refused(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", ("train", 1, 2))
+    with pytest.raises(UserError, match=r"'dense/kernel'.*start a new run"):
+        fit(tmp_path / "run", resume=True, width=9)
+    with pytest.raises(UserError, match="with other callbacks"):
+        fit(tmp_path / "run", resume=True, more=[keras.callbacks.TerminateOnNaN()])
+    fit(tmp_path / "run", resume=True)
+
+
+def test_other_data_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", ("train", 1, 2))
+    monkeypatch.setattr(Data, "digest", lambda self: "another")
+    with pytest.raises(UserError, match="not the data that this run began with"):
+        fit(tmp_path / "run", resume=True)
+
+
+HOLDER = """
+import pathlib, sys, time
+from common.runs import lock
+lock(pathlib.Path(sys.argv[1]))
+print("locked", flush=True)
+time.sleep(600)
+"""
+
+
+def test_one_run_directory_one_run(tmp_path, alone):
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", ("train", 1, 2))
+    # This process still has the lock of the run that was interrupted in it; another one may not take it.
+    held = subprocess.run([sys.executable, "-c", HOLDER, tmp_path / "run"], capture_output=True, text=True, check=False)
+    assert f"in use by process {os.getpid()} on " in held.stderr
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path / "other"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "locked\n"
+    for resume in (True, False):
+        with pytest.raises(UserError, match=f"in use by process {holder.pid} on .*; wait for it, or choose another"):
+            fit(tmp_path / "other", resume=resume)
+    holder.kill()
+    holder.communicate()
+    fit(tmp_path / "other", resume=True)
+    assert torture.outcome(tmp_path / "other") == alone
+
+
+def test_a_loss_that_is_no_number(tmp_path, monkeypatch, capsys):
+    module = load_recipe("linear_regression")
+    flags = ["--learning-rate", "30", "--epochs", "60", "--quiet", "--run-dir", str(tmp_path / "run"), "--no-baseline"]
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *flags])
+    with pytest.raises(SystemExit) as left:
+        run_recipe(module.train, module.Config)
+    assert left.value.code == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("training failed: ")
+    assert "step" in line
+    checkpoint, _ = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    reader = tf.train.load_checkpoint(str(checkpoint / "variables"))
+    for name, shape in reader.get_variable_to_shape_map().items():
+        if shape:
+            assert np.isfinite(reader.get_tensor(name)).all(), name
+
+
+def test_a_loss_that_is_no_number_names_the_last_one_that_was(tmp_path):
+    class Spoil(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if self.model.optimizer.iterations == 8:
+                self.model.optimizer.learning_rate = np.nan
+
+    message = r"the loss is nan at step 10 \(the last finite one was \d.*\); try a smaller --learning-rate"
+    with pytest.raises(TrainingFailedError, match=message):
+        fit(tmp_path / "run", more=[Spoil()])
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints")[1]["step"] == STEPS
+
+
+class Vandal(keras.callbacks.Callback):
+    """Does something to the logs in mid-training."""
+
+    def __init__(self, act):
+        super().__init__()
+        self._act = act
+
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == 1:
+            self._act()
+
+
+def test_logs_deleted_in_mid_training(tmp_path, alone):
+    logs = tmp_path / "run" / "tensorboard"
+    fit(tmp_path / "run", more=[Vandal(lambda: shutil.rmtree(logs))])
+    outcome = torture.outcome(tmp_path / "run")
+    assert (outcome["weights"], outcome["metrics"]) == (alone["weights"], alone["metrics"])
+
+
+def test_logs_that_cannot_be_written(tmp_path, alone, monkeypatch, capsys):
+    def refuse(*arguments, **named):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tf.summary, "create_file_writer", refuse)
+    fit(tmp_path / "run")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {tmp_path / 'run' / 'tensorboard'}: no more logs ([Errno 13] Permission denied)")
+    outcome = torture.outcome(tmp_path / "run")
+    assert (outcome["weights"], outcome["metrics"]) == (alone["weights"], alone["metrics"])
+
+
+FULL_DISK = """
+import resource, runpy, signal, sys
+limit = int(sys.argv[1])
+sys.argv = sys.argv[2:]
+import common.checkpoints, common.runs, tensorflow
+begin = common.runs.Run.callbacks
+def callbacks(*arguments, **named):
+    # From the first step on, no file grows beyond the limit, as on a full disk.
+    found = begin(*arguments, **named)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    return found
+if limit:
+    common.runs.Run.callbacks = callbacks
+else:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def never_full(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("never_full") / "run"
+    recipe = load_recipe("dense_classifier")
+    recipe.train(smoke_config(recipe, directory), smoke_data("dense_classifier"))
+    return read_sealed(directory / "result.json")["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "warnings", "code", "line"),
+    [
+        (0, [], 2, "error: --run-dir"),  # The lock and config.json.
+        (1000, ["no more logs", "can't be written"], 2, "make room, then go on with --resume"),
+        (20_000, ["can't be written"], 2, "make room, then go on with --resume"),  # Checkpoints and plots.
+        (65_000, ["can't be written"], 2, "make room, then go on with --resume"),  # Checkpoints and the model.
+    ],
+)
+def test_a_full_disk(tmp_path, never_full, limit, warnings, code, line):
+    flags = ("--data", "sample", "--smoke", "--threads", "2", "--deterministic", "--no-baseline", "--quiet")
+    command = (str(ROOT / "recipes" / "dense_classifier.py"), *flags, "--run-dir", "run")
+    run = run_program("-c", FULL_DISK, str(limit), *command, cwd=tmp_path)
+    lines = [each for each in run.stderr.splitlines() if each.startswith(("warning: ", "error: "))]
+    assert run.returncode == code, run.stderr
+    assert "Traceback" not in run.stderr
+    assert line in lines[-1]
+    for words in warnings:
+        assert any(words in each for each in lines[:-1]), lines
+    if not limit:
+        assert not (tmp_path / "run").exists(), "nothing is left behind"
+    done = run_program(*command, "--resume", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert read_sealed(tmp_path / "run" / "result.json")["weights_sha256"] == never_full
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, alone, monkeypatch, capsys):
+    write, calls = tf.train.Checkpoint.write, []
+
+    def full(self, path):
+        calls.append(path)
+        if len(calls) > 2:
+            (pathlib.Path(path).parent / "half").write_bytes(b"half")
+            raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+        return write(self, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tf.train.Checkpoint, "write", full)
+        with pytest.raises(KeyboardInterrupt):
+            fit(tmp_path / "run", ("train", 3, 2))
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2
+    for line in warnings:
+        assert ": can't be written (No space left on device); the checkpoint before it stays" in line
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints")[1]["step"] == 2 * STEPS
+    fit(tmp_path / "run", resume=True)
+    assert torture.outcome(tmp_path / "run") == alone
+
+
+def test_killed_again_and_again(recipe, capsys):
+    """The quick part of scripts/torture.py, for every recipe."""
+    flags = ["--", "--smoke", "--data", "sample", "--batch-size", "90", "--checkpoint-every", "2"]
+    run = run_program("scripts/torture.py", recipe.__name__, "--kills", "3", *flags)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "3 x KILL (1 inside a checkpoint write)" in run.stdout
+    assert "identical to the run left alone" in run.stdout
+
+
+def test_asked_again_and_again_to_stop():
+    run = run_program("scripts/torture.py", "mnist_cnn", "--kills", "3", "--signal", "TERM")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "3 x TERM" in run.stdout
+
+
+def test_ten_fits_in_one_process_keep_no_memory(tmp_path):
+    """Each a run of its own; what the first two leave behind are caches."""
+    run = run_program("-c", TEN_FITS, str(ROOT / "tests"), str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    grown = json.loads(run.stdout.splitlines()[-1])
+    assert sum(grown[3:]) / len(grown[3:]) < 1, grown
+
+
+TEN_FITS = """
+import ctypes, gc, json, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+from conftest import load_recipe, smoke_config, smoke_data
+recipe, data, sizes = load_recipe("mnist_cnn"), smoke_data("mnist_cnn"), []
+for number in range(10):
+    recipe.train(smoke_config(recipe, pathlib.Path(sys.argv[2]) / str(number)), data)
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    sizes.append(int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20)
+print(json.dumps([after - before for before, after in zip([0, *sizes], sizes)]))
+"""
