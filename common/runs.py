@@ -218,10 +218,7 @@ class Run:
         """
         state = self.checkpoint[1] if self.checkpoint else {}
         self.data_digest = data.digest()
-        if self.settings["resumed"] and self.settings["data_digest"] != self.data_digest:
-            raise UserError(f"{data.name}: not the data that this run began with; bring that back, or start a new run")
-        self.settings["data_digest"] = self.data_digest
-        self._write_settings()
+        self._write_settings(data)
         about = {"name": data.name, "source": data.source, **data.counts()}
         if not self.config.quiet:
             counts = ", ".join(f"{count:,} {split}" for split, count in data.counts().items())
@@ -249,12 +246,14 @@ class Run:
     def _seconds(self) -> dict[str, float]:
         return {**self.seconds, "total": self.seconds["total"] + time.perf_counter() - self.started}
 
-    def _write_settings(self) -> None:
+    def _write_settings(self, data: Data) -> None:
         """Makes the directory and `config.json`, or nothing at all."""
         new = not self.directory.exists()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             lock(self.directory)
+            if self.settings.setdefault("data_digest", self.data_digest) != self.data_digest:
+                raise UserError(f"{data.name}: not the data that this run began with; bring those back, or start anew")
             if not self.settings["resumed"] and set(os.listdir(self.directory)) - _TRACES:
                 raise UserError(f"--run-dir {self.directory}: another process was faster; choose a new folder")
             write_file(self.directory / "config.json", sealed(self.settings))
@@ -265,6 +264,7 @@ class Run:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
         except (OSError, UserError) as error:
+            unlock(self.directory)
             if new:
                 shutil.rmtree(self.directory, ignore_errors=True)
             if isinstance(error, UserError):

@@ -3,7 +3,10 @@
 import dataclasses
 import os
 import pathlib
+import shutil
+import struct
 import threading
+import types
 
 from common import data as data_module
 from common.batches import Split
@@ -11,11 +14,13 @@ from common.cli import SharedConfig, UserError
 from common.data import CIFAR10, IMDB, MNIST, Data, load_images, load_texts, tfds_folder
 from common.records import weights_sha256
 
+import damage
 import keras
 import numpy as np
 import pandas as pd
 import pytest
 import requests
+import tensorflow as tf
 from conftest import load_recipe, smoke_config, smoke_data
 from PIL import Image
 
@@ -172,18 +177,88 @@ def test_data_dir_comes_before_the_environment(monkeypatch):
     assert tfds_folder(SharedConfig()) == pathlib.Path.home() / "tensorflow_datasets"
 
 
-def test_a_failed_download_is_told_in_one_line(monkeypatch, tmp_path):
+@pytest.fixture
+def preparing(monkeypatch):
+    """Lets the preparation of a set do something else, with a network that is there."""
     import tensorflow_datasets as tfds
 
-    class Failing:
-        def download_and_prepare(self):
-            raise OSError("disk full\nmore lines")
+    def prepare(act):
+        monkeypatch.setattr(data_module, "reachable", lambda address: True)
+        monkeypatch.setattr(tfds, "builder", lambda *_, **__: types.SimpleNamespace(download_and_prepare=act))
 
-    monkeypatch.setattr(data_module, "reachable", lambda address: True)
-    monkeypatch.setattr(tfds, "builder", lambda *_, **__: Failing())
-    with pytest.raises(UserError, match="disk full") as error:
+    return prepare
+
+
+def raising(error):
+    def act():
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize("source", ["tfds", "auto"])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device\nmore lines"), tf.errors.ResourceExhaustedError(None, None, "No space left")],
+)
+def test_a_set_that_cannot_be_written_is_told_in_one_line(preparing, tmp_path, source, error):
+    """With `auto` too: a full disk is no reason to train on something else."""
+    preparing(raising(error))
+    with pytest.raises(UserError, match=r"No space left.*; make room or name another folder") as told:
+        load_images(MNIST, SharedConfig(data=source, data_dir=str(tmp_path)), (28, 28))
+    assert str(tmp_path) in str(told.value)
+    assert "more lines" not in str(told.value)
+
+
+def test_a_failed_download_leads_to_the_sample(preparing, tmp_path, capsys):
+    preparing(raising(requests.ConnectionError("refused")))
+    config = SharedConfig(data_dir=str(tmp_path), smoke=True)
+    assert load_images(MNIST, config, (28, 28)).source == "sample"
+    assert "refused" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"No MNIST in .*: refused"):
+        load_images(MNIST, dataclasses.replace(config, data="tfds"), (28, 28))
+
+
+def test_two_processes_that_prepare_the_same_set(preparing, tmp_path):
+    """The slower one finds the folder taken, and uses what the faster one has prepared."""
+
+    def too_late():
+        damage.make_tfds(tmp_path)
+        raise OSError("Directory not empty")
+
+    preparing(too_late)
+    data = load_images(MNIST, SharedConfig(data_dir=str(tmp_path)), (28, 28))
+    assert (data.source, len(data.test)) == ("tfds", 40)
+
+
+def test_a_half_prepared_folder_is_not_taken_for_a_set(preparing, tmp_path):
+    shard = damage.make_tfds(tmp_path)
+    whole = load_images(MNIST, SharedConfig(data_dir=str(tmp_path)), (28, 28)).digest()
+    half = shard.parent.with_name("incomplete.A1B2C3_9.9.9")
+    shutil.copytree(shard.parent, half)
+    assert load_images(MNIST, SharedConfig(data_dir=str(tmp_path)), (28, 28)).digest() == whole
+    shutil.rmtree(shard.parent)
+    preparing(raising(requests.ConnectionError("refused")))
+    with pytest.raises(UserError, match="No MNIST in "):
         load_images(MNIST, SharedConfig(data="tfds", data_dir=str(tmp_path)), (28, 28))
-    assert "more lines" not in str(error.value)
+
+
+@pytest.mark.parametrize("way", ["missing", "flipped", "cut", "emptied", "cut between records"])
+def test_a_damaged_shard_is_named(tmp_path, way):
+    """Damage of single bytes, everywhere: tests/test_resume.py."""
+    shard = damage.make_tfds(tmp_path)
+    content = shard.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    if way == "missing":
+        shard.unlink()
+    else:
+        flipped = content[:500] + bytes([content[500] ^ 4]) + content[501:]
+        first = content[: length + 16]
+        shard.write_bytes({"flipped": flipped, "cut": content[:999], "emptied": b""}.get(way, first))
+    with pytest.raises(UserError) as told:
+        load_images(MNIST, SharedConfig(data_dir=str(tmp_path)), (28, 28))
+    remedy = f"delete {shard.parent} to have it prepared anew"
+    assert str(told.value) == f"{shard}: missing or damaged; {remedy}"
 
 
 # The user's own files.

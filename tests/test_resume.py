@@ -148,7 +148,7 @@ def test_interrupted_at_every_stage_of_one_run(tmp_path, alone):
     result = read_sealed(tmp_path / "run" / "result.json")
     assert result["resumed"] >= 6
     seconds = result["seconds"]
-    assert seconds["total"] > seconds["compile"] + seconds["train"] > result["history"][-1]["seconds"]
+    assert seconds["total"] > seconds["compile"] + seconds["train"] >= 0.99 * result["history"][-1]["seconds"]
     assert [epoch["seconds"] for epoch in result["history"]] == sorted(epoch["seconds"] for epoch in result["history"])
 
 

@@ -1,7 +1,9 @@
 """Each test here fails when a bug is mended upstream: then delete the cure, and the test with it."""
 
+import gc
 import subprocess
 import sys
+import weakref
 
 from common import upstream
 
@@ -65,6 +67,20 @@ def test_tensorflow_variables_still_lack_the_copy_keyword():
     """pyproject.toml: the filter for "__array__ implementation doesn't accept a copy keyword"."""
     with pytest.warns(DeprecationWarning, match="__array__ implementation"):
         np.array(tf.Variable([0.0]))
+
+
+def test_tensorflow_still_keeps_graphs_with_a_custom_gradient():
+    """common/upstream.py: cure_gradient_leak."""
+
+    @tf.custom_gradient
+    def same(x):
+        return tf.identity(x), lambda upstream: upstream
+
+    traced = tf.function(same).get_concrete_function(tf.TensorSpec([], tf.float32))
+    graph = weakref.ref(traced.graph)
+    del traced
+    gc.collect()
+    assert graph() is not None, "mended upstream: delete the cure"
 
 
 def test_the_cure_is_applied_once():

@@ -1,10 +1,12 @@
 """What a user can get wrong: exit code 2, and one line on stderr that names the thing and the remedy."""
 
+import dataclasses
 import os
 import pathlib
 import sys
 
 from common.cli import run_recipe
+from common.records import sealed, write_file
 
 import numpy as np
 import pandas as pd
@@ -204,9 +206,143 @@ def absent(folder):
     return folder / "nowhere"
 
 
+def link_out(folder):
+    pictures(folder, "cat", "dog")
+    (folder.parent / "canary.png").write_bytes(b"never to be read")
+    (folder / "dog" / "canary.png").symlink_to(folder.parent / "canary.png")
+    return folder
+
+
+def interrupted(folder, **changes):
+    """A run of linear_regression before its first checkpoint, as `changes` have it."""
+    module = load_recipe("linear_regression")
+    settings = {
+        "recipe": "linear_regression",
+        "config": dataclasses.asdict(module.Config(resume=True, quiet=True)),
+        "chosen": {"strategy": "none", "devices": 1, "precision": "float32"},
+        "resumed": 0,
+        "data_digest": "of other data",
+    }
+    settings["config"] |= changes.pop("config", {})
+    write_file(folder / "config.json", sealed(settings | changes))
+    return ["--resume", "--run-dir", str(folder)]
+
+
+def run_of_other_recipe(folder):
+    return interrupted(folder, recipe="mnist_cnn")
+
+
+def run_with_other_settings(folder):
+    return interrupted(folder, config={"learning_rate": 0.5, "epochs": 7})
+
+
+def run_with_other_precision(folder):
+    return interrupted(folder, chosen={"strategy": "none", "devices": 1, "precision": "mixed_bfloat16"})
+
+
+def run_with_other_data(folder):
+    return interrupted(folder)
+
+
+def run_without_settings(folder):
+    (folder / "plots").mkdir()
+    return ["--resume", "--run-dir", str(folder)]
+
+
+def run_with_damaged_settings(folder):
+    flags = interrupted(folder)
+    settings = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(settings.replace('"epochs": 100', '"epochs": 900'))
+    return flags
+
+
+def run_with_settings_of_a_stranger(folder):
+    (folder / "config.json").write_text('{"recipe": "linear_regression"}')
+    return ["--resume", "--run-dir", str(folder)]
+
+
+def run_with_deep_settings(folder):
+    (folder / "config.json").write_text("[" * 100_000)
+    return ["--resume", "--run-dir", str(folder)]
+
+
+def run_with_settings_that_are_a_folder(folder):
+    (folder / "config.json").mkdir()
+    return ["--resume", "--run-dir", str(folder)]
+
+
+def run_with_damaged_result(folder):
+    flags = interrupted(folder)
+    (folder / "result.json").write_text("{}")
+    return flags
+
+
+def used_run(folder):
+    return interrupted(folder)[1:]
+
+
+def folder_with_other_files(folder):
+    (folder / "picture.png").touch()
+    return ["--run-dir", str(folder)]
+
+
+def run_directory_that_is_a_file(folder):
+    (folder / "file").touch()
+    return ["--run-dir", str(folder / "file")]
+
+
+def run_directory_below_a_file(folder):
+    (folder / "file").touch()
+    return ["--run-dir", str(folder / "file" / "run")]
+
+
+def run_directory_with_a_long_name(folder):
+    return ["--run-dir", str(folder / ("x" * 300))]
+
+
+def lock_that_is_a_folder(folder):
+    (folder / "lock").mkdir()
+    return ["--run-dir", str(folder)]
+
+
+def checkpoints_that_are_a_file(folder):
+    digest = load_recipe("linear_regression").load_data(load_recipe("linear_regression").Config()).digest()
+    flags = interrupted(folder, data_digest=digest)
+    (folder / "plots").mkdir()
+    (folder / "checkpoints").touch()
+    return flags
+
+
+def never_so_often(folder):
+    return ["--checkpoint-every", "5 hours"]
+
+
 @pytest.mark.parametrize(
     ("recipe", "make", "named"),
     [
+        ("linear_regression", run_of_other_recipe, "a run of mnist_cnn, not of linear_regression; choose another"),
+        ("linear_regression", run_with_other_settings, "epochs was 7 and is 100; learning_rate was 0.5 and is 0.1"),
+        ("linear_regression", run_with_other_precision, "precision was 'mixed_bfloat16' and is 'float32'"),
+        (
+            "linear_regression",
+            run_with_other_data,
+            "noisy line: not the data that this run began with; bring those back",
+        ),
+        ("linear_regression", run_without_settings, "holds no run; choose a new folder"),
+        ("linear_regression", run_with_damaged_settings, "config.json: changed since it was written"),
+        ("linear_regression", run_with_settings_of_a_stranger, "config.json: not written by a recipe, or damaged"),
+        ("linear_regression", run_with_deep_settings, "config.json: not written by a recipe, or damaged"),
+        ("linear_regression", run_with_settings_that_are_a_folder, "config.json: can't be read (Is a directory)"),
+        ("linear_regression", run_with_damaged_result, "result.json: not written by a recipe, or damaged"),
+        ("linear_regression", used_run, "is not empty; choose a new folder, or go on with its run by --resume"),
+        ("linear_regression", folder_with_other_files, "is not empty; choose a new folder"),
+        ("linear_regression", run_directory_that_is_a_file, "Not a directory; choose an empty or a new one"),
+        ("linear_regression", run_directory_below_a_file, "Not a directory; choose an empty or a new one"),
+        ("linear_regression", run_directory_with_a_long_name, "File name too long; choose an empty or a new one"),
+        ("linear_regression", lock_that_is_a_folder, "Is a directory; choose an empty or a new one"),
+        ("linear_regression", checkpoints_that_are_a_file, "File exists; choose an empty or a new one"),
+        ("linear_regression", never_so_often, "--checkpoint-every 5 hours: give steps, as 500, or minutes, as 10min"),
+        ("cifar10_cnn", link_out, "dog/canary.png: a link out of "),
         ("cifar10_cnn", no_images, "no folders of images (PNG, JPEG, BMP or GIF); make one for each class"),
         ("cifar10_cnn", empty_class, "mouse: no images"),
         ("mnist_cnn", one_class, "only one class"),
@@ -252,11 +388,14 @@ def absent(folder):
         ("text_classifier", absent, "nowhere: no such file or folder"),
     ],
 )
-def test_bad_data(tmp_path, monkeypatch, capsys, recipe, make, named):
+def test_bad_input(tmp_path, monkeypatch, capsys, recipe, make, named):
     (tmp_path / "data").mkdir()
-    flags = ["--data", str(make(tmp_path / "data")), "--run-dir", str(tmp_path / "run"), "--quiet"]
-    assert_refused(monkeypatch, capsys, recipe, flags, named)
-    assert not (tmp_path / "run").exists(), "nothing is left behind"
+    made = make(tmp_path / "data")
+    flags = made if isinstance(made, list) else ["--data", str(made)]
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    assert_refused(monkeypatch, capsys, recipe, [*flags, "--quiet"], named)
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is left behind"
 
 
 def assert_refused(monkeypatch, capsys, recipe, flags, named):
@@ -293,37 +432,6 @@ def test_bad_flags(tmp_path, monkeypatch, capsys, flags, named):
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_a_run_directory_is_not_used_twice(tmp_path, monkeypatch, capsys):
-    (tmp_path / "config.json").write_text("{}")
-    flags = ["--run-dir", str(tmp_path)]
-    assert_refused(
-        monkeypatch,
-        capsys,
-        "linear_regression",
-        flags,
-        "is not empty; choose a new folder, or go on with its run by --resume",
-    )
-    assert (tmp_path / "config.json").read_text() == "{}"
-
-
-def test_a_run_directory_that_cannot_be_made(tmp_path, monkeypatch, capsys):
-    """Below a file: that fails for root too, whom no permission stops."""
-    (tmp_path / "file").touch()
-    flags = ["--run-dir", str(tmp_path / "file" / "run"), "--quiet"]
-    assert_refused(monkeypatch, capsys, "linear_regression", flags, "Not a directory; choose an empty or a new one")
-
-
-def test_a_folder_with_other_files_is_no_run_directory(tmp_path, monkeypatch, capsys):
-    (tmp_path / "picture.png").touch()
-    named = "is not empty; choose a new folder, or go on with its run by --resume"
-    assert_refused(monkeypatch, capsys, "linear_regression", ["--run-dir", str(tmp_path)], named)
-
-
-def test_a_run_directory_that_mkdir_refuses(tmp_path, monkeypatch, capsys):
-    flags = ["--run-dir", str(tmp_path / ("x" * 300)), "--quiet"]
-    assert_refused(monkeypatch, capsys, "linear_regression", flags, "File name too long; choose an empty or a new one")
-
-
 @pytest.mark.parametrize("flags", [["--devices", "50", "--batch-size", "50"], ["--devices", "3", "--batch-size", "3"]])
 def test_more_devices_than_examples_in_a_batch(flags, tmp_path):
     """In a process of its own, for the number of devices."""
@@ -358,5 +466,5 @@ def test_the_real_set_without_network_and_without_data(tmp_path):
 
 
 def test_every_recipe_has_data_errors_tested():
-    tested = {parameters[0] for parameters in test_bad_data.pytestmark[0].args[1]}
+    tested = {parameters[0] for parameters in test_bad_input.pytestmark[0].args[1]}
     assert tested == set(RECIPES)
