@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -9,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from common.cli import TrainingFailedError, UserError, warn
 from common.records import file_sha256, read_sealed, sealed, write_file
@@ -29,14 +30,16 @@ def newest_checkpoint(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any
                     raise UserError(f"{checkpoint / name}: damaged")
             return checkpoint, state
         except UserError as error:
-            warn(f"{str(error).split(';')[0]}; going on from the checkpoint before it")
+            warn(f"{str(error).split(';')[0]}; going on from the one before it, or from the beginning")
         except OSError as error:
-            warn(f"{checkpoint}: {error.strerror}; going on from the checkpoint before it")
+            warn(f"{checkpoint}: {error.strerror}; going on from the one before it, or from the beginning")
     return None
 
 
 class Checkpoints(keras.callbacks.Callback):
-    """Saves and restores a training, and ends it cleanly on SIGTERM and SIGINT; the last in the list of callbacks.
+    """Saves and restores a training, and ends it in time; the last in the list of callbacks.
+
+    It ends on SIGTERM and SIGINT, when the running execution is done and saved, and on a loss that is not finite.
 
     A checkpoint is a folder `epoch-E-batch-B`: all variables of model and optimizer (the seeds of dropout are among
     them), the metrics of the epoch so far, the state of other callbacks, and the number of the step. It is
@@ -62,6 +65,7 @@ class Checkpoints(keras.callbacks.Callback):
         super().__init__()
         self.folder, self.every, self.others, self.about, self.resumed = folder, every, others, about, resumed
         self._signal, self._passed_over, self._last_step, self._handlers = 0, 0, 0, {}
+        self._last_loss = "none before it was finite"
 
     def on_train_begin(self, logs=None):
         if not self.model.optimizer.built:
@@ -86,7 +90,11 @@ class Checkpoints(keras.callbacks.Callback):
         done, steps = batch + 1, self.params["steps"]
         if done <= self._passed_over:
             return
-        due, step = False, self._epoch * steps + done
+        step = self._epoch * steps + done
+        if not math.isfinite(logs["loss"]):
+            self._fail(f"the loss is {logs['loss']} at step {step} ({self._last_loss})")
+        self._last_loss = f"the last finite one was {logs['loss']:.6g}"
+        due = False
         if self.every.endswith("min"):
             due = time.monotonic() - self._saved >= 60 * int(self.every.removesuffix("min"))
         elif self.every:
@@ -112,6 +120,7 @@ class Checkpoints(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         self.model._initial_epoch = None
         self._give_signals_back()
+        self._stop_if_asked()  # The last epoch is saved, but the signal came later.
 
     def _give_signals_back(self) -> None:
         for number, handler in self._handlers.items():
@@ -121,6 +130,10 @@ class Checkpoints(keras.callbacks.Callback):
         if self._signal:
             self._give_signals_back()
             raise KeyboardInterrupt(f"saved in {self.folder}; the same command with --resume goes on")
+
+    def _fail(self, problem: str) -> NoReturn:
+        self._give_signals_back()
+        raise TrainingFailedError(f"{problem}; try a smaller --learning-rate, and inputs of a sensible scale")
 
     def _variables(self) -> list:
         return [*self.model.variables, *self.model.optimizer.variables]
@@ -132,10 +145,8 @@ class Checkpoints(keras.callbacks.Callback):
         """Writes a checkpoint; one that can't be written is warned of, and the one before stays."""
         variables, step = self._variables(), epoch * self.params["steps"] + batch
         for variable in variables:
-            if np.issubdtype(variable.dtype, np.floating) and not np.isfinite(np.asarray(variable)).all():
-                raise TrainingFailedError(
-                    f"{variable.path} is not finite after step {step}; try a smaller --learning-rate"
-                )
+            if "float" in variable.dtype and not tf.reduce_all(tf.math.is_finite(variable)):
+                self._fail(f"{variable.path} is not finite after step {step}")
         arrays, callbacks = list(metrics), []
         for callback in self.others:
             callbacks.append({"class": type(callback).__name__, "plain": {}, "arrays": {}})

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from common.batches import Augment
 from common.checkpoints import Checkpoints, newest_checkpoint
-from common.cli import AlreadyFinishedError, SharedConfig, TrainingFailedError, UserError, warn
+from common.cli import AlreadyFinishedError, SharedConfig, UserError, warn
 from common.data import Data
 from common.evaluation import Report, curves_figure, figure_png
 from common.hardware import apply, choose, describe_machine
@@ -351,7 +351,7 @@ def with_class_names(model: keras.Model, class_names: tuple[str, ...]) -> keras.
 
 
 class _Watch(keras.callbacks.Callback):
-    """Measures the time of training, keeps the history, and stops at a loss that is not finite.
+    """Measures the time of training and keeps the history.
 
     The first execution traces the graph, so it counts as compiling and not into the throughput, which is
     `examples` in `seconds`. Validation counts as training, but not into the throughput either. `history`
@@ -361,10 +361,7 @@ class _Watch(keras.callbacks.Callback):
     def __init__(self, examples_per_epoch: int, passed_over: int):
         super().__init__()
         # What begins with _ is not part of a checkpoint; in a resumed run, the first batches are only counted.
-        self._examples_per_epoch, self._passed_over, self._traced, self._last_loss = (
-            *(examples_per_epoch, passed_over, False),
-            "none before",
-        )
+        self._examples_per_epoch, self._passed_over, self._traced = examples_per_epoch, passed_over, False
         self.history: list[dict[str, float]] = []
         self.steps, self.elapsed, self.compile_seconds, self.examples, self.seconds = 0, 0.0, 0.0, 0.0, 0.0
         self.epoch_examples, self.epoch_seconds = 0.0, 0.0
@@ -387,12 +384,6 @@ class _Watch(keras.callbacks.Callback):
         took, batches, self._batches = self._tick(), batch + 1 - self._batches, batch + 1
         if self._batches <= self._passed_over:
             return
-        if not math.isfinite(logs["loss"]):
-            raise TrainingFailedError(
-                f"the loss is {logs['loss']} at step {self.steps + self._batches} ({self._last_loss}); "
-                "try a smaller --learning-rate, and inputs of a sensible scale"
-            )
-        self._last_loss = f"the last finite one was {logs['loss']:.6g}"
         if self._traced:
             self.epoch_examples += batches * self._examples_per_epoch / self.params["steps"]
             self.epoch_seconds += took

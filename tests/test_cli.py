@@ -81,7 +81,7 @@ def test_bad_flags_are_named(flags, named):
     [
         (UserError("file.csv: no rows;\nadd some"), 2, "error: file.csv: no rows; add some\n"),
         (TrainingFailedError("the loss is nan"), 3, "training failed: the loss is nan\n"),
-        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (KeyboardInterrupt("saved in run"), 75, "interrupted: saved in run\n"),
     ],
 )
 def test_exit_codes(monkeypatch, capsys, raised, code, line):
