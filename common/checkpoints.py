@@ -100,7 +100,7 @@ class Checkpoints(keras.callbacks.Callback):
         elif self.every:
             due = step // int(self.every) > self._last_step // int(self.every)
         self._last_step = step
-        if (due and done < steps) or self._signal:
+        if ((due and done < steps) or self._signal) and not self.model.stop_training:
             self._save(self._epoch, done, self._metrics())
             self._stop_if_asked()
 
@@ -108,7 +108,7 @@ class Checkpoints(keras.callbacks.Callback):
         self._before_validation = self._metrics()
 
     def on_test_batch_end(self, batch, logs=None):
-        if self._signal:
+        if self._signal and not self.model.stop_training:  # Else the epoch comes to its end first.
             self._save(self._epoch, self.params["steps"], self._before_validation)
             self._stop_if_asked()
 

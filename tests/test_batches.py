@@ -38,7 +38,7 @@ def stream(recipe, tmp_path, monkeypatch):
     class EnoughError(Exception):
         pass
 
-    def record(split, batch_size, seed, augment=None, strategy=None):
+    def record(split, batch_size, seed, augment=None, strategy=None, start_step=0):
         handed.update(split=split, batch_size=37, seed=seed, augment=augment)
         raise EnoughError
 
