@@ -1,40 +1,32 @@
-"""One run: its directory, its lock, its clock, and the true record of its result."""
+"""One run: what it sets up, its clock, and the true record of its result."""
 
 import contextlib
 import dataclasses
-import datetime
-import fcntl
 import math
 import os
 import pathlib
-import platform
 import re
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 from common.batches import Augment
 from common.checkpoints import Checkpoints, newest_checkpoint
-from common.cli import AlreadyFinishedError, SharedConfig, UserError, warn
+from common.cli import AlreadyFinishedError, SharedConfig, UserError
 from common.data import Data
 from common.evaluation import Report, curves_figure, figure_png
 from common.hardware import apply, choose, describe_machine
-from common.records import file_sha256, provenance, read_sealed, sealed, unsealed, weights_sha256, write_file
+from common.records import file_sha256, provenance, sealed, weights_sha256, write_file
+from common.run_directory import TRACES, choose_directory, is_used, lock, resumed_settings, unlock
 from common.tensorboard import Logs
 
 import keras
 import tensorflow as tf
 from rich.console import Console
 from rich.table import Table
-
-# What a resumed run may have other than before.
-_FREE_TO_CHANGE = ("resume", "run_dir", "quiet")
-# What may be left of a run that was killed before it had begun.
-_TRACES = {"lock", "config.json.part"}
-_locks: dict[pathlib.Path, BinaryIO] = {}
 
 
 def start_run(config: SharedConfig) -> "Run":
@@ -60,11 +52,11 @@ def start_run(config: SharedConfig) -> "Run":
     choices = choose(machine, config)
     chosen = {name: value for name, (value, _) in choices.items()}
     settings = {"recipe": recipe, "config": dataclasses.asdict(config), "chosen": chosen, "resumed": 0}
-    directory = _choose_directory(recipe, config)
+    directory = choose_directory(recipe, config)
     checkpoint = None
-    if _is_used(directory, config.resume):
+    if is_used(directory, config.resume):
         try:
-            settings = _resumed_settings(directory, settings)
+            settings = resumed_settings(directory, settings)
         except (UserError, AlreadyFinishedError):
             unlock(directory)
             raise
@@ -80,100 +72,6 @@ def start_run(config: SharedConfig) -> "Run":
         print(f"hardware: {machine.processor}, {machine.cores} cores, {gpus}: {reasons}", flush=True)
     hardware = dataclasses.asdict(machine) | chosen
     return Run(recipe, config, directory, strategy, hardware, started, settings, checkpoint)
-
-
-def _choose_directory(recipe: str, config: SharedConfig) -> pathlib.Path:
-    """`--run-dir`, or with `--resume` alone the latest unfinished run, or a new one, named by the time."""
-    if config.run_dir:
-        return pathlib.Path(config.run_dir)
-    runs = sorted(found.parent for found in pathlib.Path("runs", recipe).glob("*/config.json")) if config.resume else []
-    unfinished = [run for run in runs if not (run / "result.json").exists()]
-    new = pathlib.Path("runs", recipe, datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f"))
-    return (unfinished or runs or [new])[-1]
-
-
-def _is_used(directory: pathlib.Path, resume: bool) -> bool:
-    """Whether there is a run in `directory`, which then is locked; refuses one that may not be used."""
-    try:
-        found = set(os.listdir(directory)) - _TRACES
-    except FileNotFoundError:
-        found = set()
-    except OSError as error:
-        raise UserError(f"--run-dir {directory}: {error.strerror}; choose an empty or a new one") from error
-    if not found:
-        return False
-    if resume or (directory / "lock").exists():
-        lock(directory)
-    if not resume:
-        unlock(directory)
-        raise UserError(f"--run-dir {directory}: is not empty; choose a new folder, or go on with its run by --resume")
-    return True
-
-
-def lock(directory: pathlib.Path) -> None:
-    """Keeps other processes out of a run directory, until this one ends in whatever way.
-
-    Raises:
-        UserError: another process is at work in it, or it can't be written to.
-    """
-    path = (directory / "lock").resolve()
-    if path in _locks:  # An earlier run of this process.
-        _locks.pop(path).close()
-    new, file = not path.exists(), None
-    try:
-        file = open(path, "a+b")  # noqa: SIM115
-        file.seek(0)
-        try:
-            holder = "process {pid} on {host}".format(**unsealed(file.read()))
-        except ValueError:
-            holder = ""
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not new and not holder:
-            warn(f"{path}: damaged; taken over, as no process holds it")
-        file.truncate(0)
-        file.write(sealed({"pid": os.getpid(), "host": platform.node()}).encode())
-        file.flush()
-    except OSError as error:
-        if file:
-            with contextlib.suppress(OSError):  # On a full disk, closing tries to write once more.
-                file.close()
-        problem = f"{error.strerror}; choose an empty or a new one"
-        if isinstance(error, BlockingIOError):
-            problem = f"in use by {holder or 'another process'}; wait for it, or choose another"
-        raise UserError(f"--run-dir {directory}: {problem}") from error
-    _locks[path] = file
-
-
-def unlock(directory: pathlib.Path) -> None:
-    """Gives the lock of a run directory back, if this process has it."""
-    path = (directory / "lock").resolve()
-    if path in _locks:
-        path.unlink(missing_ok=True)
-        _locks.pop(path).close()
-
-
-def _resumed_settings(directory: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the run in `directory`, if `settings` are the same."""
-    if not (directory / "config.json").exists():
-        raise UserError(f"--run-dir {directory}: holds no run; choose a new folder, or that of a run to resume")
-    before = read_sealed(directory / "config.json")
-    if before["recipe"] != settings["recipe"]:
-        raise UserError(
-            f"--run-dir {directory}: a run of {before['recipe']}, not of {settings['recipe']}; choose another"
-        )
-    differing = []
-    for part in ("config", "chosen"):
-        for name in {**before[part], **settings[part]}:
-            old, new = before[part].get(name), settings[part].get(name)
-            exact = part == "config" or name != "threads" or settings["config"]["deterministic"]
-            if old != new and exact and name not in _FREE_TO_CHANGE:
-                differing.append(f"{name} was {old!r} and is {new!r}")
-    if differing:
-        raise UserError(f"--resume: in {directory}, {'; '.join(differing)}; give the same flags, or start a new run")
-    if (directory / "result.json").exists():
-        read_sealed(directory / "result.json")
-        raise AlreadyFinishedError(f"{directory}: finished already; leave --resume out to start a new run")
-    return {**before, "resumed": before["resumed"] + 1}
 
 
 @dataclasses.dataclass
@@ -248,13 +146,15 @@ class Run:
 
     def _write_settings(self, data: Data) -> None:
         """Makes the directory and `config.json`, or nothing at all."""
-        new = not self.directory.exists()
+        new = False
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                self.directory.mkdir(parents=True)
+                new = True
             lock(self.directory)
             if self.settings.setdefault("data_digest", self.data_digest) != self.data_digest:
                 raise UserError(f"{data.name}: not the data that this run began with; bring those back, or start anew")
-            if not self.settings["resumed"] and set(os.listdir(self.directory)) - _TRACES:
+            if not self.settings["resumed"] and set(os.listdir(self.directory)) - TRACES:
                 raise UserError(f"--run-dir {self.directory}: another process was faster; choose a new folder")
             write_file(self.directory / "config.json", sealed(self.settings))
             for name in ("plots", "checkpoints"):
@@ -264,9 +164,12 @@ class Run:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
         except (OSError, UserError) as error:
-            unlock(self.directory)
-            if new:
+            # What another process has locked meanwhile is not to be touched.
+            if unlock(self.directory) and new:
                 shutil.rmtree(self.directory, ignore_errors=True)
+            elif new:
+                with contextlib.suppress(OSError):  # It is no longer empty.
+                    self.directory.rmdir()
             if isinstance(error, UserError):
                 raise
             problem = f"{error.filename or self.directory}: {error.strerror}"

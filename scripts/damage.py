@@ -23,7 +23,7 @@ from common.checkpoints import newest_checkpoint
 from common.cli import SharedConfig, UserError
 from common.data import MNIST, load_images
 from common.records import read_run, read_sealed
-from common.runs import lock
+from common.run_directory import lock
 
 import numpy as np
 import tensorflow as tf

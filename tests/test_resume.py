@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 import pathlib
 import random
@@ -340,7 +341,7 @@ def test_other_data_are_refused(tmp_path, monkeypatch):
 
 HOLDER = """
 import pathlib, sys, time
-from common.runs import lock
+from common.run_directory import lock
 lock(pathlib.Path(sys.argv[1]))
 print("locked", flush=True)
 time.sleep(600)
@@ -365,6 +366,25 @@ def test_one_run_directory_one_run(tmp_path, alone):
     holder.communicate()
     fit(tmp_path / "other", resume=True)
     assert torture.outcome(tmp_path / "other") == alone
+
+
+def test_a_directory_that_was_taken_meanwhile_is_left_alone(tmp_path):
+    """Between the choice of the directory and the training, the data are loaded: that can take minutes."""
+    for content in ({"config.json": "{}"}, {"lock": ""}):
+        directory = tmp_path / next(iter(content))
+        run = start_run(Config(run_dir=str(directory)))
+        directory.mkdir()
+        for name, text in content.items():
+            (directory / name).write_text(text)
+        if "lock" in content:
+            with open(directory / "lock", "rb") as held:
+                fcntl.flock(held, fcntl.LOCK_EX)
+                with pytest.raises(UserError, match="in use by another process; wait for it"):
+                    run.callbacks(splits())
+        else:
+            with pytest.raises(UserError, match="another process was faster; choose a new folder"):
+                run.callbacks(splits())
+        assert {path.name: path.read_text() for path in directory.iterdir()} == content
 
 
 def test_a_loss_that_is_no_number(tmp_path, monkeypatch, capsys):
