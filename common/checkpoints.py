@@ -1,12 +1,15 @@
 """Exact resume: all that the next step depends on, written whole or not at all, and checked when it is read."""
 
 import contextlib
+import inspect
 import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,9 +23,15 @@ import numpy as np
 import tensorflow as tf
 
 
+def _checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The checkpoints in a folder, the newest first; whatever else there is does not count."""
+    found = [each for each in folder.glob("epoch-*") if re.fullmatch(r"epoch-\d{6}-batch-\d{9}", each.name)]
+    return sorted((each for each in found if each.is_dir()), reverse=True)
+
+
 def newest_checkpoint(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]] | None:
     """The newest checkpoint in `folder` whose files are those that were written, and its state; None without any."""
-    for checkpoint in sorted(folder.glob("epoch-*"), reverse=True):
+    for checkpoint in _checkpoints(folder):
         try:
             state = read_sealed(checkpoint / "state.json")
             for name, digest in state["files"].items():
@@ -49,7 +58,8 @@ class Checkpoints(keras.callbacks.Callback):
     Args:
         folder: where the checkpoints are.
         every: save within an epoch too: so many steps, as "500", or minutes, as "10min"; "" for neither.
-        others: the callbacks whose state belongs to the training: their public numbers, texts and arrays.
+        others: the callbacks whose state belongs to the training: their public numbers, texts and arrays, but
+            for what their constructors were given.
         about: gives what else is to be stored with each checkpoint.
         resumed: the checkpoint to go on from and its state, by `newest_checkpoint`.
     """
@@ -65,7 +75,7 @@ class Checkpoints(keras.callbacks.Callback):
         super().__init__()
         self.folder, self.every, self.others, self.about, self.resumed = folder, every, others, about, resumed
         self._signal, self._passed_over, self._last_step, self._handlers = 0, 0, 0, {}
-        self._last_loss = "none before it was finite"
+        self._failed, self._last_loss = False, "none before it was finite"
 
     def on_train_begin(self, logs=None):
         if not self.model.optimizer.built:
@@ -89,6 +99,10 @@ class Checkpoints(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         done, steps = batch + 1, self.params["steps"]
         if done <= self._passed_over:
+            if done == self._passed_over:
+                for callback, own in self._deaf:
+                    del callback.on_train_batch_begin, callback.on_train_batch_end
+                    vars(callback).update(own)
             return
         step = self._epoch * steps + done
         if not math.isfinite(logs["loss"]):
@@ -150,8 +164,10 @@ class Checkpoints(keras.callbacks.Callback):
         arrays, callbacks = list(metrics), []
         for callback in self.others:
             callbacks.append({"class": type(callback).__name__, "plain": {}, "arrays": {}})
+            # `EarlyStopping` turns the sign of its `min_delta` in each process: what was given is no state.
+            given = {"params", *inspect.signature(type(callback).__init__).parameters}
             for name, content in vars(callback).items():
-                if name.startswith("_") or name == "params":
+                if name.startswith("_") or name in given:
                     continue
                 content = content.item() if isinstance(content, np.generic) else content
                 if isinstance(content, list) and content and all(isinstance(each, np.ndarray) for each in content):
@@ -183,16 +199,19 @@ class Checkpoints(keras.callbacks.Callback):
             shutil.rmtree(checkpoint, ignore_errors=True)  # A damaged one that was reached again.
             os.rename(part, checkpoint)
             self._delete_old(checkpoint)
+            self._failed = False
         except (OSError, tf.errors.OpError) as error:
             shutil.rmtree(part, ignore_errors=True)
-            warn(f"{checkpoint}: can't be written ({error}); the checkpoint before it stays")
+            if not self._failed:
+                warn(f"{checkpoint}: can't be written ({error}); the checkpoint before it stays")
+            self._failed = True
         self._saved = time.monotonic()
 
     def _shapes(self) -> list[list]:
         return [[each.path, list(each.shape), str(each.dtype)] for each in self._variables()]
 
     def _delete_old(self, newest: pathlib.Path) -> None:
-        others = [each for each in sorted(self.folder.glob("epoch-*"), reverse=True) if each != newest]
+        others = [each for each in _checkpoints(self.folder) if each != newest]
         before = [each for each in others if each.name < newest.name]
         values = {}
         for each in (newest, *before):
@@ -203,7 +222,7 @@ class Checkpoints(keras.callbacks.Callback):
         kept = {*before[:1], min(values, key=values.get, default=newest)}
         for each in others:
             if each not in kept:
-                shutil.rmtree(each)
+                shutil.rmtree(each, ignore_errors=True)
 
     def _restore(self, checkpoint: pathlib.Path, state: dict[str, Any]) -> None:
         for there, here in zip(state["variables"], self._shapes(), strict=False):
@@ -212,10 +231,15 @@ class Checkpoints(keras.callbacks.Callback):
         names = [type(callback).__name__ for callback in self.others]
         if len(state["variables"]) != len(self._shapes()) or [each["class"] for each in state["callbacks"]] != names:
             raise UserError(f"{checkpoint}: of another model or with other callbacks; start a new run")
-        reader = tf.train.load_checkpoint(str(checkpoint / "variables"))
+        with tempfile.TemporaryDirectory() as folder:
+            # TensorFlow would take a [ in a path for a pattern.
+            link = pathlib.Path(folder, "checkpoint")
+            link.symlink_to(checkpoint.resolve())
+            reader = tf.train.load_checkpoint(str(link / "variables"))
+            tensors = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
 
         def stored(kind: str, number: int) -> np.ndarray:
-            return reader.get_tensor(f"{kind}/{number}/.ATTRIBUTES/VARIABLE_VALUE")
+            return tensors[f"{kind}/{number}/.ATTRIBUTES/VARIABLE_VALUE"]
 
         for number, variable in enumerate(self._variables()):
             variable.assign(stored("variables", number))
@@ -246,3 +270,11 @@ class Checkpoints(keras.callbacks.Callback):
             return compute(iterator)
 
         self.model.train_function = go_on
+        # The other callbacks have seen these batches.
+        hooks = ("on_train_batch_begin", "on_train_batch_end")
+        self._deaf = [
+            (callback, {name: vars(callback)[name] for name in hooks if name in vars(callback)})
+            for callback in self.others
+        ]
+        for callback in self.others:
+            vars(callback).update(dict.fromkeys(hooks, lambda batch, logs=None: None))

@@ -21,11 +21,27 @@ _locks: dict[pathlib.Path, BinaryIO] = {}
 def choose_directory(recipe: str, config: SharedConfig) -> pathlib.Path:
     """`--run-dir`, or with `--resume` alone the latest unfinished run, or a new one, named by the time."""
     if config.run_dir:
+        try:
+            config.run_dir.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"--run-dir {config.run_dir!r}: TensorFlow can't write there; give a name in UTF-8"
+            ) from error
         return pathlib.Path(config.run_dir)
-    runs = sorted(found.parent for found in pathlib.Path("runs", recipe).glob("*/config.json")) if config.resume else []
+    runs = []
+    if config.resume:
+        found = (*pathlib.Path("runs").glob("*/config.json"), *pathlib.Path("runs").glob("*/*/config.json"))
+        runs = [file.parent for file in sorted(found, key=os.path.getmtime) if _recipe_of(file.parent) == recipe]
     unfinished = [run for run in runs if not (run / "result.json").exists()]
     new = pathlib.Path("runs", recipe, datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f"))
     return (unfinished or runs or [new])[-1]
+
+
+def _recipe_of(directory: pathlib.Path) -> str:
+    try:
+        return read_sealed(directory / "config.json")["recipe"]
+    except UserError:  # Damaged, as `resumed_settings` is going to say.
+        return directory.parent.name
 
 
 def is_used(directory: pathlib.Path, resume: bool) -> bool:

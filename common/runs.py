@@ -131,7 +131,7 @@ class Run:
         self.seconds = {"data": data.seconds, "total": 0.0}
         for part, seconds in state.get("seconds", {}).items():
             self.seconds[part] += seconds
-        self.watch = _Watch(len(data.train), state.get("batch", 0))
+        self.watch = _Watch(len(data.train))
         kept = Checkpoints(
             self.directory / "checkpoints",
             self.config.checkpoint_every,
@@ -163,6 +163,7 @@ class Run:
             part = self.directory / "checkpoints" / "part"
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
+            part.rmdir()
         except (OSError, UserError) as error:
             # What another process has locked meanwhile is not to be touched.
             if unlock(self.directory) and new:
@@ -261,13 +262,13 @@ class _Watch(keras.callbacks.Callback):
     holds the logs of each epoch, and the seconds from the start of training to its end.
     """
 
-    def __init__(self, examples_per_epoch: int, passed_over: int):
+    def __init__(self, examples_per_epoch: int):
         super().__init__()
-        # What begins with _ is not part of a checkpoint; in a resumed run, the first batches are only counted.
-        self._examples_per_epoch, self._passed_over, self._traced = examples_per_epoch, passed_over, False
+        # What begins with _ is not part of a checkpoint.
+        self._examples_per_epoch, self._traced = examples_per_epoch, False
         self.history: list[dict[str, float]] = []
         self.steps, self.elapsed, self.compile_seconds, self.examples, self.seconds = 0, 0.0, 0.0, 0.0, 0.0
-        self.epoch_examples, self.epoch_seconds = 0.0, 0.0
+        self.batches, self.epoch_examples, self.epoch_seconds = 0, 0.0, 0.0
 
     def _tick(self) -> float:
         now = time.perf_counter()
@@ -280,13 +281,10 @@ class _Watch(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self._tick()
-        self._batches = 0
 
     def on_train_batch_end(self, batch, logs=None):
         # With several steps per execution, `batch` is the last one of them.
-        took, batches, self._batches = self._tick(), batch + 1 - self._batches, batch + 1
-        if self._batches <= self._passed_over:
-            return
+        took, batches, self.batches = self._tick(), batch + 1 - self.batches, batch + 1
         if self._traced:
             self.epoch_examples += batches * self._examples_per_epoch / self.params["steps"]
             self.epoch_seconds += took
@@ -302,9 +300,9 @@ class _Watch(keras.callbacks.Callback):
             examples / seconds if examples else self._examples_per_epoch / self.compile_seconds
         )
         self.steps, self.examples, self.seconds = (
-            self.steps + self._batches,
+            self.steps + self.batches,
             self.examples + examples,
             self.seconds + seconds,
         )
-        self.epoch_examples, self.epoch_seconds, self._passed_over = 0.0, 0.0, 0
+        self.batches, self.epoch_examples, self.epoch_seconds = 0, 0.0, 0.0
         self.history.append({name: float(value) for name, value in logs.items()} | {"seconds": self.elapsed})

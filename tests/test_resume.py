@@ -66,6 +66,20 @@ class Interruption(keras.callbacks.Callback):
         self._at("end", 0)
 
 
+class Brake(keras.callbacks.Callback):
+    """Lowers the learning rate with the number of executions that it has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen += 1
+        if self.seen % 5 == 0:
+            rate = self.model.optimizer.learning_rate
+            rate.assign(rate * 0.98)
+
+
 def splits():
     random = np.random.default_rng(0)
     inputs = random.normal(size=(130, 5)).astype(np.float32)
@@ -85,7 +99,10 @@ def fit(directory, moment=None, number=signal.SIGTERM, steps_per_execution=1, wi
         model = keras.Model(inputs, keras.layers.Dense(1)(x))
         model.compile(keras.optimizers.Adam(0.1), "mse", metrics=["mae"], steps_per_execution=steps_per_execution)
     callbacks = [
-        keras.callbacks.EarlyStopping(patience=2, restore_best_weights=True),
+        # With what Keras changes the sign of when it first compares.
+        keras.callbacks.EarlyStopping(patience=2, min_delta=0.01, restore_best_weights=True),
+        Brake(),
+        keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: None),
         keras.callbacks.ReduceLROnPlateau(patience=1, factor=0.5),
         Interruption(moment, number),
         *more,
@@ -154,12 +171,14 @@ def test_interrupted_at_every_stage_of_one_run(tmp_path, alone):
 
 def test_several_steps_in_one_execution(tmp_path):
     fit(tmp_path / "alone", steps_per_execution=3)
+    directory = tmp_path / r"run [0.1] a\b*ü"  # TensorFlow reads some of these as a pattern.
     with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "run", ("train", 1, 0), steps_per_execution=3)
-    checkpoint, state = newest_checkpoint(tmp_path / "run" / "checkpoints")
+        fit(directory, ("train", 1, 0), steps_per_execution=3)
+    checkpoint, state = newest_checkpoint(directory / "checkpoints")
     assert (checkpoint.name, state["step"]) == ("epoch-000001-batch-000000003", STEPS + 3)
-    fit(tmp_path / "run", steps_per_execution=3, resume=True)
-    assert torture.outcome(tmp_path / "run") == torture.outcome(tmp_path / "alone")
+    fit(directory, steps_per_execution=3, resume=True)
+    copy = shutil.copytree(directory, tmp_path / "copy")  # `outcome` reads with TensorFlow.
+    assert torture.outcome(copy) == torture.outcome(tmp_path / "alone")
 
 
 def test_under_several_replicas(tmp_path):
@@ -218,6 +237,22 @@ def test_the_last_two_checkpoints_and_the_best_are_kept(tmp_path):
     assert best < last - 1
     expected = {f"epoch-{epoch:06}-batch-{batch:09}" for epoch, batch in names}
     assert {path.name for path in (directory / "checkpoints").iterdir()} == expected
+
+
+def test_what_else_lies_beside_the_checkpoints_stays(tmp_path, alone, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", ("train", 3, 2))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "epoch-zzz").mkdir()
+    (checkpoints / "epoch-zzz" / "notes.txt").write_text("mine")
+    (checkpoints / "epoch-000009-batch-000000000").touch()
+    fit(tmp_path / "run", resume=True)
+    assert capsys.readouterr().err == ""
+    assert (checkpoints / "epoch-zzz" / "notes.txt").read_text() == "mine"
+    assert len([path for path in checkpoints.iterdir() if path.is_dir()]) <= 1 + 3
+    shutil.rmtree(checkpoints / "epoch-zzz")
+    (checkpoints / "epoch-000009-batch-000000000").unlink()
+    assert torture.outcome(tmp_path / "run") == alone
 
 
 def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
@@ -316,9 +351,21 @@ def test_resume_alone_takes_the_latest_unfinished_run(tmp_path, monkeypatch):
     assert [(run / "result.json").exists() for run in runs] == [True, False, True]
     train(resume=True)
     assert [(run / "result.json").exists() for run in runs] == [True, True, True]
-    with pytest.raises(AlreadyFinishedError, match=runs[-1].name):
+    with pytest.raises(AlreadyFinishedError, match=runs[1].name):
         train(resume=True)
     assert sorted((tmp_path / "runs" / "linear_regression").iterdir()) == runs
+
+
+def test_resume_alone_finds_a_run_with_a_name_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module, data = load_recipe("linear_regression"), smoke_data("linear_regression")
+    for name in ("runs/zz_older", "runs/over_night"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoints, "on_test_end", lambda self, logs=None: os.kill(os.getpid(), signal.SIGTERM))
+            with pytest.raises(KeyboardInterrupt):
+                module.train(smoke_config(module, name), data)
+    module.train(smoke_config(module, "", resume=True), data)
+    assert [path.parent.name for path in tmp_path.rglob("result.json")] == ["over_night"]
 
 
 def test_another_model_is_refused(tmp_path):
@@ -514,10 +561,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, alo
         patch.setattr(tf.train.Checkpoint, "write", full)
         with pytest.raises(KeyboardInterrupt):
             fit(tmp_path / "run", ("train", 3, 2))
-    warnings = capsys.readouterr().err.splitlines()
-    assert len(warnings) == 2
-    for line in warnings:
-        assert ": can't be written (No space left on device); the checkpoint before it stays" in line
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ": can't be written (No space left on device); the checkpoint before it stays" in line
     assert newest_checkpoint(tmp_path / "run" / "checkpoints")[1]["step"] == 2 * STEPS
     fit(tmp_path / "run", resume=True)
     assert torture.outcome(tmp_path / "run") == alone
