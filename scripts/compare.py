@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 # Not settings: where a run writes, and what else it prints or records.
-NOT_COMPARED = {"recipe", "run_dir", "data_dir", "quiet", "histograms", "profile", "baseline"}
+NOT_COMPARED = {"run_dir", "data_dir", "resume", "checkpoint_every", "quiet", "histograms", "profile", "baseline"}
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import argparse
 import collections
 import contextlib
 import io
+import logging
 import pathlib
 import random
 import subprocess
@@ -127,6 +128,8 @@ def make_tfds(folder: pathlib.Path) -> pathlib.Path:
     features = tfds.features.FeaturesDict(
         {"image": tfds.features.Image(shape=(28, 28, 1)), "label": tfds.features.ClassLabel(num_classes=10)}
     )
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    tfds.disable_progress_bar()
     tfds.dataset_builders.store_as_tfds_dataset(
         name="mnist",
         version="3.0.1",
