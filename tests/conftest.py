@@ -43,6 +43,11 @@ def recipe(request) -> types.ModuleType:
     return load_recipe(request.param)
 
 
+def pytest_collection_modifyitems(items):
+    """The slowest file first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.stem != "test_torture")
+
+
 @pytest.fixture(autouse=True)
 def signal_handlers():
     """What a recipe does on SIGINT and SIGTERM is not for the tests that follow."""
