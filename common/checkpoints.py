@@ -75,7 +75,7 @@ class Checkpoints(keras.callbacks.Callback):
         super().__init__()
         self.folder, self.every, self.others, self.about, self.resumed = folder, every, others, about, resumed
         self._signal, self._passed_over, self._last_step, self._handlers = 0, 0, 0, {}
-        self._failed, self._last_loss = False, "none before it was finite"
+        self._failed, self._best, self._last_loss = False, None, "none before it was finite"
 
     def on_train_begin(self, logs=None):
         if not self.model.optimizer.built:
@@ -178,6 +178,9 @@ class Checkpoints(keras.callbacks.Callback):
                         json.dumps(content)
                         callbacks[-1]["plain"][name] = content
         part, checkpoint = self.folder / "part", self.folder / f"epoch-{epoch:06}-batch-{batch:09}"
+        best = self._best
+        if value is not None and (best is None or value <= best[0]):
+            best = [value, checkpoint.name]
         try:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
@@ -188,7 +191,7 @@ class Checkpoints(keras.callbacks.Callback):
                 "batch": batch,
                 "step": step,
                 "stopped": self.model.stop_training,
-                "value": value,
+                "best": best,
                 "variables": self._shapes(),
                 "metrics": len(metrics),
                 "callbacks": callbacks,
@@ -198,6 +201,7 @@ class Checkpoints(keras.callbacks.Callback):
             write_file(part / "state.json", sealed(state))
             shutil.rmtree(checkpoint, ignore_errors=True)  # A damaged one that was reached again.
             os.rename(part, checkpoint)
+            self._best = best
             self._delete_old(checkpoint)
             self._failed = False
         except (OSError, tf.errors.OpError) as error:
@@ -213,13 +217,7 @@ class Checkpoints(keras.callbacks.Callback):
     def _delete_old(self, newest: pathlib.Path) -> None:
         others = [each for each in _checkpoints(self.folder) if each != newest]
         before = [each for each in others if each.name < newest.name]
-        values = {}
-        for each in (newest, *before):
-            with contextlib.suppress(UserError):
-                value = read_sealed(each / "state.json")["value"]
-                if value is not None:
-                    values[each] = value
-        kept = {*before[:1], min(values, key=values.get, default=newest)}
+        kept = {*before[:1], self.folder / (self._best[1] if self._best else newest.name)}
         for each in others:
             if each not in kept:
                 shutil.rmtree(each, ignore_errors=True)
@@ -249,7 +247,7 @@ class Checkpoints(keras.callbacks.Callback):
                 setattr(callback, name, [stored("arrays", number) for number in numbers])
         # Keras' own way to let a callback choose the first epoch; `BackupAndRestore` has no other.
         self.model._initial_epoch = self.params["epochs"] if state["stopped"] else state["epoch"]
-        self._last_step = state["step"]
+        self._last_step, self._best = state["step"], state["best"]
         if state["batch"]:
             self._pass_over(state["batch"], [stored("arrays", number) for number in range(state["metrics"])])
 

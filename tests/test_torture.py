@@ -23,7 +23,7 @@ def test_asked_again_and_again_to_stop():
 
 def test_ten_fits_in_one_process_keep_no_memory(tmp_path):
     """Each a run of its own; what the first two leave behind are caches."""
-    run = run_program("-c", TEN_FITS, str(ROOT / "tests"), str(tmp_path))
+    run = run_program("-c", TEN_FITS, str(tmp_path), cwd=ROOT / "tests")  # Where it finds conftest.
     assert run.returncode == 0, run.stderr
     grown = json.loads(run.stdout.splitlines()[-1])
     assert sum(grown[3:]) / len(grown[3:]) < 1, grown
@@ -31,11 +31,10 @@ def test_ten_fits_in_one_process_keep_no_memory(tmp_path):
 
 TEN_FITS = """
 import ctypes, gc, json, pathlib, sys
-sys.path.insert(0, sys.argv[1])
 from conftest import load_recipe, smoke_config, smoke_data
 recipe, data, sizes = load_recipe("mnist_cnn"), smoke_data("mnist_cnn"), []
 for number in range(10):
-    recipe.train(smoke_config(recipe, pathlib.Path(sys.argv[2]) / str(number)), data)
+    recipe.train(smoke_config(recipe, pathlib.Path(sys.argv[1]) / str(number)), data)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     sizes.append(int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20)
