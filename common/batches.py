@@ -59,12 +59,12 @@ def steps_per_execution(steps: int, strategy: tf.distribute.Strategy, at_most: i
 class BatchRandom:
     """Random numbers for the examples of one batch, the same however the batch is sliced.
 
-    Each call draws for the whole global batch and returns the rows of this slice, so that two
+    Each call draws for the whole global batch and returns the rows of this replica, so that two
     devices augment just as one would. The draws follow from (seed, step, number of the call).
     """
 
-    def __init__(self, seed: tf.Tensor, batch: tf.Tensor, start: tf.Tensor, stop: tf.Tensor):
-        self._seed, self._batch, self._start, self._stop = seed, batch, start, stop
+    def __init__(self, seed: tf.Tensor, batch: tf.Tensor, replica: tf.Tensor | int = 0, replicas: int = 1):
+        self._seed, self._batch, self._replica, self._replicas = seed, batch, replica, replicas
         self._calls = 0
 
     def uniform(
@@ -76,8 +76,7 @@ class BatchRandom:
         drawn = tf.random.stateless_uniform(
             tf.concat([[self._batch], tf.constant(shape, tf.int64)], 0), seed, minimum, maximum, dtype
         )
-        drawn = drawn[self._start : self._stop]
-        return tf.ensure_shape(drawn, [None, *shape])
+        return tf.ensure_shape(drawn[self._replica :: self._replicas], [None, *shape])
 
 
 def random_mirror(images: tf.Tensor, random: BatchRandom) -> tf.Tensor:
@@ -171,19 +170,21 @@ def _deal(
             step, replica = number // local, context.input_pipeline_id * local + number % local
             first = step % steps * len(split) // steps
             batch = (step % steps + 1) * len(split) // steps - first
-            start, stop = replica * batch // replicas, (replica + 1) * batch // replicas
-            examples = tf.range(first + start, first + stop)
-            if seed is not None:
+            if seed is None:  # In a row each, as predictions are going to be joined in this order.
+                start, stop = replica * batch // replicas, (replica + 1) * batch // replicas
+                examples = tf.range(first + start, first + stop)
+            else:  # In turn, so that a replica knows the places of its examples in the batch: see `cure_dropout`.
+                examples = tf.range(first + replica, first + batch, replicas)
                 epoch_seed = fold_in(tf.constant([seed, 0], tf.int64), step // steps)
                 examples = shuffle(examples, epoch_seed, tf.constant(len(split) - 1, tf.int64))
             inputs, targets = tf.gather(split.inputs, examples), tf.gather(split.targets, examples)
             if augment is not None:
                 batch_seed = fold_in(tf.constant([seed, 1], tf.int64), step)
-                inputs, targets = augment(inputs, targets, BatchRandom(batch_seed, batch, start, stop))
+                inputs, targets = augment(inputs, targets, BatchRandom(batch_seed, batch, replica, replicas))
             if replicas == 1 or seed is None:
                 return inputs, targets
-            weight = tf.cast((stop - start) * replicas / batch, tf.float32)
-            return inputs, targets, tf.fill([stop - start], weight)
+            weight = tf.cast(tf.size(examples, tf.int64) * replicas / batch, tf.float32)
+            return inputs, targets, tf.fill(tf.shape(examples), weight)
 
         if seed is None and replicas == 1:
             numbers = tf.data.Dataset.range(steps)

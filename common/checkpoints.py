@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from common.cli import TrainingFailedError, UserError, warn
+from common.multiworker import Cluster
 from common.records import file_sha256, read_sealed, sealed, write_file
 
 import keras
@@ -45,6 +46,15 @@ def newest_checkpoint(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any
     return None
 
 
+def _tensors(checkpoint: pathlib.Path) -> dict[str, np.ndarray]:
+    with tempfile.TemporaryDirectory() as folder:
+        # TensorFlow would take a [ in a path for a pattern.
+        link = pathlib.Path(folder, "checkpoint")
+        link.symlink_to(checkpoint.resolve())
+        reader = tf.train.load_checkpoint(str(link / "variables"))
+        return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+
+
 class Checkpoints(keras.callbacks.Callback):
     """Saves and restores a training, and ends it in time; the last in the list of callbacks.
 
@@ -62,6 +72,7 @@ class Checkpoints(keras.callbacks.Callback):
             for what their constructors were given.
         about: gives what else is to be stored with each checkpoint.
         resumed: the checkpoint to go on from and its state, by `newest_checkpoint`.
+        cluster: the workers of the training, of which only the chief writes.
     """
 
     def __init__(
@@ -71,9 +82,11 @@ class Checkpoints(keras.callbacks.Callback):
         others: Sequence[keras.callbacks.Callback],
         about: Callable[[], dict[str, Any]],
         resumed: tuple[pathlib.Path, dict[str, Any]] | None,
+        cluster: Cluster,
     ):
         super().__init__()
         self.folder, self.every, self.others, self.about, self.resumed = folder, every, others, about, resumed
+        self.cluster = cluster
         self._signal, self._passed_over, self._last_step, self._handlers = 0, 0, 0, {}
         self._failed, self._best, self._last_loss = False, None, "none before it was finite"
 
@@ -114,7 +127,10 @@ class Checkpoints(keras.callbacks.Callback):
         elif self.every:
             due = step // int(self.every) > self._last_step // int(self.every)
         self._last_step = step
-        if ((due and done < steps) or self._signal) and not self.model.stop_training:
+        due, cluster = (self._asked_to_stop() or due) and done < steps, self.cluster
+        if due and cluster.chief and step != cluster.save_at and not self.model.stop_training:
+            cluster.agree_to_save(step)
+        if step == cluster.save_at:
             self._save(self._epoch, done, self._metrics())
             self._stop_if_asked()
 
@@ -122,7 +138,7 @@ class Checkpoints(keras.callbacks.Callback):
         self._before_validation = self._metrics()
 
     def on_test_batch_end(self, batch, logs=None):
-        if self._signal and not self.model.stop_training:  # Else the epoch comes to its end first.
+        if self._asked_to_stop() and not self.model.stop_training:  # Else the epoch comes to its end first.
             self._save(self._epoch, self.params["steps"], self._before_validation)
             self._stop_if_asked()
 
@@ -140,8 +156,13 @@ class Checkpoints(keras.callbacks.Callback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
+    def _asked_to_stop(self) -> bool:
+        if self._signal and not self.cluster.chief:
+            self.cluster.ask_to_stop()
+        return bool(self._signal or self.cluster.stop_asked)
+
     def _stop_if_asked(self) -> None:
-        if self._signal:
+        if self._asked_to_stop() and self.cluster.chief:  # With it, all workers end.
             self._give_signals_back()
             raise KeyboardInterrupt(f"saved in {self.folder}; the same command with --resume goes on")
 
@@ -152,11 +173,19 @@ class Checkpoints(keras.callbacks.Callback):
     def _variables(self) -> list:
         return [*self.model.variables, *self.model.optimizer.variables]
 
+    def _parts(self, variable: keras.Variable) -> Sequence[tf.Variable]:
+        """A metric's variable on each replica of this worker: their sum is its value."""
+        return self.model.distribute_strategy.experimental_local_results(variable.value)
+
     def _metrics(self) -> list[np.ndarray]:
-        return [np.asarray(variable) for variable in self.model.metrics_variables]
+        """Of each variable of the metrics its parts on all replicas, [replicas, ...]; on the chief only."""
+        parts = [np.stack(list(map(np.asarray, self._parts(each)))) for each in self.model.metrics_variables]
+        return [np.concatenate(workers) for workers in zip(*self.cluster.gather(parts), strict=True)]
 
     def _save(self, epoch: int, batch: int, metrics: list[np.ndarray], value: float | None = None) -> None:
         """Writes a checkpoint; one that can't be written is warned of, and the one before stays."""
+        if not self.cluster.chief:
+            return
         variables, step = self._variables(), epoch * self.params["steps"] + batch
         for variable in variables:
             if "float" in variable.dtype and not tf.reduce_all(tf.math.is_finite(variable)):
@@ -229,12 +258,7 @@ class Checkpoints(keras.callbacks.Callback):
         names = [type(callback).__name__ for callback in self.others]
         if len(state["variables"]) != len(self._shapes()) or [each["class"] for each in state["callbacks"]] != names:
             raise UserError(f"{checkpoint}: of another model or with other callbacks; start a new run")
-        with tempfile.TemporaryDirectory() as folder:
-            # TensorFlow would take a [ in a path for a pattern.
-            link = pathlib.Path(folder, "checkpoint")
-            link.symlink_to(checkpoint.resolve())
-            reader = tf.train.load_checkpoint(str(link / "variables"))
-            tensors = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+        tensors = self.cluster.from_chief(_tensors(checkpoint) if self.cluster.chief else None)
 
         def stored(kind: str, number: int) -> np.ndarray:
             return tensors[f"{kind}/{number}/.ATTRIBUTES/VARIABLE_VALUE"]
@@ -260,7 +284,9 @@ class Checkpoints(keras.callbacks.Callback):
                 # `fit` has just reset the metrics; those of `compile` may not even be built.
                 self.model._symbolic_build(data_batch=iterator.element_spec)
                 for variable, content in zip(self.model.metrics_variables, metrics, strict=True):
-                    variable.assign(content)
+                    parts = self._parts(variable)
+                    for replica, part in enumerate(parts, start=self.cluster.index * len(parts)):
+                        part.assign(content[replica])
             if left[0] > 0:
                 left[0] -= self.model.steps_per_execution
                 return self.model.get_metrics_result()

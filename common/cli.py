@@ -19,6 +19,11 @@ Count = Annotated[int, 1, math.inf]
 Positive = Annotated[float, 1e-30, math.inf]
 Share = Annotated[float, 0, 1]
 EXIT_INTERRUPTED = 75
+# Called with the exit code and the line that says why, when a recipe ends.
+endings: list[Callable[[int, str], None]] = []
+# The flags that change nothing of what is computed in training.
+BESIDE_TRAINING = {"data_dir", "run_dir", "resume", "checkpoint_every", "cluster_timeout", "quiet"}
+BESIDE_TRAINING |= {"baseline", "histograms", "profile"}
 
 
 class UserError(Exception):
@@ -44,8 +49,9 @@ class SharedConfig:
     batch_size: Count = 128  # examples per step, over all devices together
     learning_rate: Positive = 0.001  # step size of the optimizer; the peak where there is a schedule
     seed: Annotated[int, 0, 2**32] = 0  # decides initial weights, order, augmentation, validation cut
-    strategy: Literal["auto", "none", "mirrored"] = "auto"  # auto: mirrored over several devices, else none
+    strategy: Literal["auto", "none", "mirrored", "multi-worker", "tpu", "parameter-server"] = "auto"  # by hardware
     devices: Annotated[int, 0, 1025] = 0  # GPUs, or parts to split a CPU into; 0: all GPUs, else one CPU
+    cluster_timeout: Count = 60  # seconds to wait for the other workers
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # auto: by hardware
     threads: Annotated[int, 0, 1025] = 0  # threads for one operation; 0: one per core
     deterministic: bool = False  # the same command gives bit for bit the same weights; slower
@@ -121,7 +127,8 @@ def warn(line: str) -> None:
 def run_recipe(train: Callable[[Any], dict], config_class: type, description: str | None = None) -> None:
     """The whole of a recipe's `main`: reads the flags, trains, and ends the process with the exit code.
 
-    0 done; 2 something the user can mend; 3 the loss is no longer a finite number; 75 interrupted.
+    0 done; 2 something the user can mend; 3 the loss is no longer a finite number; 75 interrupted; and, with
+    several workers, 76 when one of them is lost.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit_interrupted)
@@ -129,17 +136,20 @@ def run_recipe(train: Callable[[Any], dict], config_class: type, description: st
         train(parse_config(config_class, sys.argv[1:], description or ""))
         code, line = 0, ""
     except AlreadyFinishedError as finished:
-        code, line = 0, f"{finished}\n"
+        code, line = 0, str(finished)
     except UserError as error:
         code, line = 2, f"error: {error}"
     except TrainingFailedError as error:
         code, line = 3, f"training failed: {error}"
     except KeyboardInterrupt as interruption:
         code, line = EXIT_INTERRUPTED, f"interrupted: {interruption}"
+    line = " ".join(line.split())
+    for say in endings:
+        say(code, line)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # The outcome is settled; Python's farewell shall not change it.
     if line:
-        print(" ".join(line.split()), file=sys.stderr if code else sys.stdout)
+        print(line, file=sys.stderr if code else sys.stdout)
     sys.exit(code)
 
 
@@ -148,5 +158,8 @@ def _exit_interrupted(number: int, frame: Any) -> None:
     # than an exception, which a library might swallow.
     with contextlib.suppress(RuntimeError):  # The signal came while a line was being printed.
         sys.stdout.flush()
-    os.write(2, b"interrupted: the same command with --resume goes on\n")
+    line = "interrupted: the same command with --resume goes on"
+    os.write(2, f"{line}\n".encode())
+    for say in endings:
+        say(EXIT_INTERRUPTED, line)
     os._exit(EXIT_INTERRUPTED)

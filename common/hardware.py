@@ -5,10 +5,12 @@ import functools
 import os
 import platform
 import re
+import signal
 from typing import Any
 
 from common.cli import SharedConfig, UserError
-from common.upstream import cure_gradient_leak, cure_symbolic_build
+from common.multiworker import Cluster
+from common.upstream import cure_gradient_leak, cure_replicas, cure_several_workers
 
 import keras
 import tensorflow as tf
@@ -18,13 +20,15 @@ import tensorflow as tf
 class Machine:
     """What `choose` needs to know of a machine; a test can describe any.
 
-    `gpus` holds the name of each graphics card and its CUDA compute capability, such as (8, 6).
+    `gpus` holds the name of each graphics card and its CUDA compute capability, such as (8, 6); `tpus` is the
+    number of TPU cores.
     """
 
     processor: str
     cores: int
     memory_bytes: int
     gpus: tuple[tuple[str, tuple[int, int]], ...] = ()
+    tpus: int = 0
 
 
 def describe_machine() -> Machine:
@@ -41,11 +45,17 @@ def describe_machine() -> Machine:
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         tuple((gpu.get("device_name", "GPU"), gpu.get("compute_capability", (0, 0))) for gpu in gpus),
+        len(tf.config.list_physical_devices("TPU")),
     )
 
 
-def choose(machine: Machine, config: SharedConfig) -> dict[str, tuple[Any, str]]:
-    """Decides strategy, devices, precision and threads: a pure function of its two arguments.
+def choose(machine: Machine, config: SharedConfig, workers: int = 0) -> dict[str, tuple[Any, str]]:
+    """Decides strategy, devices, precision and threads: a pure function of its arguments.
+
+    Args:
+        machine: where this process runs.
+        config: its flags.
+        workers: how many workers the cluster has that this process belongs to; 0 without a cluster.
 
     Returns:
         Each choice with its reason.
@@ -53,15 +63,28 @@ def choose(machine: Machine, config: SharedConfig) -> dict[str, tuple[Any, str]]
     Raises:
         UserError: the flags ask for something that this machine can't do.
     """
-    gpus = len(machine.gpus)
-    devices = 1 if config.strategy == "none" else config.devices or gpus or 1
+    gpus, strategy, reason = len(machine.gpus), config.strategy, "by --strategy"
+    local = 1 if strategy == "none" else config.devices or gpus or 1
+    if strategy == "auto" and workers > 1:
+        strategy, reason = "multi-worker", f"a cluster of {workers}"
+    elif strategy == "auto" and machine.tpus:
+        strategy, reason = "tpu", "TPU found"
+    elif strategy == "auto":
+        strategy, reason = ("mirrored", "several devices") if local > 1 else ("none", "one device")
+    devices = {"multi-worker": workers * local, "tpu": machine.tpus}.get(strategy, local)
     problem = None
-    if config.devices > gpus > 0:
+    if strategy == "parameter-server":
+        problem = "--strategy parameter-server: Keras 3 does not support parameter servers; use multi-worker"
+    elif strategy == "multi-worker" and not workers:
+        problem = "--strategy multi-worker: neither TF_CONFIG nor Slurm names workers; start with scripts/launch.py"
+    elif strategy == "tpu" and not machine.tpus:
+        problem = "--strategy tpu: TensorFlow finds no TPU; install the packages for it, or leave it out"
+    elif config.devices > 1 and (strategy == "tpu" or (strategy == "multi-worker" and not gpus)):
+        problem = f"--devices {config.devices}: not with --strategy {strategy}, which takes what there is; leave it out"
+    elif config.devices > gpus > 0:
         problem = f"--devices {config.devices}: this machine has {gpus} GPU(s); ask for fewer"
-    elif config.devices > devices:
+    elif config.devices > local:
         problem = f"--strategy none: uses one device, not --devices {config.devices}; leave one flag out"
-    elif config.strategy == "mirrored" and devices == 1:
-        problem = "--strategy mirrored: there is only one device; add --devices 2 to split the CPU, or leave it out"
     elif config.batch_size < devices:
         problem = f"--batch-size {config.batch_size}: {devices} devices need at least {devices} examples; add some"
     elif config.precision == "mixed_float16" and not gpus:
@@ -70,6 +93,8 @@ def choose(machine: Machine, config: SharedConfig) -> dict[str, tuple[Any, str]]
         raise UserError(problem)
     if config.precision != "auto":
         precision = config.precision, "by --precision"
+    elif strategy == "tpu":
+        precision = "mixed_bfloat16", "TPU"
     elif not gpus:
         precision = "float32", "the safe choice on a CPU"
     elif all(capability >= (8, 0) for _, capability in machine.gpus):
@@ -77,24 +102,39 @@ def choose(machine: Machine, config: SharedConfig) -> dict[str, tuple[Any, str]]
     else:
         precision = "mixed_float16", "GPU older than Ampere"
     return {
-        "strategy": ("mirrored", "several devices") if devices > 1 else ("none", "one device"),
-        "devices": (devices, "by --devices" if config.devices else "GPUs" if gpus else "the CPU"),
+        "strategy": (strategy, reason),
+        "devices": (devices, "by --devices" if config.devices else _devices_of(strategy, gpus)),
         "precision": precision,
         "threads": (config.threads, "by --threads") if config.threads else (machine.cores, "one per core"),
     }
 
 
-def apply(choices: dict[str, tuple[Any, str]], config: SharedConfig) -> tf.distribute.Strategy:
+def _devices_of(strategy: str, gpus: int) -> str:
+    if strategy == "tpu":
+        return "TPU cores"
+    if strategy == "multi-worker":
+        return "GPUs of all workers" if gpus else "the CPU of each worker"
+    return "GPUs" if gpus else "the CPU"
+
+
+def apply(
+    choices: dict[str, tuple[Any, str]], config: SharedConfig, cluster: Cluster | None = None
+) -> tf.distribute.Strategy:
     """Sets TensorFlow and Keras up as chosen; before TensorFlow has touched a device, where that matters.
 
     In plain Keras: `tf.config.experimental.set_memory_growth`, `keras.config.set_dtype_policy` and
     `tf.distribute.MirroredStrategy()`.
 
+    Args:
+        choices: by `choose`.
+        config: the flags.
+        cluster: the workers, all of which are there, for the strategy multi-worker.
+
     Raises:
         UserError: TensorFlow runs already, with fewer logical CPU devices or other threads.
     """
     gpus, (cpu, *_) = (tf.config.list_physical_devices(kind) for kind in ("GPU", "CPU"))
-    devices, threading = choices["devices"][0], tf.config.threading
+    (strategy, _), (devices, _), threading = choices["strategy"], choices["devices"], tf.config.threading
     try:
         for gpu in gpus:
             tf.config.experimental.set_memory_growth(gpu, True)
@@ -102,7 +142,10 @@ def apply(choices: dict[str, tuple[Any, str]], config: SharedConfig) -> tf.distr
         if config.threads not in (0, threading.get_intra_op_parallelism_threads()):
             threading.set_intra_op_parallelism_threads(config.threads)
             threading.set_inter_op_parallelism_threads(config.threads)
-        if not gpus and len(tf.config.get_logical_device_configuration(cpu) or [None]) < devices:
+        if strategy == "multi-worker" and gpus:
+            tf.config.set_visible_devices(gpus[: config.devices or len(gpus)], "GPU")
+        parts = len(tf.config.get_logical_device_configuration(cpu) or [None])
+        if strategy == "mirrored" and not gpus and parts < devices:
             tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * devices)
     except RuntimeError as error:
         raise UserError(
@@ -113,13 +156,49 @@ def apply(choices: dict[str, tuple[Any, str]], config: SharedConfig) -> tf.distr
         tf.config.experimental.enable_op_determinism()
     keras.config.set_dtype_policy(choices["precision"][0])
     cure_gradient_leak()
-    if devices == 1:
+    if strategy == "none":
         return tf.distribute.get_strategy()
-    cure_symbolic_build()
-    return _mirrored("GPU" if gpus else "CPU", devices)
+    cure_replicas()
+    if strategy == "multi-worker":
+        cure_several_workers()
+        return _multi_worker(cluster or Cluster(), bool(gpus))
+    return _tpu() if strategy == "tpu" else _mirrored("GPU" if gpus else "CPU", devices)
 
 
 @functools.cache
 def _mirrored(kind: str, devices: int) -> tf.distribute.Strategy:
     # One for the whole process: the collective operations of a second one would take the keys of the first.
     return tf.distribute.MirroredStrategy([f"/{kind}:{index}" for index in range(devices)])
+
+
+@functools.cache
+def _multi_worker(cluster: Cluster, gpus: bool) -> tf.distribute.Strategy:
+    communication = tf.distribute.experimental.CommunicationImplementation
+    try:
+        strategy = tf.distribute.MultiWorkerMirroredStrategy(
+            tf.distribute.cluster_resolver.SimpleClusterResolver(
+                tf.train.ClusterSpec({"worker": cluster.workers}), task_type="worker", task_id=cluster.index
+            ),
+            tf.distribute.experimental.CommunicationOptions(
+                implementation=communication.NCCL if gpus else communication.RING
+            ),
+        )
+    except (RuntimeError, tf.errors.OpError) as error:
+        raise UserError(f"{cluster.name(cluster.index)}: TensorFlow can't join the cluster ({error})") from error
+    # TensorFlow has taken SIGTERM for a notifier of its own, which nobody listens to.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.getsignal(number))
+    print(
+        f"cluster: this is {cluster.name(cluster.index)}; the port is open to all networks of this machine, and who "
+        "reaches it can take over the process: keep it behind a firewall",
+        flush=True,
+    )
+    return strategy
+
+
+@functools.cache
+def _tpu() -> tf.distribute.Strategy:
+    resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu="local")
+    tf.config.experimental_connect_to_cluster(resolver)
+    tf.tpu.experimental.initialize_tpu_system(resolver)
+    return tf.distribute.TPUStrategy(resolver)

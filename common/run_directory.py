@@ -8,11 +8,9 @@ import pathlib
 import platform
 from typing import Any, BinaryIO
 
-from common.cli import AlreadyFinishedError, SharedConfig, UserError, warn
+from common.cli import BESIDE_TRAINING, AlreadyFinishedError, SharedConfig, UserError, warn
 from common.records import read_sealed, sealed, unsealed
 
-# What a resumed run may have other than before.
-_FREE_TO_CHANGE = ("resume", "run_dir", "quiet")
 # What may be left of a run that was killed before it had begun.
 TRACES = {"lock", "config.json.part"}
 _locks: dict[pathlib.Path, BinaryIO] = {}
@@ -122,7 +120,7 @@ def resumed_settings(directory: pathlib.Path, settings: dict[str, Any]) -> dict[
         for name in {**before[part], **settings[part]}:
             old, new = before[part].get(name), settings[part].get(name)
             exact = part == "config" or name != "threads" or settings["config"]["deterministic"]
-            if old != new and exact and name not in _FREE_TO_CHANGE:
+            if old != new and exact and name not in BESIDE_TRAINING:
                 differing.append(f"{name} was {old!r} and is {new!r}")
     if differing:
         raise UserError(f"--resume: in {directory}, {'; '.join(differing)}; give the same flags, or start a new run")

@@ -15,10 +15,11 @@ from typing import Any
 
 from common.batches import Augment
 from common.checkpoints import Checkpoints, newest_checkpoint
-from common.cli import AlreadyFinishedError, SharedConfig, UserError
+from common.cli import BESIDE_TRAINING, AlreadyFinishedError, SharedConfig, UserError
 from common.data import Data
 from common.evaluation import Report, curves_figure, figure_png
 from common.hardware import apply, choose, describe_machine
+from common.multiworker import Cluster, described_cluster, joined_cluster
 from common.records import file_sha256, provenance, sealed, weights_sha256, write_file
 from common.run_directory import TRACES, choose_directory, is_used, lock, resumed_settings, unlock
 from common.tensorboard import Logs
@@ -46,32 +47,55 @@ def start_run(config: SharedConfig) -> "Run":
     started = time.perf_counter()
     if not re.fullmatch(r"([1-9]\d{0,8}(min)?)?", config.checkpoint_every):
         raise UserError(f"--checkpoint-every {config.checkpoint_every}: give steps, as 500, or minutes, as 10min")
+    described = config.strategy in ("auto", "multi-worker")
+    workers, index = described_cluster(os.environ) if described else ((), 0)
     # A class typed into a notebook stands in no file.
     recipe = pathlib.Path(getattr(sys.modules[type(config).__module__], "__file__", "notebook")).stem
     machine = describe_machine()
-    choices = choose(machine, config)
+    choices = choose(machine, config, len(workers))
     chosen = {name: value for name, (value, _) in choices.items()}
     settings = {"recipe": recipe, "config": dataclasses.asdict(config), "chosen": chosen, "resumed": 0}
-    directory = choose_directory(recipe, config)
-    checkpoint = None
-    if is_used(directory, config.resume):
-        try:
-            settings = resumed_settings(directory, settings)
-        except (UserError, AlreadyFinishedError):
-            unlock(directory)
-            raise
-        checkpoint = newest_checkpoint(directory / "checkpoints")
+    cluster = Cluster()
+    if chosen["strategy"] == "multi-worker":
+        cluster = joined_cluster(workers, index, config.cluster_timeout)
+        same = {"recipe": recipe, **settings["config"], **chosen}
+        cluster.compare({key: value for key, value in same.items() if key not in {*BESIDE_TRAINING, "threads"}})
+    directory, settings, checkpoint = _open_directory(recipe, config, settings, cluster)
     # The same layer names in the second run of a process as in the first; before `apply`, as it also
     # forgets the precision.
     keras.utils.clear_session()
-    strategy = apply(choices, config)
+    strategy = apply(choices, config, cluster)
     keras.utils.set_random_seed(config.seed)
-    if not config.quiet:
+    if cluster.chief and not config.quiet:
         gpus = ", ".join(name for name, _ in machine.gpus) or "no GPU"
         reasons = ", ".join(f"{name} {value} ({reason})" for name, (value, reason) in choices.items())
         print(f"hardware: {machine.processor}, {machine.cores} cores, {gpus}: {reasons}", flush=True)
     hardware = dataclasses.asdict(machine) | chosen
-    return Run(recipe, config, directory, strategy, hardware, started, settings, checkpoint)
+    return Run(recipe, config, directory, strategy, hardware, started, settings, checkpoint, cluster)
+
+
+def _open_directory(
+    recipe: str, config: SharedConfig, settings: dict[str, Any], cluster: Cluster
+) -> tuple[pathlib.Path, dict[str, Any], tuple[pathlib.Path, dict[str, Any]] | None]:
+    """The run directory, its settings and the checkpoint to go on from: as the chief finds them."""
+
+    def found() -> list:
+        directory = choose_directory(recipe, config)
+        if not is_used(directory, config.resume):
+            return [directory, settings, None, ""]
+        try:
+            return [directory, resumed_settings(directory, settings), newest_checkpoint(directory / "checkpoints"), ""]
+        except AlreadyFinishedError as finished:
+            unlock(directory)
+            return [directory, settings, None, str(finished)]
+        except UserError:
+            unlock(directory)
+            raise
+
+    directory, settings, checkpoint, finished = cluster.from_chief(found() if cluster.chief else None)
+    if finished:
+        raise AlreadyFinishedError(finished)
+    return pathlib.Path(directory), settings, checkpoint
 
 
 @dataclasses.dataclass
@@ -79,7 +103,8 @@ class Run:
     """A training run, between `start_run` and `finish`.
 
     `directory` holds everything that it writes; `strategy` is the one to build and compile the model under;
-    `settings` is what `config.json` holds; `checkpoint` is the one to go on from, with its state.
+    `settings` is what `config.json` holds; `checkpoint` is the one to go on from, with its state; `cluster` are
+    the workers, of which only the chief writes and prints.
     """
 
     recipe: str
@@ -90,11 +115,12 @@ class Run:
     started: float
     settings: dict[str, Any]
     checkpoint: tuple[pathlib.Path, dict[str, Any]] | None
+    cluster: Cluster
 
     @property
     def verbose(self) -> int:
         """The value for `fit`: a progress bar for people, a line per epoch for files."""
-        return 0 if self.config.quiet else 1 if sys.stdout.isatty() else 2
+        return 0 if self.config.quiet or not self.cluster.chief else 1 if sys.stdout.isatty() else 2
 
     @property
     def start_step(self) -> int:
@@ -116,6 +142,21 @@ class Run:
         """
         state = self.checkpoint[1] if self.checkpoint else {}
         self.data_digest = data.digest()
+        self.cluster.compare({"data": self.data_digest})
+        self.seconds = {"data": data.seconds, "total": 0.0}
+        for part, seconds in state.get("seconds", {}).items():
+            self.seconds[part] += seconds
+        self.watch = _Watch(len(data.train))
+        kept = Checkpoints(
+            self.directory / "checkpoints",
+            self.config.checkpoint_every,
+            [self.watch, *more],
+            lambda: {"seconds": self._seconds(), "logs": self.logs.sizes()},
+            self.checkpoint,
+            self.cluster,
+        )
+        if not self.cluster.chief:
+            return [self.watch, *more, kept]
         self._write_settings(data)
         about = {"name": data.name, "source": data.source, **data.counts()}
         if not self.config.quiet:
@@ -128,17 +169,6 @@ class Run:
             card = {"recipe": self.recipe, "data": about, "config": dataclasses.asdict(self.config)}
             card |= {"hardware": self.hardware, **provenance()}
             self.logs.attempt(self.logs.begin, f"{self.recipe}/{self.directory.name}", card, data, augment)
-        self.seconds = {"data": data.seconds, "total": 0.0}
-        for part, seconds in state.get("seconds", {}).items():
-            self.seconds[part] += seconds
-        self.watch = _Watch(len(data.train))
-        kept = Checkpoints(
-            self.directory / "checkpoints",
-            self.config.checkpoint_every,
-            [self.watch, *more],
-            lambda: {"seconds": self._seconds(), "logs": self.logs.sizes()},
-            self.checkpoint,
-        )
         return [self.watch, self.logs, *more, kept]
 
     def _seconds(self) -> dict[str, float]:
@@ -193,6 +223,8 @@ class Run:
             UserError: a file can't be written.
         """
         metrics, watch = {**report.metrics, **beside}, self.watch
+        if not self.cluster.chief:
+            return metrics
         figures = {"learning_curves": curves_figure(watch.history), **report.figures}
         pictures = {name: figure_png(figure) for name, figure in figures.items()}
         self.logs.attempt(self.logs.end, watch.steps, metrics, pictures, report.texts)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from common.batches import Augment, BatchRandom
-from common.cli import SharedConfig, warn
+from common.cli import BESIDE_TRAINING, SharedConfig, warn
 from common.data import Data
 from common.evaluation import figure_png, picture_figure, text_table
 
@@ -82,8 +82,7 @@ class Logs(keras.callbacks.TensorBoard):
         with self.writer.as_default(step=0):
             tf.summary.text("run_card", f"```\n{json.dumps(card, indent=2)}\n```")
             tf.summary.experimental.write_raw_pb(_COLUMNS.SerializeToString(), step=0)
-            left_out = ("data_dir", "run_dir", "quiet", "resume", "checkpoint_every")
-            chosen = {key: value for key, value in card["config"].items() if key not in left_out}
+            chosen = {key: value for key, value in card["config"].items() if key not in BESIDE_TRAINING}
             hparams.hparams({**chosen, "recipe": card["recipe"], "data": data.name}, trial_id=name)
             _show_examples(data, augment)
 
@@ -111,7 +110,7 @@ def _show_examples(data: Data, augment: Augment | None) -> None:
         shown = {"examples": inputs}
         if augment:
             count = tf.constant(len(names), tf.int64)
-            first_draw = BatchRandom(tf.constant([0, 0], tf.int64), count, tf.constant(0, tf.int64), count)
+            first_draw = BatchRandom(tf.constant([0, 0], tf.int64), count)
             shown["examples_augmented"], _ = augment(inputs, targets, first_draw)
         for tag, images in shown.items():
             _write_picture(tag, figure_png(picture_figure(np.asarray(images), names)))

@@ -1,11 +1,25 @@
-"""Cures for bugs of Keras; `tests/test_upstream.py` fails for each one that is no longer needed."""
+"""Cures for bugs and gaps of Keras; `tests/test_upstream.py` fails for each one that is no longer needed."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
+from common.cli import UserError
+
+import keras
+import tensorflow as tf
 from keras.src import tree
+from keras.src.backend.tensorflow import random, trainer
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+
+
+def cure_replicas() -> None:
+    """Makes several replicas compute what one would; each cure does nothing where there is only one."""
+    cure_symbolic_build()
+    cure_loss_average()
+    cure_batch_normalization()
+    cure_dropout()
 
 
 @functools.cache
@@ -27,6 +41,99 @@ def cure_symbolic_build() -> None:
         original(self, data_batch=data_batch)
 
     TensorFlowTrainer._maybe_symbolic_build = from_one_slice
+
+
+@functools.cache
+def cure_loss_average() -> None:
+    """Lets the training loss of an epoch be the mean over its examples, where replicas have unequal slices.
+
+    `training_batches` gives the examples of a replica a sample weight of (size of its slice x replicas / size of the
+    batch), for the gradient to be right. Keras 3.15 weights the replica's mean loss by the size of its
+    slice once more, when it averages over the epoch. The size divided by the weight is the same on each replica.
+    """
+    original = TensorFlowTrainer.train_step
+
+    def train_step(self: TensorFlowTrainer, data: tuple) -> dict:
+        tracker, (_, _, weight) = self._loss_tracker, keras.utils.unpack_x_y_sample_weight(data)
+        if weight is None:
+            return original(self, data)
+        update_state = tracker.update_state
+
+        def update_evenly(loss: tf.Tensor, sample_weight: tf.Tensor) -> None:
+            update_state(loss, sample_weight=tf.cast(sample_weight, weight.dtype) / weight[0])
+
+        tracker.update_state = update_evenly
+        try:
+            return original(self, data)
+        finally:
+            del tracker.update_state
+
+    TensorFlowTrainer.train_step = train_step
+
+
+@functools.cache
+def cure_batch_normalization() -> None:
+    """Makes `BatchNormalization` take its mean and variance from all replicas, as it would from one.
+
+    Keras 3.15 has `synchronized=False` as default: then the moving averages differ between workers
+    (https://keras.io/api/layers/normalization_layers/batch_normalization).
+    """
+    original = keras.layers.BatchNormalization.__init__
+
+    def synchronized(self: keras.layers.BatchNormalization, *arguments: Any, **named: Any) -> None:
+        original(self, *arguments, **{"synchronized": True, **named})
+
+    keras.layers.BatchNormalization.__init__ = synchronized
+
+
+@functools.cache
+def cure_dropout() -> None:
+    """Gives each example of a batch its own dropout mask, the same on several replicas as on one.
+
+    In Keras 3.15 all replicas draw the same mask, each for its own slice. Here they draw the mask of the whole
+    batch, of which replica r out of n takes the rows r, r + n, r + 2 n, ..., as `training_batches` deals the examples.
+    Numbers that were drawn for more rows begin with those for fewer: so the size of the batch need not be known.
+    """
+    original = random.dropout
+
+    def of_whole_batch(inputs: tf.Tensor, rate: float, noise_shape: Sequence | None = None, seed: Any = None) -> Any:
+        context = tf.distribute.get_replica_context()
+        replicas = context.num_replicas_in_sync if context else 1
+        same_for_all = noise_shape is not None and isinstance(noise_shape[0], int) and noise_shape[0] == 1
+        if replicas == 1 or same_for_all:
+            return original(inputs, rate, noise_shape, seed)
+        rows, *others = tf.unstack(tf.shape(inputs))
+        ones = tf.ones([rows * replicas, *others], inputs.dtype)
+        if noise_shape is not None:
+            noise_shape = [None, *noise_shape[1:]]
+        mask = original(ones, rate, noise_shape, seed)
+        return inputs * tf.reshape(mask[context.replica_id_in_sync_group :: replicas], tf.shape(inputs))
+
+    random.dropout = of_whole_batch
+
+
+@functools.cache
+def cure_several_workers() -> None:
+    """Lets `fit` and `evaluate` run under `MultiWorkerMirroredStrategy`, together with `cure_symbolic_build`.
+
+    Keras 3.15 averages the logs of the replicas along their first axis, but they are single numbers
+    ("Invalid reduction dimension 0 for input with 0 dimensions", https://github.com/keras-team/keras/issues/20585).
+
+    Raises:
+        UserError: another version of Keras than the cure was written for.
+    """
+    if not keras.__version__.startswith("3.15."):
+        raise UserError(
+            f"keras {keras.__version__}: several workers need what was made for 3.15; install keras==3.15.* for them"
+        )
+    original = trainer.reduce_per_replica
+
+    def over_all_workers(values: Any, strategy: tf.distribute.Strategy, reduction: str) -> Any:
+        if reduction in ("auto", "mean") and isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+            return tree.map_structure(lambda value: strategy.reduce("MEAN", value, axis=None), values)
+        return original(values, strategy, reduction)
+
+    trainer.reduce_per_replica = over_all_workers
 
 
 @functools.cache

@@ -10,16 +10,13 @@ import argparse
 import pathlib
 import sys
 
-from common.cli import UserError
+from common.cli import BESIDE_TRAINING, UserError
 from common.evaluation import figure_png
 from common.records import read_run
 
 import rich
 from matplotlib.figure import Figure
 from rich.table import Table
-
-# Not settings: where a run writes, and what else it prints or records.
-NOT_COMPARED = {"run_dir", "data_dir", "resume", "checkpoint_every", "quiet", "histograms", "profile", "baseline"}
 
 
 def main() -> None:
@@ -48,7 +45,7 @@ def main() -> None:
 def rows(runs: dict[str, dict]) -> dict[str, dict[str, object]]:
     """What is compared, by run: recipe and data, the settings that differ, all metrics, time and size."""
     compared = {}
-    configs = [{k: v for k, v in run["config"].items() if k not in NOT_COMPARED} for run in runs.values()]
+    configs = [{k: v for k, v in run["config"].items() if k not in BESIDE_TRAINING} for run in runs.values()]
     settings = [
         name for name in dict.fromkeys(key for config in configs for key in config)
         if len({repr(config.get(name)) for config in configs}) > 1

@@ -3,19 +3,26 @@
     python scripts/torture.py mnist_cnn --kills 20
     python scripts/torture.py mnist_cnn --kills 20 --signal TERM
     python scripts/torture.py mnist_cnn --kills 3 -- --smoke --batch-size 64
+    python scripts/torture.py mnist_cnn --kills 10 --signal STOP --workers 3
 
 KILL is `kill -9`, at random moments from the start of the process to its end; a quarter of the kills falls inside
 the writing of a checkpoint. TERM asks politely, at any moment after the recipe's first line: the exit code must
 be 75 each time. Compared are the digest of the weights, the step counter of the optimizer, the test metrics, the
 losses of all epochs, and each step of each curve in TensorBoard. Flags behind `--` go to the recipe.
+
+With --workers, the training is a group of processes under scripts/launch.py. KILL and STOP strike one of them, at
+random moments; the others must be gone within 20 seconds, and the launcher starts all again. TERM strikes the launcher.
+The end is compared with that of an equal group left alone.
 """
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import pathlib
 import random
+import re
 import runpy
 import signal
 import subprocess
@@ -42,9 +49,12 @@ def main() -> None:
     )
     parser.add_argument("recipe", choices=sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))
     parser.add_argument("--kills", type=int, default=20, help="how often (default: 20)")
-    parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
+    parser.add_argument("--signal", choices=("KILL", "TERM", "STOP"), default="KILL")
+    parser.add_argument("--workers", type=int, default=0, help="train with so many processes (default: one, without)")
     parser.add_argument("--seed", type=int, default=0, help="decides the moments, as far as a clock can")
     arguments = parser.parse_args(own)
+    if arguments.signal == "STOP" and not arguments.workers:
+        parser.error("--signal STOP: a process alone has nobody to notice it; add --workers")
     with tempfile.TemporaryDirectory() as folder:
         torture = Torture(arguments, [*(flags or STANDARD_FLAGS), *FIXED_FLAGS], pathlib.Path(folder))
         sys.exit(torture.run())
@@ -57,11 +67,16 @@ class Torture:
         self.recipe = str(ROOT / "recipes" / f"{arguments.recipe}.py")
         self.name, self.kills, self.signal = arguments.recipe, arguments.kills, arguments.signal
         self.flags, self.folder, self.random = flags, folder, random.Random(arguments.seed)
-        self.slowest_exit = 0.0
+        self.workers, self.slowest_exit = arguments.workers, 0.0
 
     def command(self, run_dir: pathlib.Path, *more: str) -> list[str]:
         """The training, as a user would start it."""
-        return [sys.executable, self.recipe, *self.flags, "--run-dir", str(run_dir), *more]
+        start = [sys.executable, self.recipe]
+        if self.workers:
+            launcher = str(ROOT / "scripts" / "launch.py")
+            start = [sys.executable, launcher, "--workers", str(self.workers), "--max-restarts", "1000"]
+            start += [self.recipe, "--"]
+        return [*start, *self.flags, "--run-dir", str(run_dir), *more]
 
     def run(self) -> int:
         """Prints the comparison; 0 if all is identical, else 1."""
@@ -72,23 +87,30 @@ class Torture:
             return done.returncode
         # What comes before and behind the training, and the training itself.
         seconds = json.loads((self.folder / "alone" / "result.json").read_text())["seconds"]
-        self.around = (time.monotonic() - began if self.signal == "KILL" else seconds["total"]) - seconds["train"]
+        self.around = (time.monotonic() - began if self.signal != "TERM" else seconds["total"]) - seconds["train"]
         self.training = seconds["train"]
         expected, counts, victims = outcome(self.folder / "alone"), collections.Counter(), 0
         while counts["kills"] < self.kills:
             victims += 1
             victim = self.folder / f"victim-{victims}"
-            while not self.live(victim, counts):
-                pass
+            if self.workers and self.signal != "TERM":
+                self.live_as_group(victim, counts)
+            else:
+                while not self.live(victim, counts):
+                    pass
             found = outcome(victim)
             for what in expected:
                 if found[what] != expected[what]:
                     print(f"{self.name}: {what} differs\n  alone: {expected[what]}\n  killed: {found[what]}")
                     return 1
+        if self.slowest_exit > 20:
+            print(f"{self.name}: a worker took {self.slowest_exit:.1f} s to notice that another was lost")
+            return 1
+        kind = f"of {self.workers} workers" if self.workers else f"{counts['in write']} inside a checkpoint write"
         print(
-            f"{self.name}: {counts['kills']} x {self.signal} ({counts['in write']} inside a checkpoint write), "
+            f"{self.name}: {counts['kills']} x {self.signal} ({kind}), "
             f"{victims} runs finished, {counts['resumed']} times from a checkpoint: identical to the run left alone"
-            + (f"; slowest exit {self.slowest_exit:.1f} s" if self.signal == "TERM" else "")
+            + (f"; slowest exit {self.slowest_exit:.1f} s" if self.slowest_exit else "")
         )
         return 0
 
@@ -109,7 +131,7 @@ class Torture:
         if moment is not None:
             threading.Thread(target=self.strike, args=(process, moment), daemon=True).start()
         rest, errors = process.communicate()
-        counts["resumed"] += "\nresumed: " in printed + rest and "from step 0\n" not in rest
+        counts["resumed"] += "resumed: " in printed + rest and "from step 0\n" not in rest
         if process.returncode == 0:
             return True
         if process.returncode != (EXIT_INTERRUPTED if self.signal == "TERM" else -signal.SIGKILL):
@@ -118,6 +140,37 @@ class Torture:
         counts["kills"] += 1
         counts["in write"] += "victim" in command
         return False
+
+    def live_as_group(self, victim: pathlib.Path, counts: collections.Counter) -> None:
+        """The whole life of a group of workers, whose launcher starts it again after each strike."""
+        command = self.command(victim, "--resume")
+        launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        printed, pids, struck = [], {}, {}
+
+        def strike(index: int) -> None:
+            struck.update(index=index, moment=time.monotonic())
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pids[index], signal.SIGKILL if self.signal == "KILL" else signal.SIGSTOP)
+
+        for line in launcher.stdout:
+            printed.append(line)
+            counts["resumed"] += "resumed: " in line and "from step 0\n" not in line
+            if started := re.match(r"\[launch] worker (\d+) is process (\d+)", line):
+                pids[int(started[1])] = int(started[2])
+                if int(started[1]) == self.workers - 1 and counts["kills"] < self.kills:
+                    moment = self.random.uniform(0, self.around + self.training)
+                    timer = threading.Timer(moment, strike, [self.random.randrange(self.workers)])
+                    timer.daemon = True
+                    timer.start()
+            elif ended := re.match(r"\[launch] worker (\d+) (ended|died)", line):
+                if struck and struck["index"] != int(ended[1]):
+                    self.slowest_exit = max(self.slowest_exit, time.monotonic() - struck["moment"])
+            elif line.startswith("[launch] restart"):
+                counts["kills"] += 1
+                struck.clear()
+        timer.cancel()
+        if launcher.wait():
+            raise SystemExit(f"{self.name}: exit code {launcher.returncode}\n{''.join(printed[-40:])}")
 
     def strike(self, process: subprocess.Popen, moment: float) -> None:
         """Sends the signal after so many seconds."""

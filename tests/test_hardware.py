@@ -6,6 +6,7 @@ from common.hardware import Machine, choose, describe_machine
 import pytest
 
 LAPTOP = Machine("Laptop", 4, 8 << 30)
+TPU = Machine("Server", 96, 64 << 30, tpus=8)
 T4, A100 = ("T4", (7, 5)), ("A100", (8, 0))
 
 
@@ -26,6 +27,9 @@ def with_gpus(*gpus: tuple) -> Machine:
         (with_gpus(A100, T4), {}, ("mirrored", 2, "mixed_float16", 16)),
         (with_gpus(A100, A100), {"devices": 1}, ("none", 1, "mixed_bfloat16", 16)),
         (with_gpus(A100, A100), {"strategy": "none"}, ("none", 1, "mixed_bfloat16", 16)),
+        (LAPTOP, {"strategy": "mirrored"}, ("mirrored", 1, "float32", 4)),
+        (TPU, {}, ("tpu", 8, "mixed_bfloat16", 96)),
+        (TPU, {"strategy": "none"}, ("none", 1, "float32", 96)),
     ],
 )
 def test_choices(machine, flags, expected):
@@ -35,10 +39,28 @@ def test_choices(machine, flags, expected):
 
 
 @pytest.mark.parametrize(
+    ("machine", "flags", "workers", "expected"),
+    [
+        (LAPTOP, {}, 3, ("multi-worker", 3, "float32")),
+        (LAPTOP, {}, 1, ("none", 1, "float32")),
+        (LAPTOP, {"strategy": "multi-worker"}, 1, ("multi-worker", 1, "float32")),
+        (LAPTOP, {"strategy": "mirrored", "devices": 2}, 3, ("mirrored", 2, "float32")),
+        (with_gpus(A100, A100), {}, 2, ("multi-worker", 4, "mixed_bfloat16")),
+        (with_gpus(A100, A100), {"devices": 1}, 2, ("multi-worker", 2, "mixed_bfloat16")),
+    ],
+)
+def test_choices_in_a_cluster(machine, flags, workers, expected):
+    choices = choose(machine, SharedConfig(**flags), workers)
+    assert tuple(choices[name][0] for name in ("strategy", "devices", "precision")) == expected
+
+
+@pytest.mark.parametrize(
     ("machine", "flags", "named"),
     [
-        (LAPTOP, {"strategy": "mirrored"}, "--strategy mirrored: there is only one device"),
-        (with_gpus(T4), {"strategy": "mirrored"}, "--strategy mirrored: there is only one device"),
+        (LAPTOP, {"strategy": "multi-worker"}, "--strategy multi-worker: neither TF_CONFIG nor Slurm names workers"),
+        (LAPTOP, {"strategy": "parameter-server"}, "--strategy parameter-server: Keras 3 does not support"),
+        (LAPTOP, {"strategy": "tpu"}, "--strategy tpu: TensorFlow finds no TPU"),
+        (TPU, {"devices": 2}, "--devices 2: not with --strategy tpu"),
         (with_gpus(T4), {"devices": 2}, "--devices 2: this machine has 1 GPU"),
         (LAPTOP, {"strategy": "none", "devices": 2}, "--strategy none: uses one device, not --devices 2"),
         (LAPTOP, {"precision": "mixed_float16"}, "--precision mixed_float16: a CPU computes"),

@@ -1,0 +1,214 @@
+"""Trains a recipe with several worker processes on this machine, and starts them again when one of them dies.
+
+    python scripts/launch.py --workers 2 recipes/cifar10_cnn.py -- --epochs 2
+    python scripts/launch.py --workers 2 --max-restarts 10 recipes/cifar10_cnn.py -- --run-dir runs/my_run
+
+Flags behind `--` go to the recipe. Each line that a worker prints begins with its number. The workers share the
+cores of this machine, and its GPUs where it has some. When one dies, the others end; then all start again, from the last
+checkpoint. Ctrl-C and SIGTERM save, end all workers, and exit with 75; a second Ctrl-C ends them at once.
+Exit codes are those of the recipe, and 76 when the restarts are used up.
+
+On several machines nothing needs this script: there, Slurm or Kubernetes starts the workers.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import datetime
+import json
+import math
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import TextIO
+
+from common.cli import EXIT_INTERRUPTED, UserError
+from common.multiworker import EXIT_WORKER_LOST
+
+# Seconds: when a worker ends badly, the others hear of it at once; when one is stopped, they notice within 10.
+PATIENCE_AFTER_END, PATIENCE_AFTER_STOP = 5, 15
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    own, flags = sys.argv[1:], []
+    if "--" in own:
+        own, flags = own[: own.index("--")], own[own.index("--") + 1 :]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("recipe", type=pathlib.Path, help="its file")
+    parser.add_argument("--workers", type=int, required=True, help="how many processes")
+    parser.add_argument("--max-restarts", type=int, default=3, help="how often all start again (default: 3)")
+    arguments = parser.parse_args(own)
+    try:
+        if not arguments.recipe.is_file():
+            raise UserError(f"{arguments.recipe}: no such file; name a recipe, as recipes/mnist_cnn.py")
+        if arguments.workers < 1:
+            raise UserError(f"--workers {arguments.workers}: give 1 or more")
+        launcher = Launcher(arguments.recipe, arguments.workers, flags)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(launcher.run(arguments.max_restarts))
+
+
+class Launcher:
+    """A group of workers that live and die together.
+
+    Raises:
+        UserError: there are GPUs, but fewer than workers.
+    """
+
+    def __init__(self, recipe: pathlib.Path, workers: int, flags: list[str]):
+        self.recipe, self.workers, self.flags = recipe, workers, list(flags)
+        if "--run-dir" not in self.flags:
+            # Chosen here, as a restart must find it again.
+            time_of_day = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+            self.flags += ["--run-dir", str(pathlib.Path("runs", recipe.stem, time_of_day))]
+        if "--threads" not in self.flags:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            self.flags += ["--threads", str(max(1, cores // workers))]
+        self.gpus = gpu_count()
+        if 0 < self.gpus < workers:
+            raise UserError(f"--workers {workers}: this machine has {self.gpus} GPU(s), and each worker needs its own")
+        self.signals = 0
+        self.processes: list[subprocess.Popen] = []
+
+    def run(self, max_restarts: int) -> int:
+        """Runs the group until it ends well, was asked to stop, or has been restarted too often; its exit code."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.pass_on)
+        for restarts in range(max_restarts + 1):
+            codes = self.run_once()
+            if not any(codes):
+                return 0
+            if self.signals:
+                return EXIT_INTERRUPTED
+            # What a worker said itself, and the others only repeated.
+            for code in (2, 3, EXIT_INTERRUPTED):
+                if code in codes:
+                    return code
+            if restarts < max_restarts:
+                say(f"restart {restarts + 1} of at most {max_restarts}")
+                if "--resume" not in self.flags:
+                    self.flags.append("--resume")
+        say("the workers died too often; the same command with --resume behind the -- goes on")
+        return EXIT_WORKER_LOST
+
+    def run_once(self) -> list[int]:
+        """Starts all workers, waits for their end, and returns their exit codes."""
+        addresses = [f"127.0.0.1:{port}" for port in free_ports(self.workers)]
+        say(f"{self.workers} workers on {', '.join(addresses)}: TensorFlow opens these ports to all networks, "
+            "not to this machine alone; keep it behind a firewall")  # fmt: skip
+        self.processes, readers = [], []
+        for index in range(self.workers):
+            process = subprocess.Popen(
+                # What the result is compared with, the chief alone needs to train.
+                [sys.executable, "-u", str(self.recipe), *self.flags, *(["--no-baseline"] if index else [])],
+                env=self.environment(addresses, index),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once.
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            )
+            self.processes.append(process)
+            say(f"worker {index} is process {process.pid}")
+            for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
+                readers.append(threading.Thread(target=repeat, args=(source, target, f"[{index}] "), daemon=True))
+                readers[-1].start()
+        if self.signals:  # It came between two lives of the group.
+            self.signal_all(signal.SIGTERM)
+        deadline, stopped = None, {}
+        running = dict(enumerate(self.processes))
+        while running:
+            for index, process in list(running.items()):
+                code = process.poll()
+                if code is None:
+                    if is_stopped(process.pid):  # It does not end by itself, but may be continued.
+                        stopped.setdefault(index, time.monotonic() + PATIENCE_AFTER_STOP)
+                    else:
+                        stopped.pop(index, None)
+                    continue
+                del running[index]
+                say(f"worker {index} ended with {code}" if code >= 0 else f"worker {index} died of signal {-code}")
+                if code and deadline is None:
+                    deadline = time.monotonic() + PATIENCE_AFTER_END
+            if time.monotonic() > min([deadline or math.inf, *stopped.values()]):
+                self.signal_all(signal.SIGKILL)
+            time.sleep(0.05)
+        for reader in readers:
+            reader.join()
+        return [process.returncode for process in self.processes]
+
+    def environment(self, addresses: list[str], index: int) -> dict[str, str]:
+        """The variables of a worker: its place in the cluster, and its share of the GPUs."""
+        cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+        environment = {**os.environ, "TF_CONFIG": json.dumps(cluster)}
+        if self.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(index, self.gpus, self.workers)))
+        return environment
+
+    def pass_on(self, number: int, frame: object) -> None:
+        """Passes a signal on to the workers: the first asks them to save and end, the second ends them."""
+        self.signals += 1
+        self.signal_all(signal.SIGTERM if self.signals == 1 else signal.SIGKILL)
+
+    def signal_all(self, number: int) -> None:
+        """Sends a signal to all workers that are still there."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+
+
+def say(line: str) -> None:
+    """Prints a line of the launcher's own."""
+    print(f"[launch] {line}", flush=True)
+
+
+def repeat(source: TextIO, target: TextIO, prefix: str) -> None:
+    """Copies lines, with the number of the worker in front."""
+    for line in source:
+        target.write(prefix + line)
+        target.flush()
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a child process has been stopped, as by SIGSTOP, and not continued."""
+    with contextlib.suppress(ChildProcessError):  # It has ended meanwhile.
+        return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+    return False
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback interface that nobody uses now."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def gpu_count() -> int:
+    """How many NVIDIA GPUs the driver lists."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.splitlines())
+
+
+def _die_with_parent() -> None:
+    # Even a launcher that is killed leaves no worker behind.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()
