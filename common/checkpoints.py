@@ -52,7 +52,8 @@ def _tensors(checkpoint: pathlib.Path) -> dict[str, np.ndarray]:
         link = pathlib.Path(folder, "checkpoint")
         link.symlink_to(checkpoint.resolve())
         reader = tf.train.load_checkpoint(str(link / "variables"))
-        return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+        names = [name for name in reader.get_variable_to_shape_map() if name.endswith("VARIABLE_VALUE")]
+        return {name: np.asarray(reader.get_tensor(name)) for name in names}
 
 
 class Checkpoints(keras.callbacks.Callback):

@@ -136,8 +136,8 @@ class _Peer:
 
 
 def _encoded(value: Any) -> Any:
-    if not isinstance(value, np.ndarray):
-        return str(value)  # A path.
+    if isinstance(value, os.PathLike):
+        return str(value)
     return {"array": base64.b64encode(value.tobytes()).decode(), "dtype": str(value.dtype), "shape": value.shape}
 
 

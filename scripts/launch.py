@@ -4,8 +4,8 @@
     python scripts/launch.py --workers 2 --max-restarts 10 recipes/cifar10_cnn.py -- --run-dir runs/my_run
 
 Flags behind `--` go to the recipe. Each line that a worker prints begins with its number. The workers share the
-cores of this machine, and its GPUs where it has some. When one dies, the others end; then all start again, from the last
-checkpoint. Ctrl-C and SIGTERM save, end all workers, and exit with 75; a second Ctrl-C ends them at once.
+cores of this machine, and its GPUs where it has some. When one dies, the others end; then all start again, from the
+last checkpoint. Ctrl-C and SIGTERM save, end all workers, and exit with 75; a second Ctrl-C ends them at once.
 Exit codes are those of the recipe, and 76 when the restarts are used up.
 
 On several machines nothing needs this script: there, Slurm or Kubernetes starts the workers.

@@ -32,6 +32,7 @@ import threading
 import time
 
 from common.cli import EXIT_INTERRUPTED
+from common.multiworker import EXIT_WORKER_LOST
 
 import tensorflow as tf
 
@@ -162,7 +163,9 @@ class Torture:
                     timer = threading.Timer(moment, strike, [self.random.randrange(self.workers)])
                     timer.daemon = True
                     timer.start()
-            elif ended := re.match(r"\[launch] worker (\d+) (ended|died)", line):
+            elif ended := re.match(r"\[launch] worker (\d+) (ended with|died of signal) (\d+)", line):
+                if ended[2] == "ended with" and int(ended[3]) not in (0, EXIT_WORKER_LOST):
+                    launcher.terminate()
                 if struck and struck["index"] != int(ended[1]):
                     self.slowest_exit = max(self.slowest_exit, time.monotonic() - struck["moment"])
             elif line.startswith("[launch] restart"):
