@@ -161,7 +161,15 @@ def apply(
     cure_replicas()
     if strategy == "multi-worker":
         cure_several_workers()
-        return _multi_worker(cluster or Cluster(), bool(gpus))
+        cluster = cluster or Cluster()
+        strategy = _multi_worker(cluster, bool(gpus))
+        if not config.quiet:
+            print(
+                f"cluster: this is {cluster.name(cluster.index)}; TensorFlow opens that port to all networks of this "
+                "machine, and who reaches it can take the process over: keep it behind a firewall",
+                flush=True,
+            )
+        return strategy
     return _tpu() if strategy == "tpu" else _mirrored("GPU" if gpus else "CPU", devices)
 
 
@@ -188,11 +196,6 @@ def _multi_worker(cluster: Cluster, gpus: bool) -> tf.distribute.Strategy:
     # TensorFlow has taken SIGTERM for a notifier of its own, which nobody listens to.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.getsignal(number))
-    print(
-        f"cluster: this is {cluster.name(cluster.index)}; the port is open to all networks of this machine, and who "
-        "reaches it can take over the process: keep it behind a firewall",
-        flush=True,
-    )
     return strategy
 
 

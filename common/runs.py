@@ -59,7 +59,7 @@ def start_run(config: SharedConfig) -> "Run":
     if chosen["strategy"] == "multi-worker":
         cluster = joined_cluster(workers, index, config.cluster_timeout)
         same = {"recipe": recipe, **settings["config"], **chosen}
-        cluster.compare({key: value for key, value in same.items() if key not in {*BESIDE_TRAINING, "threads"}})
+        cluster.compare({key: value for key, value in same.items() if key not in {*BESIDE_TRAINING, "threads", "data"}})
     directory, settings, checkpoint = _open_directory(recipe, config, settings, cluster)
     # The same layer names in the second run of a process as in the first; before `apply`, as it also
     # forgets the precision.

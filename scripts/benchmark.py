@@ -1,13 +1,19 @@
-"""Compares a recipe with the way tutorials write the same network, in alternating fresh processes.
+"""Compares two ways to train the same network, in alternating pairs of fresh processes.
 
     python scripts/benchmark.py cifar10_cnn --data tfds
+    python scripts/benchmark.py workers --data tfds
+    python scripts/benchmark.py strategy --data tfds
 
-The naive way: pixels divided to float64 by NumPy, batches of 32, Adam as it comes, plain `fit`. The recipe
-runs with `--epochs 5`. Of each, the training images per second (without the first epoch, or the first
-execution) and the seconds from the start of `fit` to the end of the first epoch that reached the target
-validation accuracy. Where the naive way gives up before, the time it spent counts: then its true time is
+A recipe is compared with the way tutorials write its network: pixels divided to float64 by NumPy, batches of 32,
+Adam as it comes, plain `fit`. The recipe runs with `--epochs 5`. Of each, the training images per second (without the
+first epoch, or the first execution) and the seconds from the start of `fit` to the end of the first epoch that reached
+the target validation accuracy. Where the naive way gives up before, the time it spent counts: then its true time is
 longer, and the ratio of the recipe's time to it smaller. A recipe that misses the target is an error. Pair n
 has seed n. Prints the pairs and their medians, writes results/benchmark-RECIPE.json and brings README.md in step.
+
+`workers` compares cifar10_cnn as two workers of scripts/launch.py with one process, on the same cores; `strategy`
+compares it in a strategy with a single replica with no strategy at all. Both train for two epochs, and
+write results/WORD.json.
 """
 
 import argparse
@@ -46,6 +52,10 @@ SUBJECTS = {
     "cifar10_cnn": Subject(CIFAR10, (32, 32), (32, 64, 64), 64, 0.69),
     "mnist_cnn": Subject(MNIST, (28, 28), (32, 64), 128, 0.99),
 }
+
+
+# What is compared with what: the first is the measure.
+DISTRIBUTED = {"workers": ["strategy none", "2 workers"], "strategy": ["strategy none", "strategy mirrored"]}
 
 
 class Clock(keras.callbacks.Callback):
@@ -139,6 +149,38 @@ def train_recipe(recipe: str, subject: Subject, arguments: argparse.Namespace, s
     }
 
 
+def train_distributed(arguments: argparse.Namespace, way: str, seed: int) -> dict:
+    """Trains cifar10_cnn in one of the ways of `DISTRIBUTED`; what its result.json says."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory = pathlib.Path(folder, "run")
+        launch = ["scripts/launch.py", "--workers", way.split()[0], "recipes/cifar10_cnn.py", "--"]
+        command = launch if "workers" in way else ["recipes/cifar10_cnn.py", "--strategy", way.split()[-1]]
+        command = [sys.executable, *command, *data_flags(arguments), "--no-baseline", "--epochs", "2"]
+        subprocess.run([*command, "--seed", str(seed), "--run-dir", str(directory)], check=True, cwd=ROOT)
+        result = json.loads((directory / "result.json").read_text())
+    kept = ("examples_per_second", "metrics", "versions", "hardware", "data", "commit")
+    return {name: result[name] for name in kept}
+
+
+def compare_distributed(arguments: argparse.Namespace) -> dict:
+    """Runs the pairs of `workers` or `strategy` and returns the record that is written."""
+    ways, pairs = DISTRIBUTED[arguments.recipe], []
+    for number in range(arguments.pairs):
+        pair = {way: train_distributed(arguments, way, number) for way in ways}
+        pairs.append(pair)
+        shown = [f"{way}: {run['examples_per_second']:,.0f} images/s" for way, run in pair.items()]
+        print(f"pair {number + 1}: {'; '.join(shown)}", flush=True)
+    one, other = ways
+    speed = [pair[other]["examples_per_second"] / pair[one]["examples_per_second"] for pair in pairs]
+    points = [100 * (pair[other]["metrics"]["accuracy"] - pair[one]["metrics"]["accuracy"]) for pair in pairs]
+    return {
+        "ways": ways,
+        "median_ratio_images_per_second": statistics.median(speed),
+        "largest_difference_of_test_accuracy_in_points": max(map(abs, points)),
+        "pairs": pairs,
+    }
+
+
 def data_flags(arguments: argparse.Namespace) -> list[str]:
     flags = ["--data", arguments.data, "--data-dir", arguments.data_dir]
     return [*flags, "--smoke"] if arguments.smoke else flags
@@ -177,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("recipe", choices=SUBJECTS)
+    parser.add_argument("recipe", choices=[*SUBJECTS, *DISTRIBUTED])
     parser.add_argument("--data", default="auto", help="as for the recipe")
     parser.add_argument("--data-dir", default="", help="as for the recipe")
     parser.add_argument("--pairs", type=int, default=3, help="how often each is run (default: 3)")
@@ -193,15 +235,28 @@ def main() -> None:
         )
         print(json.dumps(train_naively(SUBJECTS[arguments.recipe], config, arguments.naive_epochs)))
         return
+    if arguments.recipe in DISTRIBUTED:
+        record = compare_distributed(arguments)
+        print(
+            f"images per second, {' / '.join(reversed(record['ways']))}: {record['median_ratio_images_per_second']:.2f}"
+        )
+        print(f"test accuracy: {record['largest_difference_of_test_accuracy_in_points']:.2f} points apart at most")
+        write(arguments, arguments.recipe, record)
+        return
     record = compare(arguments)
     print(f"images per second, recipe / naive: {record['median_ratio_images_per_second']:.2f}")
     target = record["target_validation_accuracy"]
     spent = record["median_ratio_seconds_to_target"]
     print(f"seconds to {target:.0%} validation accuracy, recipe / naive: {spent:.2f}")
+    write(arguments, f"benchmark-{arguments.recipe}", record)
+
+
+def write(arguments: argparse.Namespace, name: str, record: dict) -> None:
+    """Writes a record below results/, and brings README.md in step with it."""
     if not arguments.smoke:
         results = ROOT / "results"
         results.mkdir(exist_ok=True)
-        write_file(results / f"benchmark-{arguments.recipe}.json", json.dumps(record, indent=2) + "\n")
+        write_file(results / f"{name}.json", json.dumps(record, indent=2) + "\n")
         publish()
 
 

@@ -89,7 +89,8 @@ def publish() -> None:
     """Writes what results/ holds into README.md and the recipes."""
     readme = ROOT / "README.md"
     text = with_part(readme.read_text(), "results", results_table())
-    readme.write_text(with_part(text, "benchmark", benchmark_table()))
+    text = with_part(text, "benchmark", benchmark_table())
+    readme.write_text(with_part(text, "distributed", distributed_table()))
     picture = curves()
     if picture:
         (RESULTS / "curves.png").write_bytes(figure_png(picture))
@@ -188,6 +189,24 @@ def benchmark_table() -> str:
             f"| {record['median_ratio_seconds_to_target']:.2f} of the naive, "
             f"to {record['target_validation_accuracy']:.0%}{missed(record)} | {len(record['pairs'])} |"
         )
+    return "\n".join(lines) if len(lines) > 2 else "Not yet measured."
+
+
+def distributed_table() -> str:
+    """What several workers and a strategy cost, in Markdown."""
+    lines = ["| cifar10_cnn, two epochs | images per second | test accuracy | pairs |", "|---|---|---|---|"]
+    for name, label in (
+        ("workers", "2 workers on the cores of one process"),
+        ("strategy", "a strategy with one replica"),
+    ):
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            record = json.loads(path.read_text())
+            points = record["largest_difference_of_test_accuracy_in_points"]
+            lines.append(
+                f"| {label} | {record['median_ratio_images_per_second']:.2f} times those of one process without "
+                f"| at most {points:.2f} points apart | {len(record['pairs'])} |"
+            )
     return "\n".join(lines) if len(lines) > 2 else "Not yet measured."
 
 
