@@ -159,7 +159,7 @@ class Cluster:
         self.workers, self.index, self.chief = workers, index, index == 0
         self.stop_asked, self.save_at = False, 0
         self._peers: dict[int, _Peer] = {}
-        self._complete, self._left = threading.Event(), False
+        self._complete, self._code = threading.Event(), None
 
     def name(self, index: int) -> str:
         """How a worker is called in messages."""
@@ -293,6 +293,8 @@ class Cluster:
 
     def _end(self, code: int, line: str) -> None:
         """Ends this process from a thread, as the main thread may be waiting for the lost worker."""
+        if self._code:
+            return  # The main thread is ending it already.
         self.leave(code, line)
         with contextlib.suppress(Exception):
             sys.stdout.flush()
@@ -307,8 +309,8 @@ class Cluster:
 
     def leave(self, code: int = 0, line: str = "") -> None:
         """Tells the others how this worker ends, that they end likewise; a good end waits for theirs."""
-        if not self._left:
-            self._left = True
+        if self._code is None or (code and not self._code):
+            self._code = code
             for peer in list(self._peers.values()):
                 peer.send(end=code, line=line)
             if code == 0:

@@ -1,6 +1,7 @@
 """Cures for bugs and gaps of Keras; `tests/test_upstream.py` fails for each one that is no longer needed."""
 
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +10,11 @@ from common.cli import UserError
 import keras
 import tensorflow as tf
 from keras.src import tree
-from keras.src.backend.tensorflow import random, trainer
+from keras.src.backend.tensorflow import random as tensorflow_random
+from keras.src.backend.tensorflow import trainer as tensorflow_trainer
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+from keras.src.losses import loss as loss_module
 
 
 def cure_replicas() -> None:
@@ -49,26 +52,24 @@ def cure_loss_average() -> None:
 
     `training_batches` gives the examples of a replica a sample weight of (size of its slice x replicas / size of the
     batch), for the gradient to be right. Keras 3.15 weights the replica's mean loss by the size of its
-    slice once more, when it averages over the epoch. The size divided by the weight is the same on each replica.
+    slice once more, when it averages over the epoch. Here the sample weight is taken out before.
     """
-    original = TensorFlowTrainer.train_step
+    train_step, unscale = TensorFlowTrainer.train_step, loss_module.unscale_loss_for_distribution
+    of_replica = threading.local()  # Each replica is traced in a thread of its own.
 
-    def train_step(self: TensorFlowTrainer, data: tuple) -> dict:
-        tracker, (_, _, weight) = self._loss_tracker, keras.utils.unpack_x_y_sample_weight(data)
-        if weight is None:
-            return original(self, data)
-        update_state = tracker.update_state
-
-        def update_evenly(loss: tf.Tensor, sample_weight: tf.Tensor) -> None:
-            update_state(loss, sample_weight=tf.cast(sample_weight, weight.dtype) / weight[0])
-
-        tracker.update_state = update_evenly
+    def remember_weight(self: TensorFlowTrainer, data: tuple) -> dict:
+        _, _, of_replica.weight = keras.utils.unpack_x_y_sample_weight(data)
         try:
-            return original(self, data)
+            return train_step(self, data)
         finally:
-            del tracker.update_state
+            of_replica.weight = None
 
-    TensorFlowTrainer.train_step = train_step
+    def unscale_and_unweight(value: tf.Tensor) -> tf.Tensor:
+        weight = getattr(of_replica, "weight", None)
+        return unscale(value) if weight is None else unscale(value) / tf.cast(weight[0], value.dtype)
+
+    TensorFlowTrainer.train_step = remember_weight
+    loss_module.unscale_loss_for_distribution = unscale_and_unweight
 
 
 @functools.cache
@@ -94,7 +95,7 @@ def cure_dropout() -> None:
     batch, of which replica r out of n takes the rows r, r + n, r + 2 n, ..., as `training_batches` deals the examples.
     Numbers that were drawn for more rows begin with those for fewer: so the size of the batch need not be known.
     """
-    original = random.dropout
+    original = tensorflow_random.dropout
 
     def of_whole_batch(inputs: tf.Tensor, rate: float, noise_shape: Sequence | None = None, seed: Any = None) -> Any:
         context = tf.distribute.get_replica_context()
@@ -109,7 +110,7 @@ def cure_dropout() -> None:
         mask = original(ones, rate, noise_shape, seed)
         return inputs * tf.reshape(mask[context.replica_id_in_sync_group :: replicas], tf.shape(inputs))
 
-    random.dropout = of_whole_batch
+    tensorflow_random.dropout = of_whole_batch
 
 
 @functools.cache
@@ -126,14 +127,14 @@ def cure_several_workers() -> None:
         raise UserError(
             f"keras {keras.__version__}: several workers need what was made for 3.15; install keras==3.15.* for them"
         )
-    original = trainer.reduce_per_replica
+    original = tensorflow_trainer.reduce_per_replica
 
     def over_all_workers(values: Any, strategy: tf.distribute.Strategy, reduction: str) -> Any:
         if reduction in ("auto", "mean") and isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
             return tree.map_structure(lambda value: strategy.reduce("MEAN", value, axis=None), values)
         return original(values, strategy, reduction)
 
-    trainer.reduce_per_replica = over_all_workers
+    tensorflow_trainer.reduce_per_replica = over_all_workers
 
 
 @functools.cache

@@ -46,11 +46,8 @@ def listened_to(port: int) -> bool:
 
 
 def is_running(pid: int) -> bool:
-    try:
-        os.killpg(pid, 0)  # Each worker leads a session of its own.
-    except ProcessLookupError:
-        return False
-    return True
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return bool(state) and not state.startswith("Z")  # Who is dead, may still wait for a parent to notice.
 
 
 def start(command: list[str], cwd: pathlib.Path, **environment: str) -> subprocess.Popen:

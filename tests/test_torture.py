@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from conftest import ROOT, run_program
 
 SMALL = ("--", "--smoke", "--data", "sample", "--batch-size", "90", "--checkpoint-every", "2")
@@ -19,6 +20,15 @@ def test_asked_again_and_again_to_stop():
     run = run_program("scripts/torture.py", "text_classifier", "--kills", "3", "--signal", "TERM", *SMALL)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "3 x TERM" in run.stdout
+
+
+@pytest.mark.parametrize(("workers", "signal"), [("2", "STOP"), ("3", "KILL")])
+def test_a_worker_of_a_group_is_lost(workers, signal):
+    flags = ["--workers", workers, "--kills", "1", "--signal", signal, *SMALL]
+    run = run_program("scripts/torture.py", "dense_classifier", *flags)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert f"1 x {signal} (of {workers} workers)" in run.stdout
+    assert "identical to the run left alone; slowest exit" in run.stdout
 
 
 def test_ten_fits_in_one_process_keep_no_memory(tmp_path):

@@ -1,15 +1,21 @@
 """Each test here fails when a bug is mended upstream: then delete the cure, and the test with it."""
 
 import gc
+import json
+import socket
 import subprocess
 import sys
 import weakref
 
 from common import upstream
+from common.cli import UserError
+from common.hardware import apply, choose, describe_machine
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import TWO_DEVICES
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 
 MIRRORED_FIT = """
@@ -49,6 +55,136 @@ def test_plain_keras_under_mirrored_strategy(rows, steps_per_execution, message)
     else:
         assert run.returncode != 0, "mended upstream: delete the cure"
         assert message in run.stderr
+
+
+SEVERAL_WORKERS = """
+import json, os, sys
+os.environ["KERAS_BACKEND"] = "tensorflow"
+index, *ports, cures = sys.argv[1:]
+cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
+os.environ["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": {"type": "worker", "index": int(index)}})
+import keras, numpy as np, tensorflow as tf
+from common import upstream
+strategy = tf.distribute.MultiWorkerMirroredStrategy()
+for cure in cures.split():
+    getattr(upstream, cure)()
+with strategy.scope():
+    model = keras.Sequential([keras.Input([3]), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+x = np.ones((8, 3), "float32")
+data = tf.data.Dataset.from_tensor_slices((x, x[:, :1])).batch(4).repeat()
+try:
+    model.fit(data, steps_per_epoch=4, verbose=0, shuffle=False)
+except Exception as error:
+    print(error, file=sys.stderr, flush=True)
+    os._exit(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("cures", "message"),
+    [
+        (["cure_several_workers"], "Attempt to convert a value (PerReplica"),
+        (["cure_symbolic_build"], "Invalid reduction dimension 0 for input with 0 dimensions"),
+        (["cure_several_workers", "cure_symbolic_build"], None),
+    ],
+)
+def test_plain_keras_under_multi_worker_strategy(cures, message):
+    """https://github.com/keras-team/keras/issues/20585: each cure alone is not enough."""
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        ports = [str(each.getsockname()[1]) for each in (one, other)]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", SEVERAL_WORKERS, str(index), *ports, " ".join(cures)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in (0, 1)
+    ]
+    errors = [worker.communicate()[1] for worker in workers]
+    codes = [worker.returncode for worker in workers]
+    if message is None:
+        assert codes == [0, 0], errors
+    else:
+        assert 0 not in codes, "mended upstream: delete the cure"
+        assert any(message in each for each in errors), errors
+
+
+REPLICAS = """
+import json, os, sys
+os.environ["KERAS_BACKEND"] = "tensorflow"
+import keras, numpy as np, tensorflow as tf
+from common import upstream
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+strategy = tf.distribute.MirroredStrategy(["/CPU:0", "/CPU:1"])
+upstream.cure_symbolic_build()
+if "cured" in sys.argv:
+    upstream.cure_replicas()
+
+# Three examples: two for the first replica, one for the second, with the weights that make the gradient right.
+x = np.array([[1.0], [2.0], [4.0]], "float32")
+rows, weights = [[0, 2], [1]], [4 / 3, 2 / 3]
+
+def slices(context):
+    def of_replica(replica):
+        mine = tf.gather(x, tf.ragged.constant(rows)[replica])
+        return mine, mine * 0, tf.fill([tf.shape(mine)[0]], tf.gather(weights, replica))
+    return tf.data.Dataset.range(2).repeat().map(of_replica)
+
+with strategy.scope():
+    model = keras.Sequential([keras.Input([1]), keras.layers.Dense(1, kernel_initializer="ones")])
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    dropout = keras.layers.Dropout(0.5, seed=0)
+history = model.fit(
+    strategy.distribute_datasets_from_function(slices), steps_per_epoch=1, verbose=0, shuffle=False
+).history
+masks = strategy.run(lambda: dropout(tf.ones([1, 64]), training=True)).values
+print(json.dumps({
+    "loss": history["loss"][0],
+    "same_mask": bool(tf.reduce_all(masks[0] == masks[1])),
+    "synchronized": keras.layers.BatchNormalization().synchronized,
+}))
+"""
+
+
+@pytest.mark.parametrize("cured", [False, True])
+def test_plain_keras_under_several_replicas(cured):
+    """common/upstream.py: cure_loss_average, cure_dropout, cure_batch_normalization."""
+    words = [sys.executable, "-c", REPLICAS, *(["cured"] if cured else [])]
+    run = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    found, mean = json.loads(run.stdout.splitlines()[-1]), (1 + 4 + 16) / 3
+    hint = "" if cured else "mended upstream: delete the cure"
+    assert (abs(found["loss"] - mean) < 1e-5) == cured, hint
+    assert found["same_mask"] != cured, hint
+    assert found["synchronized"] == cured, hint
+
+
+def test_dropout_of_a_replica_is_its_part_of_the_whole(monkeypatch):
+    """On two replicas, each example loses the units that it would lose on one; also where their slices are unequal."""
+    upstream.cure_dropout()
+    strategy = apply(choose(describe_machine(), TWO_DEVICES), TWO_DEVICES)
+    images = tf.reshape(tf.range(1.0, 5 * 4 * 3 + 1), [5, 4, 3])
+    for shape in (None, (None, 1, 3), (None, 4, 1), (1, 4, 3)):
+        whole = keras.layers.Dropout(0.5, noise_shape=shape, seed=1)(images, training=True)
+        with strategy.scope():
+            dropout = keras.layers.Dropout(0.5, noise_shape=shape, seed=1)
+
+        def of_replica(dropout=dropout):
+            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+            return dropout(images[replica::2], training=True)
+
+        for replica, part in enumerate(strategy.run(of_replica).values):
+            np.testing.assert_array_equal(part, whole[replica::2])
+
+
+def test_another_version_of_keras_is_refused_for_several_workers(monkeypatch):
+    monkeypatch.setattr(keras, "__version__", "3.16.0")
+    with pytest.raises(UserError, match=r"keras 3\.16\.0: several workers need"):
+        upstream.cure_several_workers.__wrapped__()
 
 
 def test_tensorflow_still_prints_a_banner():
