@@ -22,8 +22,10 @@ EXIT_INTERRUPTED = 75
 # Called with the exit code and the line that says why, when a recipe ends.
 endings: list[Callable[[int, str], None]] = []
 # The flags that change nothing of what is computed in training.
-BESIDE_TRAINING = {"data_dir", "run_dir", "resume", "checkpoint_every", "cluster_timeout", "quiet"}
-BESIDE_TRAINING |= {"baseline", "histograms", "profile"}
+BESIDE_TRAINING = {
+    *("data_dir", "run_dir", "resume", "checkpoint_every", "cluster_timeout", "quiet"),
+    *("baseline", "histograms", "profile"),
+}
 
 
 class UserError(Exception):
