@@ -193,17 +193,11 @@ class Cluster:
 
     def _own_port(self, deadline: float) -> socket.socket:
         """This worker's port, so long as TensorFlow does not have it."""
-        host, port = _host_and_port(self.workers[self.index])
         while True:
-            own = socket.socket()
             try:
-                # TensorFlow shall be able to take the port while connections to it go on.
-                own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                own.bind((socket.gethostbyname(host), port))
-                own.listen()
-                return own
+                # With SO_REUSEADDR: TensorFlow can take the port while the connections that came through it go on.
+                return socket.create_server(_host_and_port(self.workers[self.index]))
             except OSError as error:
-                own.close()
                 # The names of pods may be known some seconds later than the pods run.
                 if not isinstance(error, socket.gaierror) or time.monotonic() > deadline:
                     remedy = "its port must be free, and its host this machine"
@@ -222,7 +216,7 @@ class Cluster:
                 peer = _Peer(connection)
                 peer.send(welcome=True)
                 hello = peer.receive()
-                if set(hello) != {"index", "workers", "problem"}:
+                if set(hello) != {"index", "workers", "problem"} or type(hello["index"]) is not int:
                     connection.close()
                     continue
                 peer.index, problem = hello["index"], hello["problem"]
@@ -238,6 +232,8 @@ class Cluster:
                 self._peers[peer.index] = peer
                 self._listen(peer)
         self._complete.set()
+        if len(self._peers) < len(self.workers) - 1:
+            raise UserError("a worker ended while others were still expected; start all again")
         self.from_chief(True)
 
     def _reach_chief(self, problem: str, deadline: float, timeout: float) -> None:

@@ -32,7 +32,7 @@ from common.multiworker import EXIT_WORKER_LOST
 
 # Seconds: when a worker ends badly, the others hear of it at once; when one is stopped, they notice within 10.
 PATIENCE_AFTER_END, PATIENCE_AFTER_STOP = 5, 15
-_PR_SET_PDEATHSIG = 1
+_LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 
 
 def main() -> None:
@@ -66,14 +66,13 @@ class Launcher:
     """
 
     def __init__(self, recipe: pathlib.Path, workers: int, flags: list[str]):
-        self.recipe, self.workers, self.flags = recipe, workers, list(flags)
-        if "--run-dir" not in self.flags:
-            # Chosen here, as a restart must find it again.
-            time_of_day = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-            self.flags += ["--run-dir", str(pathlib.Path("runs", recipe.stem, time_of_day))]
-        if "--threads" not in self.flags:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            self.flags += ["--threads", str(max(1, cores // workers))]
+        # Of a flag that is given twice, the last one counts.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.flags = ["--threads", str(max(1, cores // workers)), *flags]
+        if "--resume" not in flags:  # A restart must find it again.
+            run_dir = pathlib.Path("runs", recipe.stem, datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f"))
+            self.flags = ["--run-dir", str(run_dir), *self.flags]
+        self.recipe, self.workers = recipe, workers
         self.gpus = gpu_count()
         if 0 < self.gpus < workers:
             raise UserError(f"--workers {workers}: this machine has {self.gpus} GPU(s), and each worker needs its own")
@@ -96,8 +95,7 @@ class Launcher:
                     return code
             if restarts < max_restarts:
                 say(f"restart {restarts + 1} of at most {max_restarts}")
-                if "--resume" not in self.flags:
-                    self.flags.append("--resume")
+                self.flags.append("--resume")
         say("the workers died too often; the same command with --resume behind the -- goes on")
         return EXIT_WORKER_LOST
 
@@ -207,7 +205,7 @@ def gpu_count() -> int:
 
 def _die_with_parent() -> None:
     # Even a launcher that is killed leaves no worker behind.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":
