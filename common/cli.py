@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal, NoReturn
 Count = Annotated[int, 1, math.inf]
 Positive = Annotated[float, 1e-30, math.inf]
 Share = Annotated[float, 0, 1]
+# The last one is refused, with the reason.
+Strategy = Literal["auto", "none", "mirrored", "multi-worker", "tpu", "parameter-server"]
 EXIT_INTERRUPTED = 75
 # Called with the exit code and the line that says why, when a recipe ends.
 endings: list[Callable[[int, str], None]] = []
@@ -51,7 +53,7 @@ class SharedConfig:
     batch_size: Count = 128  # examples per step, over all devices together
     learning_rate: Positive = 0.001  # step size of the optimizer; the peak where there is a schedule
     seed: Annotated[int, 0, 2**32] = 0  # decides initial weights, order, augmentation, validation cut
-    strategy: Literal["auto", "none", "mirrored", "multi-worker", "tpu", "parameter-server"] = "auto"  # by hardware
+    strategy: Strategy = "auto"  # auto: several workers, a TPU or several GPUs as they are found, else none
     devices: Annotated[int, 0, 1025] = 0  # GPUs, or parts to split a CPU into; 0: all GPUs, else one CPU
     cluster_timeout: Count = 60  # seconds to wait for the other workers
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # auto: by hardware

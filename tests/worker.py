@@ -10,7 +10,7 @@ from common.records import weights_sha256
 import keras
 
 ROOT = pathlib.Path(__file__).parent.parent
-EPOCHS = 4
+EPOCHS = 3
 
 
 def with_normalization_and_dropout(config, data):
