@@ -69,8 +69,15 @@ class SharedConfig:
     quiet: bool = False  # print errors only
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line; flags can't be shortened, so that a new one breaks no old command."""
+
+    def __init__(self, description: str):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=form, allow_abbrev=False)
+
     def error(self, message: str) -> NoReturn:
+        """Raises a `UserError` instead of printing the usage."""
         raise UserError(f"{message.removeprefix('argument ')}; --help lists the flags")
 
 
@@ -86,7 +93,7 @@ def parse_config(config_class: type, arguments: Sequence[str], description: str 
     Raises:
         UserError: an unknown flag, or a value that does not fit its field.
     """
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description)
     types, comments = typing.get_type_hints(config_class, include_extras=True), field_comments(config_class)
     for field in dataclasses.fields(config_class):
         kind, text = types[field.name], comments.get(field.name, "").replace("%", "%%")
@@ -126,6 +133,15 @@ def warn(line: str) -> None:
     """Says what went wrong and did not stop the program."""
     without_marks = re.sub(r"{{.*?}} | \[Op:\w*\]( name: )?", "", line)  # Where in its own code TensorFlow was.
     print("warning: " + " ".join(without_marks.split()), file=sys.stderr, flush=True)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """The whole of a script: a `UserError` ends it with one line and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
 
 
 def run_recipe(train: Callable[[Any], dict], config_class: type, description: str | None = None) -> None:

@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 
-from common.cli import SharedConfig
+from common.cli import Parser, SharedConfig, run_script
 from common.data import CIFAR10, MNIST, Dataset, load_images
 from common.records import write_file
 
@@ -216,9 +216,7 @@ def shown(figures: dict[str, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("recipe", choices=[*SUBJECTS, *DISTRIBUTED])
     parser.add_argument("--data", default="auto", help="as for the recipe")
     parser.add_argument("--data-dir", default="", help="as for the recipe")
@@ -261,4 +259,4 @@ def write(arguments: argparse.Namespace, name: str, record: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

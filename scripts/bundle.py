@@ -7,7 +7,6 @@ The recipe comes first, its `Config` with all flags; what it calls follows, sort
 defined before a line that needs it at import. Docstrings from common/ are cut to their first paragraph.
 """
 
-import argparse
 import ast
 import dataclasses
 import importlib.metadata
@@ -16,7 +15,7 @@ import re
 import subprocess
 import sys
 
-from common.cli import UserError
+from common.cli import Parser, UserError, run_script
 from common.records import commit
 
 import nbformat
@@ -277,28 +276,22 @@ def as_notebook(path: pathlib.Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("recipe", type=pathlib.Path, help="such as recipes/cifar10_cnn.py")
     parser.add_argument("-o", "--output", type=pathlib.Path, required=True, help="file to write; must not exist")
     parser.add_argument("--notebook", action="store_true", help="write a Jupyter notebook")
     arguments = parser.parse_args()
+    if arguments.output.exists():
+        raise UserError(f"{arguments.output}: exists already; choose another name or remove it")
+    if (arguments.output.suffix == ".ipynb") != arguments.notebook:
+        raise UserError(f"{arguments.output}: a notebook is a file .ipynb, with --notebook; mend one of the two")
+    written = (as_notebook if arguments.notebook else as_file)(arguments.recipe)
     try:
-        if arguments.output.exists():
-            raise UserError(f"{arguments.output}: exists already; choose another name or remove it")
-        if (arguments.output.suffix == ".ipynb") != arguments.notebook:
-            raise UserError(f"{arguments.output}: a notebook is a file .ipynb, with --notebook; mend one of the two")
-        written = (as_notebook if arguments.notebook else as_file)(arguments.recipe)
-        try:
-            arguments.output.write_text(written, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{arguments.output}: can't be written ({error.strerror}); choose another place") from error
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        arguments.output.write_text(written, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{arguments.output}: can't be written ({error.strerror}); choose another place") from error
     print(f"wrote {arguments.output}, {written.count(chr(10))} lines")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

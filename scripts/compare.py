@@ -6,11 +6,9 @@
 Without folders, all runs below runs/. The table shows what differs between them: settings, data, metrics, time.
 """
 
-import argparse
 import pathlib
-import sys
 
-from common.cli import BESIDE_TRAINING, UserError
+from common.cli import BESIDE_TRAINING, Parser, UserError, run_script
 from common.evaluation import figure_png
 from common.records import read_run
 
@@ -20,24 +18,18 @@ from rich.table import Table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="*", type=pathlib.Path, help="run directories; left out: all below runs/")
     parser.add_argument("-o", "--output", type=pathlib.Path, default="comparison.png", help="the picture to write")
     arguments = parser.parse_args()
+    folders = arguments.runs or sorted(path.parent for path in pathlib.Path("runs").rglob("result.json"))
+    if not folders:
+        raise UserError("runs: no finished runs below this folder; train a recipe, or name run directories")
+    runs = {str(folder): read_run(folder) for folder in folders}
     try:
-        folders = arguments.runs or sorted(path.parent for path in pathlib.Path("runs").rglob("result.json"))
-        if not folders:
-            raise UserError("runs: no finished runs below this folder; train a recipe, or name run directories")
-        runs = {str(folder): read_run(folder) for folder in folders}
-        try:
-            arguments.output.write_bytes(figure_png(curves(runs)))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{arguments.output}: can't be written ({error}); choose another file") from error
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        arguments.output.write_bytes(figure_png(curves(runs)))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{arguments.output}: can't be written ({error}); choose another file") from error
     rich.print(table(runs))
     print(f"curves: {arguments.output}")
 
@@ -96,4 +88,4 @@ def curves(runs: dict[str, dict]) -> Figure:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

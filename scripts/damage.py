@@ -8,7 +8,6 @@ it used; `model.keras`, `config.json`, `result.json` and a shard of data must be
 lock must be named when it is taken over.
 """
 
-import argparse
 import collections
 import contextlib
 import io
@@ -21,7 +20,7 @@ import tempfile
 from collections.abc import Callable
 
 from common.checkpoints import newest_checkpoint
-from common.cli import SharedConfig, UserError
+from common.cli import Parser, SharedConfig, UserError, run_script
 from common.data import MNIST, load_images
 from common.records import read_run, read_sealed
 from common.run_directory import lock
@@ -35,9 +34,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--flips", type=int, default=1000, help="how many single bytes (default: 1000)")
     parser.add_argument("--truncations", type=int, default=100, help="how many cuts (default: 100)")
     parser.add_argument("--seed", type=int, default=0, help="decides files and places")
@@ -147,4 +144,4 @@ def read_tfds(folder: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

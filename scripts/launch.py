@@ -11,7 +11,6 @@ Exit codes are those of the recipe, and 76 when the restarts are used up.
 On several machines nothing needs this script: there, Slurm or Kubernetes starts the workers.
 """
 
-import argparse
 import contextlib
 import ctypes
 import datetime
@@ -27,7 +26,7 @@ import threading
 import time
 from typing import TextIO
 
-from common.cli import EXIT_INTERRUPTED, UserError
+from common.cli import EXIT_INTERRUPTED, Parser, UserError, run_script
 from common.multiworker import EXIT_WORKER_LOST
 
 # Seconds: when a worker ends badly, the others hear of it at once; when one is stopped, they notice within 10.
@@ -39,22 +38,16 @@ def main() -> None:
     own, flags = sys.argv[1:], []
     if "--" in own:
         own, flags = own[: own.index("--")], own[own.index("--") + 1 :]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("recipe", type=pathlib.Path, help="its file")
     parser.add_argument("--workers", type=int, required=True, help="how many processes")
     parser.add_argument("--max-restarts", type=int, default=3, help="how often all start again (default: 3)")
     arguments = parser.parse_args(own)
-    try:
-        if not arguments.recipe.is_file():
-            raise UserError(f"{arguments.recipe}: no such file; name a recipe, as recipes/mnist_cnn.py")
-        if arguments.workers < 1:
-            raise UserError(f"--workers {arguments.workers}: give 1 or more")
-        launcher = Launcher(arguments.recipe, arguments.workers, flags)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    if not arguments.recipe.is_file():
+        raise UserError(f"{arguments.recipe}: no such file; name a recipe, as recipes/mnist_cnn.py")
+    if arguments.workers < 1:
+        raise UserError(f"--workers {arguments.workers}: give 1 or more")
+    launcher = Launcher(arguments.recipe, arguments.workers, flags)
     sys.exit(launcher.run(arguments.max_restarts))
 
 
@@ -209,4 +202,4 @@ def _die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -5,14 +5,12 @@
 All other tests find a recipe by listing recipes/.
 """
 
-import argparse
 import importlib.util
 import keyword
 import pathlib
 import re
-import sys
 
-from common.cli import UserError
+from common.cli import Parser, UserError, run_script
 
 from reproduce import publish
 
@@ -20,18 +18,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("name", help="of the new recipe: small letters, digits and _")
     parser.add_argument("--from", dest="original", required=True, help="name of the recipe to copy")
     arguments = parser.parse_args()
-    try:
-        new_recipe(ROOT, arguments.name, arguments.original)
-        publish()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    new_recipe(ROOT, arguments.name, arguments.original)
+    publish()
     print(f"wrote recipes/{arguments.name}.py and tests/test_{arguments.name}.py, and brought README.md in step")
     print(f"next: scripts/run.sh {arguments.name} --smoke; scripts/test.sh tests/test_{arguments.name}.py")
 
@@ -80,4 +72,4 @@ def test_{name}_learns(tmp_path):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -9,7 +9,6 @@ with the text column of the training; or a CSV with the columns that the model w
 standard input: a picture, lines or a CSV of numbers.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -17,7 +16,7 @@ import sys
 import tempfile
 import zipfile
 
-from common.cli import UserError
+from common.cli import Parser, UserError, run_script
 from common.records import file_sha256, read_run
 from common.user_files import numbers, read_csv, read_image, read_texts
 
@@ -34,18 +33,12 @@ LARGEST_EXPANSION = 100
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("run_dir", type=pathlib.Path, help="folder of a finished run")
     parser.add_argument("files", nargs="+", help="what to predict; - for standard input")
     parser.add_argument("--json", action="store_true", help="one JSON object to a line")
     arguments = parser.parse_args()
-    try:
-        answers = predict(arguments.run_dir, arguments.files)
-    except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    answers = predict(arguments.run_dir, arguments.files)
     try:
         if arguments.json:
             print("\n".join(map(json.dumps, answers)))
@@ -148,4 +141,4 @@ def as_table(answers: list[dict]) -> Table:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -7,7 +7,6 @@ The first form writes results/cifar10_cnn.json; both bring the table in README.m
 the recipes' docstrings in step with results/. Flags that are not its own go to the recipe.
 """
 
-import argparse
 import json
 import pathlib
 import re
@@ -17,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 
-from common.cli import UserError
+from common.cli import Parser, UserError, run_script
 from common.evaluation import figure_png
 from common.records import write_file
 
@@ -38,19 +37,13 @@ BESIDE = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("recipe", nargs="?", help="its runs are replaced; left out: only the texts are brought in step")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (default: 0 1 2)")
     arguments, flags = parser.parse_known_args()
-    try:
-        if arguments.recipe:
-            reproduce(arguments.recipe, arguments.seeds, flags)
-        publish()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    if arguments.recipe:
+        reproduce(arguments.recipe, arguments.seeds, flags)
+    publish()
 
 
 def reproduce(recipe: str, seeds: list[int], flags: list[str]) -> None:
@@ -250,4 +243,4 @@ def with_result_line(source: str, line: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

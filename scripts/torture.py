@@ -31,7 +31,7 @@ import tempfile
 import threading
 import time
 
-from common.cli import EXIT_INTERRUPTED
+from common.cli import EXIT_INTERRUPTED, Parser, run_script
 from common.multiworker import EXIT_WORKER_LOST
 
 import tensorflow as tf
@@ -45,9 +45,7 @@ def main() -> None:
     own, flags = sys.argv[1:], []
     if "--" in own:
         own, flags = own[: own.index("--")], own[own.index("--") + 1 :]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("recipe", choices=sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))
     parser.add_argument("--kills", type=int, default=20, help="how often (default: 20)")
     parser.add_argument("--signal", choices=("KILL", "TERM", "STOP"), default="KILL")
@@ -238,4 +236,4 @@ if __name__ == "__main__":
         sys.argv = sys.argv[3:]
         be_victim(write, recipe)
     else:
-        main()
+        run_script(main)
