@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import queue
+import re
 import socket
 import sys
 import threading
@@ -50,7 +51,7 @@ def described_cluster(environment: Mapping[str, str]) -> tuple[tuple[str, ...], 
 def _from_tf_config(text: str) -> tuple[tuple[str, ...], int]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"TF_CONFIG: no JSON ({error}); give a cluster and a task") from error
 
     def part(name: str) -> dict:
@@ -77,7 +78,7 @@ def _from_tf_config(text: str) -> tuple[tuple[str, ...], int]:
     kind, index = task.get("type"), task.get("index")
     if kind not in ("chief", "worker"):
         raise UserError(f"TF_CONFIG: task has the type {kind!r}; give chief or worker")
-    if isinstance(index, str) and index.isdecimal():
+    if isinstance(index, str) and re.fullmatch(r"[0-9]{1,9}", index):
         index = int(index)
     if type(index) is not int or not 0 <= index < len(jobs.get(kind, [])):
         raise UserError(f"TF_CONFIG: task has the index {index!r}, but cluster has {len(jobs.get(kind, []))} {kind}(s)")
@@ -85,6 +86,10 @@ def _from_tf_config(text: str) -> tuple[tuple[str, ...], int]:
 
 
 def _from_slurm(environment: Mapping[str, str]) -> tuple[tuple[str, ...], int]:
+    needed = ("SLURM_PROCID", "SLURM_LOCALID", "SLURMD_NODENAME", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE")
+    missing = [name for name in needed if not environment.get(name)]
+    if missing:
+        raise UserError(f"Slurm: {', '.join(missing)} not set; start with srun, or give --strategy none")
     try:
         # Two jobs on one node take different ports. And not the resolver but Slurm itself hands out the GPUs:
         # the resolver would take those of other jobs.
@@ -95,15 +100,20 @@ def _from_slurm(environment: Mapping[str, str]) -> tuple[tuple[str, ...], int]:
         addresses = resolver.cluster_spec().job_tasks("worker")
         # The resolver sorts the nodes by name, Slurm's numbers need not: so each task looks for its own node.
         own = f"{environment['SLURMD_NODENAME']}:{first_port + int(environment['SLURM_LOCALID'])}"
-        return _checked("Slurm", addresses), addresses.index(own)
     except (RuntimeError, ValueError, LookupError) as error:
-        raise UserError(f"Slurm: {error}; start with srun, or give --strategy none") from error
+        problem = " ".join(str(error).split())
+        raise UserError(
+            f"Slurm: can't read its variables ({problem}); start with srun, or give --strategy none"
+        ) from error
+    if own not in addresses:
+        raise UserError(f"Slurm: this task is {own}, but the step has {', '.join(addresses)}; start with srun")
+    return _checked("Slurm", addresses), addresses.index(own)
 
 
 def _checked(origin: str, addresses: list) -> tuple[str, ...]:
     for address in addresses:
-        host, _, port = address.rpartition(":") if isinstance(address, str) else ("", "", "")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        known = isinstance(address, str) and re.fullmatch(r"[A-Za-z0-9._-]+:[1-9][0-9]{0,4}", address)
+        if not known or _host_and_port(address)[1] > 65535:
             raise UserError(f"{origin}: {address!r} is no address; give host:port, with a port from 1 to 65535")
         if addresses.count(address) > 1:
             raise UserError(f"{origin}: two workers have the address {address}; give each its own")
@@ -124,11 +134,11 @@ class _Peer:
         with contextlib.suppress(OSError), self.sending:
             self.connection.sendall(json.dumps(message, default=_encoded).encode() + b"\n")
 
-    def receive(self) -> dict[str, Any]:
-        """The next message; an OSError if there is none for too long, or will be none."""
+    def receive(self, limit: int = -1) -> dict[str, Any]:
+        """The next message, of up to `limit` bytes; an OSError if there is none for too long, or will be none."""
         try:
-            message = json.loads(self.lines.readline(), object_hook=_decoded)
-        except ValueError as error:
+            message = json.loads(self.lines.readline(limit), object_hook=_decoded)
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise ConnectionError("closed, or no worker of a training") from error
         if not isinstance(message, dict):
             raise ConnectionError("no worker of a training")
@@ -206,23 +216,35 @@ class Cluster:
 
     def _gather_workers(self, own: socket.socket, deadline: float, timeout: float) -> None:
         own.settimeout(0.2)
+        greeted: queue.SimpleQueue = queue.SimpleQueue()
+
+        def greet(connection: socket.socket) -> None:
+            # In a thread: whoever connects and says nothing, or nothing sensible, keeps nobody waiting.
+            with contextlib.suppress(OSError):
+                connection.settimeout(_SILENCE)
+                peer = _Peer(connection)
+                peer.send(welcome=True)
+                hello = peer.receive(100_000)
+                known = set(hello) == {"index", "workers", "problem"} and hello["index"] in range(1, len(self.workers))
+                if known and isinstance(hello["problem"], str):
+                    peer.index = hello["index"]
+                    greeted.put((peer, hello))
+                    return
+            connection.close()
+
         while len(self._peers) < len(self.workers) - 1:
             if time.monotonic() > deadline:
                 absent = [self.name(index) for index in range(1, len(self.workers)) if index not in self._peers]
                 raise UserError(f"{', '.join(absent)}: did not come within {timeout:.0f} s; start all workers")
-            with contextlib.suppress(OSError):  # Nobody yet, or a stranger.
-                connection, _ = own.accept()
-                connection.settimeout(2)
-                peer = _Peer(connection)
-                peer.send(welcome=True)
-                hello = peer.receive()
-                if set(hello) != {"index", "workers", "problem"} or type(hello["index"]) is not int:
-                    connection.close()
-                    continue
-                peer.index, problem = hello["index"], hello["problem"]
+            with contextlib.suppress(TimeoutError):
+                threading.Thread(target=greet, args=(own.accept()[0],), daemon=True).start()
+            with contextlib.suppress(queue.Empty):
+                peer, hello = greeted.get_nowait()
+                problem = hello["problem"]
                 if hello["workers"] != list(self.workers):
                     problem = (
-                        f"a worker says that the cluster is {hello['workers']}, but worker 0: {list(self.workers)}"
+                        f"worker {peer.index} at {peer.connection.getpeername()[0]}: says that the cluster is "
+                        f"{hello['workers']}, but worker 0 {list(self.workers)}; give all the same"
                     )
                 elif not problem and peer.index in self._peers:
                     problem = f"{self.name(peer.index)}: was started twice; give each worker its own index"
@@ -243,7 +265,7 @@ class Cluster:
                 connection = socket.create_connection(_host_and_port(self.workers[0]), timeout=2)
                 connection.settimeout(max(0.1, deadline - time.monotonic()))
                 peer = _Peer(connection)
-                if peer.receive() == {"welcome": True}:
+                if peer.receive(100) == {"welcome": True}:
                     break
             except OSError:
                 pass

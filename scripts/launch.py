@@ -14,6 +14,7 @@ On several machines nothing needs this script: there, Slurm or Kubernetes starts
 import contextlib
 import ctypes
 import datetime
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from typing import TextIO
@@ -47,6 +49,10 @@ def main() -> None:
         raise UserError(f"{arguments.recipe}: no such file; name a recipe, as recipes/mnist_cnn.py")
     if arguments.workers < 1:
         raise UserError(f"--workers {arguments.workers}: give 1 or more")
+    words = " ".join(flags).replace("=", " ").split()
+    for before, after in itertools.pairwise(words):
+        if before == "--strategy" and after not in ("auto", "multi-worker"):
+            raise UserError(f"--strategy {after}: several workers train by one of their own; leave it out")
     launcher = Launcher(arguments.recipe, arguments.workers, flags)
     sys.exit(launcher.run(arguments.max_restarts))
 
@@ -69,15 +75,18 @@ class Launcher:
         self.gpus = gpu_count()
         if 0 < self.gpus < workers:
             raise UserError(f"--workers {workers}: this machine has {self.gpus} GPU(s), and each worker needs its own")
-        self.signals = 0
+        self.signals, self.temporary = 0, ""
         self.processes: list[subprocess.Popen] = []
 
     def run(self, max_restarts: int) -> int:
         """Runs the group until it ends well, was asked to stop, or has been restarted too often; its exit code."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self.pass_on)
         for restarts in range(max_restarts + 1):
-            codes = self.run_once()
+            # Whichever way the workers end, what they leave in temporary files goes with it.
+            with tempfile.TemporaryDirectory() as folder:
+                self.temporary = folder
+                codes = self.run_once()
             if not any(codes):
                 return 0
             if self.signals:
@@ -86,6 +95,8 @@ class Launcher:
             for code in (2, 3, EXIT_INTERRUPTED):
                 if code in codes:
                     return code
+            if {-signal.SIGTERM, -signal.SIGINT} & set(codes):  # Before the recipe could answer to them.
+                return EXIT_INTERRUPTED
             if restarts < max_restarts:
                 say(f"restart {restarts + 1} of at most {max_restarts}")
                 self.flags.append("--resume")
@@ -140,15 +151,17 @@ class Launcher:
         return [process.returncode for process in self.processes]
 
     def environment(self, addresses: list[str], index: int) -> dict[str, str]:
-        """The variables of a worker: its place in the cluster, and its share of the GPUs."""
+        """The variables of a worker: its place in the cluster, its share of the GPUs, and where temporary files go."""
         cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
-        environment = {**os.environ, "TF_CONFIG": json.dumps(cluster)}
+        environment = {**os.environ, "TF_CONFIG": json.dumps(cluster), "TMPDIR": self.temporary}
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(index, self.gpus, self.workers)))
         return environment
 
     def pass_on(self, number: int, frame: object) -> None:
         """Passes a signal on to the workers: the first asks them to save and end, the second ends them."""
+        if number == signal.SIGHUP and self.signals:  # Nobody is in a hurry.
+            return
         self.signals += 1
         self.signal_all(signal.SIGTERM if self.signals == 1 else signal.SIGKILL)
 
@@ -161,14 +174,24 @@ class Launcher:
 
 def say(line: str) -> None:
     """Prints a line of the launcher's own."""
-    print(f"[launch] {line}", flush=True)
+    write(sys.stdout, f"[launch] {line}\n")
 
 
 def repeat(source: TextIO, target: TextIO, prefix: str) -> None:
     """Copies lines, with the number of the worker in front."""
     for line in source:
-        target.write(prefix + line)
+        write(target, prefix + line)
+
+
+def write(target: TextIO, text: str) -> None:
+    """Writes at once; when nobody reads any more, as behind `| head`, the training is asked to end."""
+    try:
+        target.write(text)
         target.flush()
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), target.fileno())
+        os.kill(os.getpid(), signal.SIGHUP)
 
 
 def is_stopped(pid: int) -> bool:

@@ -182,6 +182,7 @@ def test_a_step_of_slurm_is_a_cluster(monkeypatch):
     ("description", "named"),
     [
         ("{", "no JSON"),
+        ("[" * 100_000, "no JSON"),
         ("[]", 'no object "cluster"'),
         ('{"task": {"type": "worker", "index": 0}}', 'no object "cluster"'),
         (json.dumps({"cluster": {"worker": TWO}}), 'no object "task"'),
@@ -197,6 +198,10 @@ def test_a_step_of_slurm_is_a_cluster(monkeypatch):
         (tf_config(["127.0.0.1", TWO[0]]), "'127.0.0.1' is no address"),
         (tf_config(["127.0.0.1:0", TWO[0]]), "'127.0.0.1:0' is no address"),
         (tf_config(["127.0.0.1:65536", TWO[0]]), "'127.0.0.1:65536' is no address"),
+        (tf_config(["127.0.0.1:01112", TWO[0]]), "'127.0.0.1:01112' is no address"),
+        (tf_config(["http://a:1", TWO[0]]), "'http://a:1' is no address"),
+        (tf_config(["a:" + "1" * 5000, TWO[0]]), "is no address"),
+        (tf_config(TWO, "1" * 5000), "the index"),
         (tf_config([1, TWO[0]]), "1 is no address"),
         ('{"cluster": {"worker": {"0": "a:1"}}, "task": {"type": "worker", "index": 0}}', "is no list"),
         ('{"cluster": {"chief": ["a:1", "b:1"]}, "task": {"type": "chief", "index": 0}}', "has 2 chiefs"),
@@ -205,10 +210,11 @@ def test_a_step_of_slurm_is_a_cluster(monkeypatch):
             "parameter servers",
         ),
         ('{"cluster": {"boss": ["a:1"]}, "task": {"type": "boss", "index": 0}}', "a job 'boss'"),
-        ({"SLURM_STEP_TASKS_PER_NODE": "two"}, "Slurm: Invalid tasks-per-node"),
-        ({"SLURM_STEP_NODELIST": "node[9"}, "Slurm: "),
-        ({"SLURM_PROCID": "first"}, "Slurm: "),
-        ({"SLURM_LOCALID": "7"}, "Slurm: "),
+        ({"SLURM_STEP_TASKS_PER_NODE": "two"}, "Slurm: can't read its variables (Invalid tasks-per-node"),
+        ({"SLURM_STEP_NODELIST": "node[9"}, "Slurm: can't read its variables (Invalid hostlist"),
+        ({"SLURM_PROCID": "first"}, "Slurm: can't read its variables"),
+        ({"SLURM_LOCALID": ""}, "Slurm: SLURM_LOCALID not set"),
+        ({"SLURM_LOCALID": "7"}, "Slurm: this task is node9:24574, but the step has node10:24567"),
     ],
 )
 def test_a_malformed_cluster_is_one_line(description, named, monkeypatch, capsys, tmp_path):
@@ -274,7 +280,7 @@ def other_data(folder, workers):
 
 
 def other_cluster(folder, workers):
-    return LINEAR, [*workers, "127.0.0.1:9"], "a worker says that the cluster is"
+    return LINEAR, [*workers, "127.0.0.1:9"], "worker 1 at 127.0.0.1: says that the cluster is"
 
 
 @pytest.mark.parametrize("difference", [other_seed, other_code, other_data, other_cluster])
@@ -303,6 +309,42 @@ def test_a_port_that_is_taken_ends_all_workers(taken, addresses, tmp_path):
         assert code == 2
         one_line(errors, f"worker {taken} at {addresses[taken]}: ")
     assert "Address already in use" in results[taken][2]
+
+
+STRANGERS = [
+    *(b"", b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"array": 1}\n', b"[" * 99_999 + b"\n", b"x" * 300_000),
+    b'{"index": 99, "workers": [], "problem": ""}\n',
+    b'{"index": 1, "workers": [], "problem": {}}\n',
+]
+
+
+def test_strangers_at_the_port_keep_nobody_waiting(addresses, tmp_path):
+    """They say nothing, too much, or nonsense, and stay."""
+    host, port = addresses[0].split(":")
+    workers = [start(LINEAR, tmp_path, TF_CONFIG=tf_config(addresses[:2], 0))]
+    while not listened_to(int(port)):
+        assert workers[0].poll() is None, workers[0].stderr.read()
+    with contextlib.ExitStack() as stack:
+        for said in 2 * STRANGERS:
+            stranger = stack.enter_context(socket.create_connection((host, int(port))))
+            with contextlib.suppress(OSError):  # Sent away before all was said.
+                stranger.sendall(said)
+        workers.append(start(LINEAR, tmp_path, TF_CONFIG=tf_config(addresses[:2], 1)))
+        for code, _, errors in ended(workers):
+            assert (code, errors) == (0, "")
+    assert len(list(tmp_path.glob("runs/*/*/result.json"))) == 1
+
+
+def test_a_stranger_in_place_of_the_chief(addresses, tmp_path):
+    host, port = addresses[0].split(":")
+    with socket.create_server((host, int(port))) as server:
+        worker = start([*LINEAR, "--cluster-timeout", "3"], tmp_path, TF_CONFIG=tf_config(addresses[:2], 1))
+        connection, _ = server.accept()
+        connection.sendall(b"220 welcome\n")
+        ((code, _, errors),) = ended([worker])
+        connection.close()
+    assert code == 2
+    one_line(errors, f"worker 0 at {addresses[0]}: did not come within 3 s")
 
 
 def launched(*words: str, cwd: pathlib.Path) -> tuple[subprocess.Popen, list[str]]:
@@ -347,6 +389,27 @@ def test_a_launcher_that_is_killed_leaves_no_worker(tmp_path):
     assert_nothing_left(lines)
 
 
+def test_a_worker_that_is_asked_to_stop_before_it_can_answer_ends_all(tmp_path):
+    launcher = start([str(ROOT / "scripts" / "launch.py"), *LONG], tmp_path)
+    lines = [launcher.stdout.readline() for _ in range(3)]
+    os.kill(int(lines[2].split()[-1]), signal.SIGTERM)  # It has hardly begun to import.
+    ((code, output, _),) = ended([launcher])
+    assert code == 75
+    assert "restart" not in output
+    assert_nothing_left(lines)
+
+
+def test_a_launcher_that_nobody_reads_saves_and_ends(tmp_path):
+    launcher, lines = launched(*LONG, cwd=tmp_path)
+    with launcher:  # Closes its output at the end.
+        launcher.stdout.close()
+        errors = launcher.stderr.read()
+    assert launcher.returncode == 75
+    assert "Traceback" not in errors
+    assert list((tmp_path / "run" / "checkpoints").glob("epoch-*"))
+    assert_nothing_left(lines)
+
+
 def test_the_launcher_gives_up_after_so_many_restarts(tmp_path):
     crashing = tmp_path / "crashing.py"
     crashing.write_text("raise SystemExit(1)")
@@ -361,6 +424,8 @@ def test_the_launcher_gives_up_after_so_many_restarts(tmp_path):
     [
         (["--workers", "2", "recipes/none.py"], "recipes/none.py: no such file"),
         (["--workers", "0", LINEAR[0]], "--workers 0: give 1 or more"),
+        (["--workers", "2", LINEAR[0], "--", "--strategy=none"], "--strategy none: several workers train by one"),
+        (["--workers", "two", LINEAR[0]], "--workers: invalid int value: 'two'"),
     ],
 )
 def test_wrong_flags_of_the_launcher(words, named):
