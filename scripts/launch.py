@@ -11,6 +11,7 @@ Exit codes are those of the recipe, and 76 when the restarts are used up.
 On several machines nothing needs this script: there, Slurm or Kubernetes starts the workers.
 """
 
+import argparse
 import contextlib
 import ctypes
 import datetime
@@ -28,9 +29,8 @@ import threading
 import time
 from typing import TextIO
 
-from common.cli import EXIT_INTERRUPTED, Parser, UserError, run_script
-from common.multiworker import EXIT_WORKER_LOST
-
+# As in common/, which would bring TensorFlow along, and make the launcher slow to answer to signals.
+EXIT_INTERRUPTED, EXIT_WORKER_LOST = 75, 76
 # Seconds: when a worker ends badly, the others hear of it at once; when one is stopped, they notice within 10.
 PATIENCE_AFTER_END, PATIENCE_AFTER_STOP = 5, 15
 _LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
@@ -40,41 +40,42 @@ def main() -> None:
     own, flags = sys.argv[1:], []
     if "--" in own:
         own, flags = own[: own.index("--")], own[own.index("--") + 1 :]
-    parser = Parser(__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.error = lambda message: parser.exit(2, f"error: {message.removeprefix('argument ')}\n")
     parser.add_argument("recipe", type=pathlib.Path, help="its file")
     parser.add_argument("--workers", type=int, required=True, help="how many processes")
     parser.add_argument("--max-restarts", type=int, default=3, help="how often all start again (default: 3)")
     arguments = parser.parse_args(own)
     if not arguments.recipe.is_file():
-        raise UserError(f"{arguments.recipe}: no such file; name a recipe, as recipes/mnist_cnn.py")
+        parser.error(f"{arguments.recipe}: no such file; name a recipe, as recipes/mnist_cnn.py")
     if arguments.workers < 1:
-        raise UserError(f"--workers {arguments.workers}: give 1 or more")
+        parser.error(f"--workers {arguments.workers}: give 1 or more")
+    if arguments.max_restarts < 0:
+        parser.error(f"--max-restarts {arguments.max_restarts}: give 0 or more")
     words = " ".join(flags).replace("=", " ").split()
     for before, after in itertools.pairwise(words):
         if before == "--strategy" and after not in ("auto", "multi-worker"):
-            raise UserError(f"--strategy {after}: several workers train by one of their own; leave it out")
-    launcher = Launcher(arguments.recipe, arguments.workers, flags)
+            parser.error(f"--strategy {after}: several workers train by one of their own; leave it out")
+    gpus = gpu_count()
+    if 0 < gpus < arguments.workers:
+        parser.error(f"--workers {arguments.workers}: this machine has {gpus} GPU(s), and each worker needs its own")
+    launcher = Launcher(arguments.recipe, arguments.workers, gpus, flags)
     sys.exit(launcher.run(arguments.max_restarts))
 
 
 class Launcher:
-    """A group of workers that live and die together.
+    """A group of workers that live and die together."""
 
-    Raises:
-        UserError: there are GPUs, but fewer than workers.
-    """
-
-    def __init__(self, recipe: pathlib.Path, workers: int, flags: list[str]):
+    def __init__(self, recipe: pathlib.Path, workers: int, gpus: int, flags: list[str]):
         # Of a flag that is given twice, the last one counts.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.flags = ["--threads", str(max(1, cores // workers)), *flags]
         if "--resume" not in flags:  # A restart must find it again.
             run_dir = pathlib.Path("runs", recipe.stem, datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f"))
             self.flags = ["--run-dir", str(run_dir), *self.flags]
-        self.recipe, self.workers = recipe, workers
-        self.gpus = gpu_count()
-        if 0 < self.gpus < workers:
-            raise UserError(f"--workers {workers}: this machine has {self.gpus} GPU(s), and each worker needs its own")
+        self.recipe, self.workers, self.gpus = recipe, workers, gpus
         self.signals, self.temporary = 0, ""
         self.processes: list[subprocess.Popen] = []
 
@@ -225,4 +226,4 @@ def _die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

@@ -9,9 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
-from common.cli import run_recipe
-from common.multiworker import described_cluster
+from common.cli import EXIT_INTERRUPTED, run_recipe
+from common.multiworker import EXIT_WORKER_LOST, described_cluster
 
 import keras
 import kubernetes_validate
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import RECIPES, ROOT, load_recipe, run_program
+from test_readme import load_script
 
 LINEAR = [str(ROOT / "recipes" / "linear_regression.py"), "--epochs", "2", "--quiet"]
 TRAINED = [*RECIPES, "normalization_and_dropout"]
@@ -385,7 +387,9 @@ def test_the_launcher_saves_and_ends_all_on_a_signal(tmp_path):
 def test_a_launcher_that_is_killed_leaves_no_worker(tmp_path):
     launcher, lines = launched(*LONG, cwd=tmp_path)
     launcher.kill()
-    launcher.communicate()  # Ends when the last worker has closed its output.
+    launcher.communicate()  # Ends when the last worker has closed its output, which is a moment before its end.
+    while any(is_running(int(pid)) for pid in re.findall(r"is process (\d+)", "".join(lines))):
+        time.sleep(0.1)
     assert_nothing_left(lines)
 
 
@@ -426,12 +430,21 @@ def test_the_launcher_gives_up_after_so_many_restarts(tmp_path):
         (["--workers", "0", LINEAR[0]], "--workers 0: give 1 or more"),
         (["--workers", "2", LINEAR[0], "--", "--strategy=none"], "--strategy none: several workers train by one"),
         (["--workers", "two", LINEAR[0]], "--workers: invalid int value: 'two'"),
+        (["--workers", "2", "--max-restarts", "-1", LINEAR[0]], "--max-restarts -1: give 0 or more"),
+        (["--worker", "2", LINEAR[0]], "the following arguments are required: --workers"),
     ],
 )
 def test_wrong_flags_of_the_launcher(words, named):
     run = run_program("scripts/launch.py", *words)
     assert run.returncode == 2
     one_line(run.stderr, named)
+
+
+def test_the_launcher_knows_the_exit_codes_without_tensorflow():
+    launch = load_script("launch")
+    assert (launch.EXIT_INTERRUPTED, launch.EXIT_WORKER_LOST) == (EXIT_INTERRUPTED, EXIT_WORKER_LOST)
+    imported = f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); import launch; print(*sys.modules)"
+    assert "tensorflow" not in run_program("-c", imported).stdout.split()
 
 
 def test_each_worker_gets_gpus_of_its_own(tmp_path):
