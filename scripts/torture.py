@@ -86,7 +86,9 @@ class Torture:
             return done.returncode
         # What comes before and behind the training, and the training itself.
         seconds = json.loads((self.folder / "alone" / "result.json").read_text())["seconds"]
-        self.around = (time.monotonic() - began if self.signal != "TERM" else seconds["total"]) - seconds["train"]
+        self.around = (
+            time.monotonic() - began if self.signal != "TERM" or self.workers else seconds["total"]
+        ) - seconds["train"]
         self.training = seconds["train"]
         expected, counts, victims = outcome(self.folder / "alone"), collections.Counter(), 0
         while counts["kills"] < self.kills:

@@ -49,7 +49,8 @@ def listened_to(port: int) -> bool:
 
 def is_running(pid: int) -> bool:
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
-    return bool(state) and not state.startswith("Z")  # Who is dead, may still wait for a parent to notice.
+    # Who is dead may still wait for a parent to notice (Z); one of whose threads some are left is not dead (Zl).
+    return bool(state) and not ("Z" in state and "l" not in state)
 
 
 def start(command: list[str], cwd: pathlib.Path, **environment: str) -> subprocess.Popen:
