@@ -189,15 +189,15 @@ def distributed_table() -> str:
     """What several workers and a strategy cost, in Markdown."""
     lines = ["| cifar10_cnn, two epochs | images per second | test accuracy | pairs |", "|---|---|---|---|"]
     for name, label in (
-        ("workers", "2 workers on the cores of one process"),
-        ("strategy", "a strategy with one replica"),
+        ("workers", "two workers instead of one process, on the same cores"),
+        ("strategy", "a strategy with one replica instead of none"),
     ):
         path = RESULTS / f"{name}.json"
         if path.exists():
             record = json.loads(path.read_text())
             points = record["largest_difference_of_test_accuracy_in_points"]
             lines.append(
-                f"| {label} | {record['median_ratio_images_per_second']:.2f} times those of one process without "
+                f"| {label} | {record['median_ratio_images_per_second']:.2f} times as many "
                 f"| at most {points:.2f} points apart | {len(record['pairs'])} |"
             )
     return "\n".join(lines) if len(lines) > 2 else "Not yet measured."
