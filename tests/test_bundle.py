@@ -143,7 +143,7 @@ def test_what_cannot_be_bundled_is_named(words, named, tmp_path, monkeypatch, ca
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["bundle.py", *(word.format(tmp_path) for word in words)])
     with pytest.raises(SystemExit) as left:
-        bundle_script.main()
+        run_script(bundle_script.main)
     printed = capsys.readouterr()
     assert (left.value.code, printed.out, printed.err.count("\n")) == (2, "", 1)
     assert named in printed.err
