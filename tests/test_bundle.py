@@ -11,7 +11,7 @@ import subprocess
 import sys
 import typing
 
-from common.cli import field_comments
+from common.cli import field_comments, run_script
 
 import nbclient
 import nbformat
