@@ -16,10 +16,11 @@ from typing import Any
 from common.batches import Augment
 from common.checkpoints import Checkpoints, newest_checkpoint
 from common.cli import BESIDE_TRAINING, AlreadyFinishedError, SharedConfig, UserError
+from common.cluster_description import described_cluster
 from common.data import Data
 from common.evaluation import Report, curves_figure, figure_png
 from common.hardware import apply, choose, describe_machine
-from common.multiworker import Cluster, described_cluster, joined_cluster
+from common.multiworker import Cluster, joined_cluster
 from common.records import file_sha256, provenance, sealed, weights_sha256, write_file
 from common.run_directory import TRACES, choose_directory, is_used, lock, resumed_settings, unlock
 from common.tensorboard import Logs

@@ -37,9 +37,7 @@ _LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 
 
 def main() -> None:
-    own, flags = sys.argv[1:], []
-    if "--" in own:
-        own, flags = own[: own.index("--")], own[own.index("--") + 1 :]
+    own, flags = own_and_recipe_flags(sys.argv[1:])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -63,6 +61,12 @@ def main() -> None:
         parser.error(f"--workers {arguments.workers}: this machine has {gpus} GPU(s), and each worker needs its own")
     launcher = Launcher(arguments.recipe, arguments.workers, gpus, flags)
     sys.exit(launcher.run(arguments.max_restarts))
+
+
+def own_and_recipe_flags(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words before the first `--`, and those behind it."""
+    place = words.index("--") if "--" in words else len(words)
+    return words[:place], words[place + 1 :]
 
 
 class Launcher:

@@ -35,6 +35,7 @@ from common.cli import EXIT_INTERRUPTED, Parser, run_script
 from common.multiworker import EXIT_WORKER_LOST
 
 import tensorflow as tf
+from launch import own_and_recipe_flags
 
 ROOT = pathlib.Path(__file__).parent.parent
 STANDARD_FLAGS = ["--data", "sample", "--epochs", "4", "--checkpoint-every", "5"]
@@ -42,9 +43,7 @@ FIXED_FLAGS = ["--deterministic", "--no-baseline"]
 
 
 def main() -> None:
-    own, flags = sys.argv[1:], []
-    if "--" in own:
-        own, flags = own[: own.index("--")], own[own.index("--") + 1 :]
+    own, flags = own_and_recipe_flags(sys.argv[1:])
     parser = Parser(__doc__)
     parser.add_argument("recipe", choices=sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))
     parser.add_argument("--kills", type=int, default=20, help="how often (default: 20)")

@@ -12,7 +12,8 @@ import sys
 import time
 
 from common.cli import EXIT_INTERRUPTED, run_recipe
-from common.multiworker import EXIT_WORKER_LOST, described_cluster
+from common.cluster_description import described_cluster
+from common.multiworker import EXIT_WORKER_LOST
 
 import keras
 import kubernetes_validate
@@ -22,6 +23,7 @@ import yaml
 from conftest import RECIPES, ROOT, load_recipe, run_program
 from test_readme import load_script
 
+launch = load_script("launch")
 LINEAR = [str(ROOT / "recipes" / "linear_regression.py"), "--epochs", "2", "--quiet"]
 TRAINED = [*RECIPES, "normalization_and_dropout"]
 
@@ -33,11 +35,7 @@ def tf_config(workers: list[str], index: object = 0, kind: str = "worker") -> st
 @pytest.fixture
 def addresses():
     """Of three workers; whether the ports are free again, is asked at the end."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        ports = [each.getsockname()[1] for each in sockets]
+    ports = launch.free_ports(3)
     yield [f"127.0.0.1:{port}" for port in ports]
     assert [port for port in ports if listened_to(port)] == []
 
@@ -82,16 +80,13 @@ def trained(tmp_path_factory):
     found = {}
     for workers in (1, 2, 3):
         folder = tmp_path_factory.mktemp(f"workers-{workers}")
-        with contextlib.ExitStack() as stack:
-            sockets = [stack.enter_context(socket.socket()) for _ in range(workers)]
-            for each in sockets:
-                each.bind(("127.0.0.1", 0))
-            group = [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
+        group = [f"127.0.0.1:{port}" for port in launch.free_ports(workers)]
         processes = []
         for index in range(workers):
             for name in ("runs", "temporary"):
                 (folder / str(index) / name).mkdir(parents=True)
             environment = {"TMPDIR": str(folder / str(index) / "temporary"), "TF_CONFIG": tf_config(group, index)}
+            environment["PYTHONPATH"] = str(ROOT / "recipes")
             command = [str(ROOT / "tests" / "worker.py"), str(folder / str(index) / "runs")]
             processes.append(start(command, folder / str(index), **environment))
         outputs = []
@@ -442,10 +437,10 @@ def test_wrong_flags_of_the_launcher(words, named):
 
 
 def test_the_launcher_knows_the_exit_codes_without_tensorflow():
-    launch = load_script("launch")
     assert (launch.EXIT_INTERRUPTED, launch.EXIT_WORKER_LOST) == (EXIT_INTERRUPTED, EXIT_WORKER_LOST)
-    imported = f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); import launch; print(*sys.modules)"
-    assert "tensorflow" not in run_program("-c", imported).stdout.split()
+    run = run_program("-c", "import sys, launch; print(*sys.modules)", cwd=ROOT / "scripts")
+    assert "launch" in run.stdout.split(), run.stderr
+    assert "tensorflow" not in run.stdout.split()
 
 
 def test_each_worker_gets_gpus_of_its_own(tmp_path):

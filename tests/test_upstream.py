@@ -2,7 +2,6 @@
 
 import gc
 import json
-import socket
 import subprocess
 import sys
 import weakref
@@ -17,6 +16,7 @@ import pytest
 import tensorflow as tf
 from conftest import TWO_DEVICES
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+from test_readme import load_script
 
 MIRRORED_FIT = """
 import os, sys
@@ -91,10 +91,7 @@ except Exception as error:
 )
 def test_plain_keras_under_multi_worker_strategy(cures, message):
     """https://github.com/keras-team/keras/issues/20585: each cure alone is not enough."""
-    with socket.socket() as one, socket.socket() as other:
-        one.bind(("127.0.0.1", 0))
-        other.bind(("127.0.0.1", 0))
-        ports = [str(each.getsockname()[1]) for each in (one, other)]
+    ports = list(map(str, load_script("launch").free_ports(2)))
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", SEVERAL_WORKERS, str(index), *ports, " ".join(cures)],

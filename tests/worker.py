@@ -28,7 +28,6 @@ def with_normalization_and_dropout(config, data):
 
 def main() -> None:
     folder = pathlib.Path(sys.argv[1])
-    sys.path.insert(0, str(ROOT / "recipes"))
     fit, trained = keras.Model.fit, []
 
     def fit_shortly(model, *arguments, **named):
