@@ -152,3 +152,13 @@ def cure_gradient_leak() -> None:
         return original(self, grads_and_vars) if replicas > 1 else grads_and_vars
 
     TFOptimizer._all_reduce_sum_gradients = for_several_replicas
+
+
+def with_vocabulary_in_config(layer: keras.layers.TextVectorization) -> keras.layers.TextVectorization:
+    """The same layer, which can be saved whatever its words are.
+
+    Keras 3.15 saves a vocabulary that was learned by `adapt` as a file with a word per line, and reads it back by
+    `str.splitlines`, which also splits at characters that words can hold, such as U+0085 ("The passed vocabulary has
+    at least one repeated term"). One that was given to the layer is saved in its configuration.
+    """
+    return keras.layers.TextVectorization.from_config({**layer.get_config(), "vocabulary": layer.get_vocabulary()})

@@ -1,6 +1,6 @@
 """Text classifier: tell praise from blame in film reviews, from the raw text.
 
-Teaches   a vocabulary of words and word pairs as a layer of the model, and embeddings learned from scratch
+Teaches   words, pairs and triples as layers of the model count them, and training that starts from those counts
 Data      IMDB reviews: 22,500 train, 2,500 validation, 25,000 test; a grammar's where there is no network
 Result    test accuracy 89.80 ± 0.20 % over 3 seeds, 23 s, 2 cores of Intel(R) Xeon(R) Processor
 Run       python recipes/text_classifier.py
@@ -15,6 +15,7 @@ from common.cli import Count, Positive, Share, SharedConfig, UserError, run_reci
 from common.data import IMDB, Data, load_texts
 from common.evaluation import evaluate_classifier
 from common.runs import start_run
+from common.upstream import with_vocabulary_in_config
 
 import keras
 import numpy as np
@@ -26,14 +27,13 @@ import tensorflow as tf
 
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
-    epochs: Count = 5  # passes over the training texts
+    epochs: Count = 3  # passes over the training texts
     batch_size: Count = 256  # texts per step, over all devices together
-    learning_rate: Positive = 0.02  # step size of Adam at the start; it falls to zero along a cosine
+    learning_rate: Positive = 0.01  # step size of Adam at the start; it falls to zero along a cosine
     label_smoothing: Share = 0.1  # share of each label that is spread over all classes
-    token_dropout: Share = 0.5  # share of a training text's words and pairs left out, others in each epoch
-    vocabulary: Annotated[int, 3, math.inf] = 200_000  # words and word pairs the model knows: the most frequent ones
-    length: Count = 1000  # words and word pairs of a text that are looked at
-    dimensions: Count = 16  # size of an embedding
+    start: float = 0.25  # scale of the log-count ratios that training starts from; 0: from nothing
+    vocabulary: Annotated[int, 3, 2_000_000] = 200_000  # words that are known: the most frequent ones
+    length: Annotated[int, 3, math.inf] = 1000  # words of a text that are looked at, and n-grams: its rarest
     text_column: str = "text"  # the column with the text, with --data FILE.csv
     label_column: str = "label"  # the column with the class, with --data FILE.csv
 
@@ -42,30 +42,68 @@ def load_data(config: Config) -> Data:
     return load_texts(IMDB, config, config.text_column, config.label_column)
 
 
-def build_tokenizer(config: Config, data: Data) -> keras.layers.TextVectorization:
-    """Lower case, no punctuation; words, then pairs of neighbours, as numbers. Fitted on train only."""
-    tokenizer = keras.layers.TextVectorization(
+def build_tokenizer(config: Config, data: Data) -> keras.Model:
+    """From raw texts to the numbers of their words, pairs and triples, each once. Fitted on train only."""
+    words = keras.layers.TextVectorization(
         max_tokens=config.vocabulary,
         standardize="lower_and_strip_punctuation",
-        ngrams=2,
         output_sequence_length=config.length,
-        name="tokenizer",
+        name="words",
     )
-    tokenizer.adapt(tf.data.Dataset.from_tensor_slices(data.train.inputs).batch(1000))
-    if len(tokenizer.get_vocabulary()) <= 2:  # Padding and unknown words are always there.
-        raise UserError(f"{data.name}: the training texts hold no words; give texts that do")
-    return tokenizer
+    words.adapt(tf.data.Dataset.from_tensor_slices(data.train.inputs).batch(1000))
+    words = with_vocabulary_in_config(words)
+
+    texts = keras.Input([], dtype="string", name="text")
+    word = keras.ops.cast(words(texts), "int64")
+    # Words are digits, an n-gram the number they make up: the cube of two million fits 64 bits. 0 is padding.
+    base = words.vocabulary_size()
+    pair = keras.ops.where(word[:, 1:] > 0, word[:, :-1] * base + word[:, 1:], 0)
+    triple = keras.ops.where(word[:, 2:] > 0, pair[:, :-1] * base + word[:, 2:], 0)
+    ngrams = keras.ops.sort(keras.ops.concatenate([word, pair, triple], axis=1), axis=1)
+    first = keras.ops.pad(ngrams[:, 1:] != ngrams[:, :-1], [[0, 0], [1, 0]], constant_values=True)
+    ngrams = keras.ops.where(first, ngrams, 0)
+
+    # What only one training text holds says nothing about others. The most frequent come first.
+    counted = tokenized(data.train, keras.Model(texts, ngrams)).inputs.numpy()
+    found, counts = np.unique(counted[counted > 0], return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    known = found[order][counts[order] > 1]
+    if not len(known):
+        raise UserError(f"{data.name}: no two training texts share a word; give texts that do")
+    numbers = keras.layers.IntegerLookup(vocabulary=known, mask_token=0, name="ngrams")(ngrams)
+    tokens, _ = keras.ops.top_k(numbers - 1, config.length)  # The unknown, number 1, joins the padding.
+    return keras.Model(texts, keras.ops.cast(keras.ops.maximum(tokens, 0), "int32"), name="tokenizer")
 
 
-def build_model(config: Config, data: Data) -> keras.Model:
+def tokenized(split: Split, tokenizer: keras.Model) -> Split:
+    """The texts of a split as the tokenizer's numbers [n, length]."""
+    batches = tf.data.Dataset.from_tensor_slices(split.inputs).batch(500).map(tokenizer, tf.data.AUTOTUNE)
+    nothing = np.zeros([0, *tokenizer.output_shape[1:]], tokenizer.output.dtype)
+    return Split.of(np.concatenate([nothing, *batches.as_numpy_iterator()]), split.targets)
+
+
+def log_count_ratios(tokens: Split) -> np.ndarray:
+    """How much likelier each token is in a class than outside it (Wang and Manning 2012): [tokens, classes]."""
+    of_class = tokens.targets.numpy().T == 1
+    numbers = tokens.inputs.numpy()
+    counts = np.stack([np.bincount(numbers[rows].ravel(), minlength=numbers.max() + 1) for rows in of_class], axis=1)
+    counts = counts[1:] + 1.0  # One more of each, for the logarithm; and padding is no token.
+    outside = counts.sum(axis=1, keepdims=True) - counts
+    ratios = np.log(counts / counts.sum(axis=0)) - np.log(outside / outside.sum(axis=0))
+    return np.pad(ratios, [(1, 0), (0, 0)])
+
+
+def build_model(config: Config, data: Data, ratios: np.ndarray) -> keras.Model:
     """From token numbers to probabilities; the tokenizer goes in front when training is done."""
     tokens = keras.Input([config.length], dtype="int32", name="tokens")
-    x = keras.layers.Embedding(config.vocabulary, config.dimensions)(tokens)
-    # The mean over the tokens that are there. One more in the divisor, for a text without any.
+    evidence = keras.layers.Embedding(*ratios.shape, name="evidence")
+    x = evidence(tokens)
+    evidence.set_weights([config.start * ratios])
+    # Summed over the tokens that are there; long texts have more to say, but say it again and again.
     there = keras.ops.expand_dims(keras.ops.cast(keras.ops.not_equal(tokens, 0), x.dtype), axis=-1)
-    x = keras.ops.sum(x * there, axis=1) / (keras.ops.sum(there, axis=1) + 1)
+    x = keras.ops.sum(x * there, axis=1) / keras.ops.sqrt(keras.ops.sum(there, axis=1) + 1)
     # In float32 whatever the precision of the rest: probabilities need the digits.
-    probabilities = keras.layers.Dense(len(data.class_names), activation="softmax", dtype="float32")(x)
+    probabilities = keras.layers.Activation("softmax", dtype="float32")(x)
     return keras.Model(tokens, probabilities, name="text_classifier")
 
 
@@ -79,14 +117,11 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     train_tokens, validation_tokens, test_tokens = (
         tokenized(split, tokenizer) for split in (data.train, data.validation, data.test)
     )
-
-    def augment(tokens, labels, random):
-        left_out = random.uniform(0.0, 1.0, (config.length,)) < config.token_dropout
-        return tf.where(left_out, 0, tokens), labels
+    ratios = log_count_ratios(train_tokens)
 
     schedule = keras.optimizers.schedules.CosineDecay(config.learning_rate, decay_steps=config.epochs * steps)
     with run.strategy.scope():
-        model = build_model(config, data)
+        model = build_model(config, data, ratios)
         model.compile(
             optimizer=keras.optimizers.Adam(schedule),
             loss=keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing),
@@ -94,7 +129,9 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             steps_per_execution=steps_per_execution(steps, run.strategy),
         )
     model.fit(
-        training_batches(train_tokens, config.batch_size, config.seed, augment, run.strategy, run.start_step),
+        training_batches(
+            train_tokens, config.batch_size, config.seed, strategy=run.strategy, start_step=run.start_step
+        ),
         steps_per_epoch=steps,
         shuffle=False,  # Shuffled already.
         epochs=config.epochs,
@@ -109,12 +146,6 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     texts = keras.Input([], dtype="string", name="text")
     from_text = keras.Model(texts, model(tokenizer(texts)), name="text_classifier")
     return run.finish(from_text, data, report, baselines(data) if config.baseline else {})
-
-
-def tokenized(split: Split, tokenizer: keras.layers.TextVectorization) -> Split:
-    """The texts of a split as token numbers [n, length], a thousand at a time to save memory."""
-    chunks = [tokenizer(split.inputs[start : start + 1000]) for start in range(0, len(split) or 1, 1000)]
-    return Split.of(np.concatenate(chunks).astype(np.int32), split.targets)
 
 
 def baselines(data: Data) -> dict[str, float]:

@@ -1,8 +1,11 @@
 """Each recipe as a user runs it, and the promises that every recipe keeps."""
 
 import ast
+import collections
+import itertools
 import json
 import os
+import re
 
 from common.batches import Split, evaluation_batches
 from common.data import Data
@@ -203,7 +206,7 @@ def test_linear_regression_finds_the_least_squares_weights(tmp_path):
 
 
 def test_short_and_empty_texts_are_no_trouble(tmp_path):
-    """Token dropout may leave nothing of a short text, and a user may ask about an empty one."""
+    """A user may ask about a text of nothing that is known, or of nothing at all."""
     recipe = load_recipe("text_classifier")
     texts = np.array([b"fine", b"poor"] * 50, dtype=object)
     targets = np.eye(2, dtype=np.float32)[[0, 1] * 50]
@@ -214,6 +217,45 @@ def test_short_and_empty_texts_are_no_trouble(tmp_path):
     model = keras.models.load_model(tmp_path / "model.keras")
     answers = model(tf.constant(["", "unheard of"]))
     np.testing.assert_allclose(answers["probabilities"].numpy().sum(axis=1), 1, rtol=1e-5)
+
+
+def test_words_pairs_and_triples_are_told_apart_and_counted_once():
+    """Against n-grams as words, counted in Python."""
+    recipe = load_recipe("text_classifier")
+    texts = ["not good, not good", "Not a good film!", "good good film", "a good film", "alone\x85here"]
+    split = Split.of(np.array([text.encode() for text in texts], dtype=object), np.eye(2, dtype=np.float32)[[0] * 5])
+    data = Data("a few texts", "files", split, split, split, ("good", "bad"))
+    tokenizer = recipe.build_tokenizer(recipe.Config(length=7), data)
+
+    def ngrams(text):
+        words = re.sub("[,!]", "", text.lower()).split(" ")
+        return {tuple(words[first : first + size]) for size in (1, 2, 3) for first in range(len(words) - size + 1)}
+
+    texts_with = collections.Counter(ngram for text in texts for ngram in ngrams(text))
+    numbers = recipe.tokenized(split, tokenizer).inputs.numpy()
+    assert numbers.shape == (5, 7)
+    named = {}
+    for text, row in zip(texts, numbers, strict=True):
+        known = {ngram for ngram in ngrams(text) if texts_with[ngram] > 1}
+        found = [number for number in row if number > 0]
+        assert len(found) == len(set(found)) == len(known)
+        named[text] = (set(found), known)
+    # An n-gram is the same number wherever it stands: those of two texts overlap as their n-grams do.
+    for one, other in itertools.combinations(texts, 2):
+        assert len(named[one][0] & named[other][0]) == len(named[one][1] & named[other][1])
+    # Only the rarest where there is no room for all: the number of a frequent one is small.
+    assert {*tokenizer(tf.constant(["a good film"])).numpy()[0]} == named["a good film"][0] | {0}
+
+
+def test_log_count_ratios_are_those_of_naive_bayes():
+    tokens = Split.of(np.array([[3, 1], [1, 0], [2, 0]], np.int32), np.eye(3, dtype=np.float32))
+    ratios = load_recipe("text_classifier").log_count_ratios(tokens)
+    counts = np.array([[1, 0, 1], [1, 0, 0], [0, 1, 0]]).T + 1  # Of tokens 1, 2, 3 in each class, and one more.
+    for label in range(3):
+        inside, outside = counts[:, label], counts[:, [other for other in range(3) if other != label]].sum(axis=1)
+        expected = np.log((inside / inside.sum()) / (outside / outside.sum()))
+        np.testing.assert_allclose(ratios[1:, label], expected)
+    np.testing.assert_array_equal(ratios[0], 0)
 
 
 @pytest.mark.parametrize("name", ["dense_classifier", "dense_regression"])

@@ -221,3 +221,16 @@ def test_the_cure_is_applied_once():
     cured = TensorFlowTrainer._maybe_symbolic_build
     upstream.cure_symbolic_build()
     assert TensorFlowTrainer._maybe_symbolic_build is cured
+
+
+def test_a_vocabulary_that_was_learned_is_not_read_back_as_it_was_saved(tmp_path):
+    words = keras.layers.TextVectorization()
+    words.adapt(np.array(["one\x85two three"]))
+    texts = keras.Input([], dtype="string")
+    keras.Model(texts, words(texts)).save(tmp_path / "adapted.keras")
+    kept = upstream.with_vocabulary_in_config(words)
+    keras.Model(texts, kept(texts)).save(tmp_path / "kept.keras")
+    text = tf.constant(["three one\x85two"])
+    np.testing.assert_array_equal(keras.models.load_model(tmp_path / "kept.keras")(text), words(text))
+    adapted = keras.models.load_model(tmp_path / "adapted.keras")
+    assert not np.array_equal(adapted(text), words(text)), "mended upstream: delete the cure"
