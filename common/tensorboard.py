@@ -110,7 +110,7 @@ def _show_examples(data: Data, augment: Augment | None) -> None:
         shown = {"examples": inputs}
         if augment:
             count = tf.constant(len(names), tf.int64)
-            first_draw = BatchRandom(tf.constant([0, 0], tf.int64), count, turns=tf.range(count) % 2 == 0)
+            first_draw = BatchRandom(tf.constant([0, 0], tf.int64), count)
             shown["examples_augmented"], _ = augment(inputs, targets, first_draw)
         for tag, images in shown.items():
             _write_picture(tag, figure_png(picture_figure(np.asarray(images), names)))

@@ -3,18 +3,22 @@
     python scripts/reproduce.py cifar10_cnn --seeds 0 1 2 --data tfds
     python scripts/reproduce.py
 
-The first form writes results/cifar10_cnn.json; both bring the table in README.md and the Result lines of
-the recipes' docstrings in step with results/. Flags that are not its own go to the recipe.
+The first form writes results/cifar10_cnn.json; both bring the tables in README.md and the Result lines of
+the recipes' docstrings in step with results/. Flags that are not its own go to the recipe. Interrupted, the
+same command goes on where it was. A record of other code than the recipe has now is shown as stale; its comments
+and docstrings may change.
 """
 
+import ast
+import hashlib
 import json
 import pathlib
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 
 from common.cli import Parser, UserError, run_script
 from common.evaluation import figure_png
@@ -52,22 +56,37 @@ def reproduce(recipe: str, seeds: list[int], flags: list[str]) -> None:
     if not path.exists():
         names = ", ".join(sorted(found.stem for found in path.parent.glob("*.py")))
         raise UserError(f"no recipe {recipe!r}; choose one of {names}")
-    runs = []
+    code, runs = code_sha256(path), []
+    unfinished = ROOT / "runs" / "reproduce" / hashlib.sha256(f"{code}{flags}".encode()).hexdigest()[:16]
     for seed in seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            directory = pathlib.Path(folder, "run")
-            command = [sys.executable, str(path), *flags, "--seed", str(seed), "--run-dir", str(directory)]
-            trained = subprocess.run(command, check=False)
-            if trained.returncode:
-                raise UserError(
-                    f"{recipe} ended with exit code {trained.returncode} at seed {seed}; see its lines above"
-                )
-            result = json.loads((directory / "result.json").read_text())
+        directory = unfinished / str(seed)
+        command = [sys.executable, str(path), *flags, "--seed", str(seed), "--run-dir", str(directory)]
+        trained = subprocess.run(command + ["--resume"] * directory.exists(), check=False)
+        if trained.returncode:
+            raise UserError(f"{recipe} ended with exit code {trained.returncode} at seed {seed}; see its lines above")
+        result = json.loads((directory / "result.json").read_text())
         # As anybody would type it: where this machine keeps its data says nothing about the result.
         result["command"] = shlex.join(["python", f"recipes/{recipe}.py", *without_places(flags), "--seed", str(seed)])
         runs.append(result)
     RESULTS.mkdir(exist_ok=True)
-    write_file(RESULTS / f"{recipe}.json", json.dumps({"recipe": recipe, "runs": runs}, indent=2) + "\n")
+    record = {"recipe": recipe, "code_sha256": code, "runs": runs}
+    write_file(RESULTS / f"{recipe}.json", json.dumps(record, indent=2) + "\n")
+    shutil.rmtree(unfinished)
+
+
+def code_sha256(path: pathlib.Path) -> str:
+    """SHA-256 of a Python file's code: what it says in comments and docstrings, and its layout, make no difference."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def stale(recipe: str) -> str:
+    """What to say of a record that was made by other code than the recipe has now; nothing if it was not."""
+    record = json.loads((RESULTS / f"{recipe}.json").read_text())
+    return "" if record["code_sha256"] == code_sha256(ROOT / "recipes" / f"{recipe}.py") else ", stale"
 
 
 def without_places(flags: list[str]) -> list[str]:
@@ -139,7 +158,7 @@ def result_line(recipe: str) -> str:
         return "not yet measured"
     name = "accuracy" if main_metric(runs) == "accuracy" else "mean squared error"
     found = figure(runs, main_metric(runs))
-    return f"test {name} {found} over {len(runs)} seeds, {minutes(runs)}, {hardware(runs)}"
+    return f"test {name} {found} over {len(runs)} seeds, {minutes(runs)}, {hardware(runs)}{stale(recipe)}"
 
 
 def results_table() -> str:
@@ -163,26 +182,49 @@ def results_table() -> str:
         counts = f"{data['train']:,} train, {data['validation']:,} validation, {data['test']:,} test"
         lines.append(
             f"| {link} | {data['name']} ({data['source']}): {counts} | {label} {figure(runs, metric)} "
-            f"| {beside} | {minutes(runs)} | {', '.join(str(run['seed']) for run in runs)} |"
+            f"| {beside} | {minutes(runs)}{stale(path.stem)} | {', '.join(str(run['seed']) for run in runs)} |"
         )
         versions = runs[0]["versions"]
         machines.add(f"{hardware(runs)}, TensorFlow {versions['tensorflow']}, Keras {versions['keras']}")
     lines += ["", "Mean ± standard deviation over the seeds. Measured on: " + "; ".join(sorted(machines)) + "."]
+    if any("stale" in line for line in lines):
+        lines += ["Stale: the recipe has changed since, and was not measured again yet."]
     return "\n".join(lines)
 
 
 def benchmark_table() -> str:
     """The medians of scripts/benchmark.py, in Markdown."""
-    lines = ["| recipe | images per second | time to a validation accuracy | pairs |", "|---|---|---|---|"]
+    lines = [
+        "| recipe | examples per second | to the naive way | to PyTorch | share of peak | first step | callbacks |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for path in sorted(RESULTS.glob("benchmark-*.json")):
         record = json.loads(path.read_text())
-        lines.append(
-            f"| `{record['recipe']}` with `--epochs {record['recipe_epochs']}` "
-            f"| {record['median_ratio_images_per_second']:.2f} times the naive "
-            f"| {record['median_ratio_seconds_to_target']:.2f} of the naive, "
-            f"to {record['target_validation_accuracy']:.0%}{missed(record)} | {len(record['pairs'])} |"
+        torch = (
+            f"{spread(record['to_pytorch'])} ({record['better_pytorch']})" if record["to_pytorch"] else "not measured"
         )
+        lines.append(
+            f"| `{record['recipe']}` | {record['examples_per_second']['recipe']:,.0f} | {spread(record['to_naive'])} "
+            f"| {torch} | {100 * record['share_of_peak']:.0f} % of {record['peak_flops'] / 1e9:,.0f} GFLOPS "
+            f"({record['precision']}) | {record['first_step_seconds']['recipe']:.1f} s "
+            f"| {100 * (1 - record['to_no_callbacks']['median']):.1f} % |"
+        )
+    target = RESULTS / "target.json"
+    if target.exists():
+        record = json.loads(target.read_text())
+        rounds, missed = len(record["rounds"]), record["naive_missed"]
+        lines += [
+            "",
+            f"`cifar10_cnn --epochs 5` is at {record['target_validation_accuracy']:.0%} validation accuracy in "
+            f"{spread(record['to_naive'])} of the time of the naive script"
+            + (f" (at most: that one gave up in {missed} of {rounds} rounds)." if missed else "."),
+        ]
     return "\n".join(lines) if len(lines) > 2 else "Not yet measured."
+
+
+def spread(interval: dict[str, float]) -> str:
+    """A median with its lowest and highest."""
+    return f"{interval['median']:.2f} ({interval['lowest']:.2f} to {interval['highest']:.2f})"
 
 
 def distributed_table() -> str:
@@ -203,14 +245,8 @@ def distributed_table() -> str:
     return "\n".join(lines) if len(lines) > 2 else "Not yet measured."
 
 
-def missed(record: dict) -> str:
-    """Says so where the naive way gave up before the target."""
-    count = sum(not pair["naive"]["reached"] for pair in record["pairs"])
-    return f" (at most: the naive way missed it {count} times)" if count else ""
-
-
 def curves() -> Figure | None:
-    """Each recipe's validation metric by epoch, a line for each seed."""
+    """Each recipe's validation metric by epoch, a line for each seed; without validation examples, the training one."""
     published = [path.stem for path in sorted((ROOT / "recipes").glob("*.py")) if load_runs(path.stem)]
     if not published:
         return None
@@ -218,10 +254,11 @@ def curves() -> Figure | None:
     for place, recipe in enumerate(published, start=1):
         runs = load_runs(recipe)
         accuracy = main_metric(runs) == "accuracy"
+        kept, prefix = ("validation", "val_") if runs[0]["data"]["validation"] else ("training", "")
         axes = figure.add_subplot(-(-len(published) // 3), 3, place, title=recipe, xlabel="epoch")
-        axes.set_ylabel("validation accuracy" if accuracy else "validation error")
+        axes.set_ylabel(f"{kept} {'accuracy' if accuracy else 'error'}")
         for run in runs:
-            values = [epoch["val_accuracy" if accuracy else "val_loss"] for epoch in run["history"]]
+            values = [epoch[prefix + ("accuracy" if accuracy else "loss")] for epoch in run["history"]]
             axes.plot(range(1, len(values) + 1), values, linewidth=1.2, label=f"seed {run['seed']}")
         if not accuracy:
             axes.set_yscale("log")

@@ -12,6 +12,7 @@ from common.data import Data
 from common.hardware import apply, choose, describe_machine
 
 import pytest
+from worker import SMALL
 
 ROOT = pathlib.Path(__file__).parent.parent
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
@@ -59,10 +60,9 @@ def signal_handlers():
 
 def smoke_config(recipe: types.ModuleType, run_dir: pathlib.Path, **settings):
     """A small deterministic configuration for runs inside the test process."""
-    small = {"vocabulary": 2000, "length": 60} if recipe.__name__ == "text_classifier" else {}
     standard = {"data": "sample", "smoke": True, "epochs": 2, "strategy": "none", "quiet": True}
     standard |= {"threads": 2, "deterministic": True, "baseline": False, "run_dir": str(run_dir)}
-    return recipe.Config(**{**standard, **small, **settings})
+    return recipe.Config(**{**standard, **SMALL.get(recipe.__name__, {}), **settings})
 
 
 def run_program(*words: str, cwd: pathlib.Path = ROOT, **environment: str) -> subprocess.CompletedProcess:

@@ -3,7 +3,6 @@
 from common.batches import (
     BatchRandom,
     Split,
-    alternating_mirror,
     evaluation_batches,
     random_mirror,
     random_shift,
@@ -153,24 +152,6 @@ def test_random_mirror_mirrors_about_half():
     same = np.array([np.array_equal(*pair) for pair in zip(images, mirrored, strict=True)])
     np.testing.assert_array_equal(mirrored[~same], images[~same][:, :, ::-1])
     assert 150 < same.sum() < 250
-
-
-def test_alternating_mirror_shows_each_image_both_ways_in_any_two_epochs():
-    images = np.random.default_rng(0).integers(0, 256, (50, 4, 5, 1), np.uint8)
-    split = Split.of(images, np.arange(50, dtype=np.float32)[:, None])
-    batches = training_batches(
-        split, 20, 3, lambda images, labels, random: (alternating_mirror(images, random), labels)
-    )
-    mirrored = np.zeros([4, 50], bool)
-    for step, (shown, numbers) in enumerate(batches.take(12)):
-        for image, number in zip(shown.numpy(), numbers.numpy()[:, 0].astype(int), strict=True):
-            mirrored[step // 3, number] = not np.array_equal(image, images[number])
-            np.testing.assert_array_equal(
-                image, images[number][:, ::-1] if mirrored[step // 3, number] else images[number]
-            )
-    assert mirrored[0].sum() == 25
-    for epoch in range(3):
-        np.testing.assert_array_equal(mirrored[epoch], ~mirrored[epoch + 1])
 
 
 MEMORY = """

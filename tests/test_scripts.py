@@ -6,6 +6,8 @@ import pathlib
 import shutil
 import subprocess
 
+import keras
+import numpy as np
 import pytest
 from conftest import ROOT, run_program
 from test_readme import load_script
@@ -39,7 +41,8 @@ def project(tmp_path, monkeypatch):
 
 def test_publishing_writes_mean_and_deviation(project):
     runs = [fake_run(accuracy, seed) for seed, accuracy in enumerate((0.991, 0.993, 0.995))]
-    (project / "results" / "mnist_cnn.json").write_text(json.dumps({"runs": runs}))
+    record = {"code_sha256": reproduce.code_sha256(project / "recipes" / "mnist_cnn.py"), "runs": runs}
+    (project / "results" / "mnist_cnn.json").write_text(json.dumps(record))
     reproduce.publish()
     readme = (project / "README.md").read_text()
     (row,) = [line for line in readme.splitlines() if line.startswith("| [`mnist_cnn`]")]
@@ -55,6 +58,45 @@ def test_publishing_writes_mean_and_deviation(project):
     before = readme, source
     reproduce.publish()
     assert ((project / "README.md").read_text(), (project / "recipes" / "mnist_cnn.py").read_text()) == before
+
+
+def test_a_record_of_other_code_is_shown_as_stale(project):
+    path = project / "recipes" / "mnist_cnn.py"
+    record = {"code_sha256": reproduce.code_sha256(path), "runs": [fake_run(0.99, 0)]}
+    (project / "results" / "mnist_cnn.json").write_text(json.dumps(record))
+    path.write_text(path.read_text().replace("# Shuffled already.", "# Has been shuffled."))
+    reproduce.publish()
+    assert not [line for line in (project / "README.md").read_text().splitlines() if ", stale |" in line]
+    path.write_text(path.read_text().replace("weight_decay=config.weight_decay", "weight_decay=0.0"))
+    reproduce.publish()
+    readme = (project / "README.md").read_text()
+    (row,) = [line for line in readme.splitlines() if line.startswith("| [`mnist_cnn`]")]
+    assert "| 1.7 min, stale | 0 |" in row
+    assert "Stale: the recipe has changed since" in readme
+    assert "1.7 min, 2 cores of Some CPU, stale\n" in path.read_text()
+
+
+def test_reproducing_goes_on_where_it_was(project, monkeypatch):
+    """A seed that fails leaves those before it done."""
+    commands, run = [], subprocess.run
+
+    def remember(command, **named):
+        commands.append(command)
+        return run(command, **named)
+
+    monkeypatch.setattr(reproduce.subprocess, "run", remember)
+    flags = ["--smoke", "--quiet", "--no-baseline"]
+    with pytest.raises(reproduce.UserError, match="exit code 2 at seed -1"):
+        reproduce.reproduce("linear_regression", [3, -1], flags)
+    assert not list((project / "results").iterdir())
+    (first,) = (project / "runs" / "reproduce").glob("*/3/result.json")
+    trained = json.loads(first.read_text())
+    reproduce.reproduce("linear_regression", [3, 5], flags)
+    record = json.loads((project / "results" / "linear_regression.json").read_text())
+    assert record["runs"][0] == {**trained, "command": record["runs"][0]["command"]}
+    assert [run["seed"] for run in record["runs"]] == [3, 5]
+    assert ["--resume" in command for command in commands] == [False, False, True, False]
+    assert not list((project / "runs" / "reproduce").iterdir())
 
 
 def test_reproducing_trains_once_per_seed(project):
@@ -82,43 +124,64 @@ def test_an_unknown_recipe_is_named():
     assert run.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(("recipe", "parameters"), [("cifar10_cnn", 122_570), ("mnist_cnn", 225_034)])
-def test_the_naive_network_is_the_recipes(recipe, parameters):
-    subject = benchmark.SUBJECTS[recipe]
-    shape = (*subject.size, 1 if recipe == "mnist_cnn" else 3)
-    assert benchmark.naive_network(subject, shape).count_params() == parameters
-
-
-def test_benchmark_runs_pairs_in_fresh_processes():
-    flags = ("--data", "sample", "--smoke", "--pairs", "1", "--naive-epochs", "2", "--recipe-epochs", "2")
+def test_benchmark_measures_all_ways_in_fresh_processes():
     before = set((ROOT / "results").glob("*"))
-    run = run_program(str(ROOT / "scripts" / "benchmark.py"), "mnist_cnn", *flags)
+    run = run_program(
+        str(ROOT / "scripts" / "benchmark.py"), "mnist_cnn", "--data", "sample", "--smoke", "--rounds", "1"
+    )
     assert run.returncode == 0, run.stderr
-    lines = run.stdout.splitlines()
-    assert lines[-3].startswith("pair 1: naive ")
-    assert float(lines[-2].removeprefix("images per second, recipe / naive: ")) > 0
-    assert lines[-1].startswith("seconds to 99% validation accuracy, recipe / naive: ")
+    figures = dict(line.split(": ", 1) for line in run.stdout.splitlines() if line.count(": ") >= 1)
+    (first_round,) = [
+        line for line in run.stdout.splitlines() if line.startswith("round 1, examples per second: naive ")
+    ]
+    assert ", recipe " in first_round
+    assert ", recipe without callbacks " in first_round
+    speeds = json.loads(figures["examples per second"])
+    assert json.loads(figures["to naive"])["median"] == pytest.approx(speeds["recipe"] / speeds["naive"])
+    # Convolutions 3x3 of 1 to 32 filters on 26x26 places and of 32 to 64 on 11x11, then 1600 to 128 to 10.
+    forwards = [2 * 9 * 32 * 26**2, 2 * 9 * 32 * 64 * 11**2, 2 * 1600 * 128, 2 * 128 * 10]
+    assert json.loads(figures["training flops per example"]) == 3 * sum(forwards) - forwards[0]
+    share = 3 * sum(forwards) - forwards[0]
+    share *= speeds["recipe"] / json.loads(figures["peak flops"])
+    assert json.loads(figures["share of peak"]) == pytest.approx(share)
+    assert min(json.loads(figures["first step seconds"]).values()) > 1
     assert set((ROOT / "results").glob("*")) == before
 
 
-def test_the_clock_stops_at_the_target():
+def test_no_operations_are_counted_for_frozen_layers_or_the_gradient_below_them():
+    images = keras.Input((None, None, 3))
+    frozen = keras.layers.Conv2D(24, 2, trainable=False)
+    x = keras.layers.Conv2D(8, 3, padding="same")(frozen(images))
+    model = keras.Model(images, keras.layers.Dense(5)(keras.layers.GlobalMaxPooling2D()(x)))
+    expected = 2 * 4 * 3 * 24 * 9**2 + 2 * (2 * 9 * 24 * 8 * 9**2) + 3 * (2 * 8 * 5)
+    assert benchmark.training_flops(model, (10, 10, 3)) == expected
+
+
+def test_the_clock_leaves_out_the_first_execution():
+    clock = benchmark.Clock(640)
+    clock.set_params({"steps": 64})
+    for _ in range(2):
+        for last in (31, 63):
+            clock.on_train_batch_end(last)
+        clock.on_epoch_end(0)
+    clock.on_train_end()
+    assert clock.batches == 96
+    assert clock.figures()["examples_per_second"] == pytest.approx(960 / clock.seconds)
+
+
+def test_the_target_clock_stops_at_the_target():
     class Model:
         stop_training = False
 
-    clock = benchmark.Clock(0.7)
+    clock = benchmark.TargetClock(0.7)
     clock.set_model(Model())
     clock.on_train_begin()
     for epoch, accuracy in enumerate((0.5, 0.71)):
-        assert not clock.reached
-        clock.on_epoch_begin(epoch)
-        clock.on_test_begin()
+        assert not clock.model.stop_training
         clock.on_epoch_end(epoch, {"val_accuracy": accuracy})
     assert clock.reached
     assert clock.model.stop_training
-    reached_after = clock.seconds
-    clock.on_train_end()
-    assert clock.seconds == reached_after > 0
-    assert len(clock.training_seconds) == 2
+    assert clock.seconds > 0
 
 
 def test_run_sh_names_the_recipes():
@@ -205,3 +268,29 @@ def test_constraints_fit_the_requirements():
 
 def lines_of(name: str) -> list[str]:
     return [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("name", ["cifar10_cnn", "mnist_cnn", "text_classifier", "dense_regression"])
+def test_the_pytorch_twin_computes_what_the_recipe_does(tmp_path, monkeypatch, name):
+    """The probabilities of the twin's softmax, from the described network and weights."""
+    torch = pytest.importorskip("torch", reason="requirements-benchmark.txt is not installed")
+    twin, models = load_script("pytorch_twin"), []
+    describe = benchmark.describe
+    monkeypatch.setattr(benchmark, "describe", lambda model, *others: (models.append(model), describe(model, *others)))
+    arguments = benchmark.argparse.Namespace(data="sample", data_dir="", smoke=True)
+    fit = keras.Model.fit
+    try:
+        benchmark.measure(name, "describe", arguments, 0, tmp_path)
+    finally:
+        keras.Model.fit = fit
+    described = json.loads((tmp_path / "network.json").read_text())
+    with np.load(tmp_path / "arrays.npz") as arrays:
+        network = twin.build(described["layers"], [arrays[f"weight_{each}"] for each in range(described["weights"])])
+        inputs = arrays["inputs"][:20]
+    network.eval()
+    with torch.no_grad():
+        given = torch.from_numpy(inputs)
+        answers = network(given.permute(0, 3, 1, 2) if given.ndim == 4 else given)
+    if described["loss"] != "mse":
+        answers = answers.softmax(dim=1)
+    np.testing.assert_allclose(answers.numpy(), models[0](inputs).numpy(), atol=1e-4)
