@@ -51,6 +51,8 @@ def build_tokenizer(config: Config, data: Data) -> keras.Model:
         name="words",
     )
     words.adapt(tf.data.Dataset.from_tensor_slices(data.train.inputs).batch(1000))
+    if words.vocabulary_size() <= 2:  # Padding and the unknown word are always there.
+        raise UserError(f"{data.name}: the training texts hold no words; give texts that do")
     words = with_vocabulary_in_config(words)
 
     texts = keras.Input([], dtype="string", name="text")
@@ -69,7 +71,7 @@ def build_tokenizer(config: Config, data: Data) -> keras.Model:
     order = np.argsort(-counts, kind="stable")
     known = found[order][counts[order] > 1]
     if not len(known):
-        raise UserError(f"{data.name}: no two training texts share a word; give texts that do")
+        raise UserError(f"{data.name}: no two training texts share a word; give more texts")
     numbers = keras.layers.IntegerLookup(vocabulary=known, mask_token=0, name="ngrams")(ngrams)
     tokens, _ = keras.ops.top_k(numbers - 1, config.length)  # The unknown, number 1, joins the padding.
     return keras.Model(texts, keras.ops.cast(keras.ops.maximum(tokens, 0), "int32"), name="tokenizer")

@@ -177,6 +177,10 @@ def no_words(folder):
     return table(folder / "texts.csv", text=["!!!", "?"] * 20, label=["pos", "neg"] * 20)
 
 
+def no_word_twice(folder):
+    return table(folder / "texts.csv", text=[f"word{number}" for number in range(40)], label=["pos", "neg"] * 20)
+
+
 def only_test_folder(folder):
     pictures(folder / "test", "cat", "dog")
     return folder
@@ -379,7 +383,8 @@ def never_so_often(folder):
         ("dense_classifier", index_column, "column 1 has no name"),
         ("text_classifier", unquoted_commas, "put texts with commas into quotes"),
         ("dense_regression", a_folder, "a folder; give a CSV file"),
-        ("text_classifier", no_words, "no two training texts share a word"),
+        ("text_classifier", no_words, "the training texts hold no words"),
+        ("text_classifier", no_word_twice, "no two training texts share a word"),
         ("text_classifier", missing_column, "no column 'text'"),
         ("text_classifier", text_without_label, "row 3: column 'label' is empty"),
         ("text_classifier", empty_text, "row 3: column 'text' is empty"),
