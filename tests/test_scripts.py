@@ -20,7 +20,7 @@ def fake_run(accuracy: float, seed: int) -> dict:
         "recipe": "mnist_cnn",
         "seed": seed,
         "metrics": {"accuracy": accuracy, "logistic_regression_accuracy": 0.92},
-        "seconds": {"compile": 2.0, "train": 100.0 + seed},
+        "seconds": {"total": 110.0 + seed, "evaluate": 8.0},
         "data": {"name": "MNIST", "source": "tfds", "train": 54_000, "validation": 6_000, "test": 10_000},
         "hardware": {"cores": 2, "processor": "Some CPU", "gpus": []},
         "versions": {"tensorflow": "2.21.0", "keras": "3.15.1"},
