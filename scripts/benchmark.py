@@ -58,8 +58,6 @@ TARGET = 0.70
 DISTRIBUTED = {"workers": ["strategy none", "2 workers"], "strategy": ["strategy none", "strategy mirrored"]}
 KERAS_WAYS = ("naive", "recipe", "recipe without callbacks")
 TORCH_WAYS = {"PyTorch": [], "PyTorch compiled": ["--compile"]}
-
-
 # Enough of the slower recipes to measure them; of the others, all their epochs.
 MEASURED_EPOCHS = {"cifar10_cnn": 2, "mnist_cnn": 2}
 Way = Callable[[int], dict[str, Any]]
@@ -71,7 +69,7 @@ class Clock(keras.callbacks.Callback):
     def __init__(self, examples_per_epoch: int):
         super().__init__()
         self.examples_per_epoch = examples_per_epoch
-        self.first_step, self.executed, self.batches, self.paused = 0.0, 0, 0, 0.0
+        self.first_step, self.executed, self.batches = 0.0, 0, 0
 
     def on_train_batch_end(self, batch, logs=None):
         if not self.first_step:
@@ -142,14 +140,12 @@ def load_recipe(name: str) -> Any:
 
 def fit_naively(fit: Callable, model: keras.Model, split: Split, config: SharedConfig, clock: Clock) -> None:
     """Trains the layers of `model` on arrays, as tutorials do."""
-    inputs, targets = split.inputs.numpy(), split.targets.numpy()
+    inputs, targets, loss = split.inputs.numpy(), split.targets.numpy(), model.loss
     if inputs.dtype == np.uint8:
         inputs = inputs / 255.0
         preparing = keras.layers.InputLayer | keras.layers.Rescaling | keras.layers.Normalization
         layers = itertools.dropwhile(lambda layer: isinstance(layer, preparing), model.layers)
-        loss, model = model.loss, keras.Sequential([keras.Input(inputs.shape[1:]), *layers])
-    else:
-        loss = model.loss
+        model = keras.Sequential([keras.Input(inputs.shape[1:]), *layers])
     model.compile("adam", loss, metrics=["mae" if targets.shape[1] == 1 else "accuracy"])
     fit(model, inputs, targets, batch_size=config.batch_size, epochs=config.epochs, callbacks=[clock], verbose=0)
 
@@ -179,7 +175,7 @@ def describe(model: keras.Model, split: Split, data: Data, config: SharedConfig,
         "batch_size": config.batch_size,
         "epochs": config.epochs,
         "shift": getattr(config, "shift", 0),
-        "mirror": data.name != "MNIST" and hasattr(config, "shift"),
+        "mirror": hasattr(sys.modules[type(config).__module__], "random_mirror"),  # What the recipe imports, it uses.
         "threads": describe_machine().cores,
         "precision": keras.config.dtype_policy().compute_dtype,
         "training_flops_per_example": training_flops(model, split.inputs.shape[1:]),
@@ -236,8 +232,10 @@ def compare_speed(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[s
     rounds = alternate({"peak": in_keras("peak"), **ways}, arguments.rounds, "examples_per_second")
     flops, peak = described["training_flops_per_example"], statistics.median(each["peak"]["flops"] for each in rounds)
 
-    def ratio(one: str, other: str, figure: str = "examples_per_second") -> dict[str, float] | None:
-        return interval([each[one][figure] / each[other][figure] for each in rounds]) if other in ways else None
+    def ratio_to(way: str) -> dict[str, float] | None:
+        if way not in ways:
+            return None
+        return interval([each["recipe"]["examples_per_second"] / each[way]["examples_per_second"] for each in rounds])
 
     speeds = {way: statistics.median(each[way]["examples_per_second"] for each in rounds) for way in ways}
     best_torch = max(TORCH_WAYS, key=lambda way: speeds.get(way, 0))
@@ -245,10 +243,10 @@ def compare_speed(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[s
         "recipe": name,
         "data": described["data"],
         "examples_per_second": speeds,
-        "to_naive": ratio("recipe", "naive"),
-        "to_pytorch": ratio("recipe", best_torch),
+        "to_naive": ratio_to("naive"),
+        "to_pytorch": ratio_to(best_torch),
         "better_pytorch": best_torch if best_torch in ways else None,
-        "to_no_callbacks": ratio("recipe", "recipe without callbacks"),
+        "to_no_callbacks": ratio_to("recipe without callbacks"),
         "first_step_seconds": {
             way: statistics.median(each[way]["first_step_seconds"] for each in rounds) for way in ways
         },
