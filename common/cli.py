@@ -53,7 +53,7 @@ class SharedConfig:
     batch_size: Count = 128  # examples per step, over all devices together
     learning_rate: Positive = 0.001  # step size of the optimizer; the peak where there is a schedule
     seed: Annotated[int, 0, 2**32] = 0  # decides initial weights, order, augmentation, validation cut
-    strategy: Strategy = "auto"  # auto: several workers, a TPU or several GPUs as they are found, else none
+    strategy: Strategy = "auto"  # auto: as the devices, and the workers, that are found ask for
     devices: Annotated[int, 0, 1025] = 0  # GPUs, or parts to split a CPU into; 0: all GPUs, else one CPU
     cluster_timeout: Count = 60  # seconds to wait for the other workers
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # auto: by hardware

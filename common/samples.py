@@ -92,10 +92,8 @@ def written_reviews(count: int = 4800) -> Arrays:
     for label in labels:
         same, other = (PRAISE, BLAME) if label == "pos" else (BLAME, PRAISE)
         # The first sentence tells which it is: it is never neutral.
-        first, rest = (
-            random.choice(3, p=(0.45, 0.35, 0.2)),
-            random.choice(4, random.integers(2, 6), p=(0.35, 0.25, 0.15, 0.25)),
-        )
+        first = random.choice(3, p=(0.45, 0.35, 0.2))
+        rest = random.choice(4, random.integers(2, 6), p=(0.35, 0.25, 0.15, 0.25))
         sentences = []
         for kind in random.permutation([first, *rest]):
             aspect, second = random.choice(ASPECTS, 2, replace=False)

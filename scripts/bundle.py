@@ -4,7 +4,8 @@
     python scripts/bundle.py recipes/cifar10_cnn.py -o my_train.ipynb --notebook
 
 The recipe comes first, its `Config` with all flags; what it calls follows, sorted so that everything is
-defined before a line that needs it at import. Docstrings from common/ are cut to their first paragraph.
+defined before a line that needs it at import. Docstrings from common/ are cut to their first paragraph. What
+common/plain.py defines stands in for its larger namesakes, so that the file can be read in one sitting.
 """
 
 import ast
@@ -22,6 +23,8 @@ import nbformat
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED, OWN = "SharedConfig", "Config"  # The two dataclasses of flags, which become one.
+# The module of common/ whose definitions stand in for their namesakes, and the flags that it does without.
+PLAIN, LEFT_OUT = "plain", ("cluster_timeout", "checkpoint_every")
 
 
 @dataclasses.dataclass
@@ -101,6 +104,8 @@ class Bundle:
             module = user
         else:
             return
+        if name in self._module(PLAIN).definitions:
+            module = self._module(PLAIN)
         if name not in module.definitions:
             raise UserError(
                 f"{user.name}.py: common/{module.name}.py does not define {name!r}; import it from where it is defined"
@@ -134,7 +139,7 @@ class Bundle:
         own = {field.target.id for field in node.body if isinstance(field, ast.AnnAssign)}
         lines = chunk(self.recipe, node, {SHARED: ""}).replace(f"class {OWN}():", f"class {OWN}:").splitlines()
         for field in shared.definitions[SHARED].body:
-            if isinstance(field, ast.AnnAssign) and field.target.id not in own:
+            if isinstance(field, ast.AnnAssign) and field.target.id not in (*own, *LEFT_OUT):
                 lines += shared.lines[field.lineno - 1 : field.end_lineno]
                 for name in sorted(used_names(field)):
                     self._need(shared, name)
@@ -158,7 +163,14 @@ class Bundle:
             nodes = [node for node in nodes if defined_names(node) != [SHARED]]
             if nodes:
                 title = ast.get_docstring(module.tree).splitlines()[0]
-                sections.append((title, [chunk(module, node, {SHARED: OWN}, shorten=True) for node in nodes]))
+                chunks = []
+                for before, node in zip([None, *nodes], nodes, strict=False):
+                    text = chunk(module, node, {SHARED: OWN}, shorten=True)
+                    if isinstance(before, ast.Assign) and isinstance(node, ast.Assign):
+                        chunks[-1] += f"\n{text}"
+                    else:
+                        chunks.append(text)
+                sections.append((title, chunks))
         return sections
 
 

@@ -1,0 +1,342 @@
+"""A run on one machine, kept short to be read and changed.
+
+What stands here takes the place of its namesakes in the rest of `common/` when `scripts/bundle.py` writes a recipe
+into one file. The weights come out the same. Left out is what guards a run that nobody watches: several machines,
+checkpoints within an epoch, locks and checks of what was written before, and the finer telling of what is wrong.
+"""
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import pathlib
+import platform
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+from common.batches import Arrays, Augment, Split, steps_per_epoch
+from common.cli import BESIDE_TRAINING, EXIT_INTERRUPTED, SharedConfig, TrainingFailedError, UserError, parse_config
+from common.data import Data, Dataset, DataUnavailableError
+from common.evaluation import Report, _predict
+from common.records import file_sha256, sealed, weights_sha256, write_file
+from common.runs import with_class_names
+from common.upstream import cure_symbolic_build
+
+import keras
+import numpy as np
+import pandas as pd
+import sklearn.metrics
+import tensorflow as tf
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+
+Strategy = Literal["auto", "none", "mirrored"]
+
+
+def run_recipe(train: Callable[[Any], dict], config_class: type, description: str | None = None) -> None:
+    """The whole of a recipe's `main`. Exit codes: 0 done, 2 a mistake to mend, 3 no finite loss, 75 interrupted."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        train(parse_config(config_class, sys.argv[1:], description or ""))
+        return
+    except UserError as error:
+        code, line = 2, f"error: {error}"
+    except TrainingFailedError as error:
+        code, line = 3, f"training failed: {error}"
+    except KeyboardInterrupt:
+        code, line = EXIT_INTERRUPTED, "interrupted: the same command with --resume goes on after the last whole epoch"
+    print(" ".join(line.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def start_run(config: SharedConfig) -> "Run":
+    """Sets up hardware and seeds, and chooses the run directory."""
+    # A class typed into a notebook stands in no file.
+    recipe = pathlib.Path(getattr(sys.modules[type(config).__module__], "__file__", "notebook")).stem
+    new = f"runs/{recipe}/{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
+    begun = sorted(file.parent for file in pathlib.Path("runs", recipe).glob("*/config.json"))
+    unfinished = [run for run in begun if config.resume and not (run / "result.json").exists()]
+    directory = pathlib.Path(config.run_dir or (unfinished or [new])[-1])
+    if config.resume and (directory / "result.json").exists():
+        raise UserError(f"--resume: {directory} is finished already; leave --resume out to start a new run")
+    if not config.resume and directory.exists() and os.listdir(directory):
+        raise UserError(f"--run-dir {directory}: is not empty; choose a new folder, or go on with its run by --resume")
+    keras.utils.clear_session()
+    strategy = choose_strategy(config)
+    keras.utils.set_random_seed(config.seed)
+    return Run(recipe, config, directory, strategy)
+
+
+def choose_strategy(config: SharedConfig) -> tf.distribute.Strategy:
+    """Sets memory growth, threads and precision; one device, or a mirror of the model on each of several."""
+    gpus, (cpu, *_) = (tf.config.list_physical_devices(kind) for kind in ("GPU", "CPU"))
+    devices = 1 if config.strategy == "none" else config.devices or len(gpus) or 1
+    if config.devices > devices or 0 < len(gpus) < devices:
+        raise UserError(f"--devices {config.devices}: there are {len(gpus)} GPUs, and --strategy none uses one device")
+    for gpu in gpus:
+        tf.config.experimental.set_memory_growth(gpu, True)
+    if config.threads:
+        tf.config.threading.set_intra_op_parallelism_threads(config.threads)
+        tf.config.threading.set_inter_op_parallelism_threads(config.threads)
+    if config.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    precision = config.precision
+    if precision == "auto":
+        capabilities = [tf.config.experimental.get_device_details(gpu).get("compute_capability") for gpu in gpus]
+        newer = all((capability or (0, 0)) >= (8, 0) for capability in capabilities)
+        precision = "float32" if not gpus else "mixed_bfloat16" if newer else "mixed_float16"
+    keras.config.set_dtype_policy(precision)
+    if devices == 1 and config.strategy != "mirrored":
+        return tf.distribute.get_strategy()
+    if not gpus:
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * devices)
+    cure_symbolic_build()
+    return tf.distribute.MirroredStrategy([f"{'GPU' if gpus else 'CPU'}:{number}" for number in range(devices)])
+
+
+class Run(keras.callbacks.Callback):
+    """One training: its folder, clock and result, and a checkpoint after each epoch, to go on from exactly."""
+
+    def __init__(self, recipe: str, config: SharedConfig, directory: pathlib.Path, strategy: tf.distribute.Strategy):
+        super().__init__()
+        self.recipe, self.config, self.directory, self.strategy = recipe, config, directory, strategy
+        self.started, self.traced = time.perf_counter(), False
+        self.verbose = 0 if config.quiet else 1 if sys.stdout.isatty() else 2
+        self.state = {"epoch": 0, "step": 0, "history": [], "steps": 0, "seconds": 0.0, "train_seconds": 0.0}
+        if (directory / "state.json").exists():
+            self.state |= json.loads((directory / "state.json").read_text())
+        self.start_step = self.state["step"]
+
+    def callbacks(self, data: Data, augment: Augment | None = None) -> list[keras.callbacks.Callback]:
+        """Makes the run directory, and gives the callbacks for `fit`: this run, and TensorBoard."""
+        self.data = {"source": data.source, "name": data.name, "digest": data.digest(), **data.counts()}
+        settings = {"recipe": self.recipe, "config": dataclasses.asdict(self.config), "data": self.data}
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if (self.directory / "config.json").exists():
+                before = json.loads((self.directory / "config.json").read_text())
+                for name, value in settings["config"].items():
+                    if name not in BESIDE_TRAINING and before["config"][name] != value:
+                        raise UserError(f"--resume: {name} was {before['config'][name]!r}; give the same flags")
+                if before["data"] != self.data:
+                    raise UserError(f"--resume: {data.name} is not the data that this run began with; bring it back")
+            write_file(self.directory / "config.json", sealed(settings))
+        except OSError as error:
+            raise UserError(f"--run-dir {self.directory}: {error.strerror}; choose another folder") from error
+        if not self.config.quiet:
+            print(f"data: {self.data}\nstrategy: {type(self.strategy).__name__}", flush=True)
+        logs = keras.callbacks.TensorBoard(
+            str(self.directory / "tensorboard"),
+            histogram_freq=int(self.config.histograms),
+            profile_batch=(2, 4) if self.config.profile else 0,
+        )
+        return [logs, self]
+
+    def on_train_begin(self, logs=None):
+        self.began = self.last = time.perf_counter()
+        self.model.optimizer.build(self.model.trainable_variables)
+        self.checkpoint = tf.train.Checkpoint(variables=[*self.model.variables, *self.model.optimizer.variables])
+        if self.start_step:
+            self.checkpoint.read(str(self.directory / self.state["variables"])).assert_consumed()
+            self.model._initial_epoch = self.state["epoch"]  # As Keras' own `BackupAndRestore` does it.
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.last, self.done = time.perf_counter(), 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        if not math.isfinite(logs["loss"]):
+            raise TrainingFailedError(f"the loss is {logs['loss']}; try a smaller --learning-rate")
+        now = time.perf_counter()
+        if self.traced:  # What the first execution takes is mostly the making of the graph.
+            self.state["steps"] += batch + 1 - self.done
+            self.state["seconds"] += now - self.last
+        self.traced, self.last, self.done = True, now, batch + 1
+
+    def on_epoch_end(self, epoch, logs=None):
+        now, step = time.perf_counter(), (epoch + 1) * self.params["steps"]
+        self.state["history"].append({name: float(value) for name, value in logs.items()})
+        self.state["train_seconds"], self.began = self.state["train_seconds"] + now - self.began, now
+        self.state |= {"epoch": epoch + 1, "step": step, "variables": f"checkpoints/step-{step}"}
+        self.checkpoint.write(str(self.directory / self.state["variables"]))
+        write_file(self.directory / "state.json", json.dumps(self.state))  # From now on, this checkpoint counts.
+        for old in (self.directory / "checkpoints").glob("*"):
+            if old.stem != f"step-{step}":
+                old.unlink()
+
+    def finish(self, model: keras.Model, data: Data, report: Report, beside: dict[str, float]) -> dict[str, float]:
+        """Saves the model, the plots and `result.json`, and prints the result."""
+        metrics, path = {**report.metrics, **beside}, self.directory / "model.keras"
+        (with_class_names(model, data.class_names) if data.class_names else model).save(path)
+        (self.directory / "plots").mkdir(exist_ok=True)
+        for name, figure in report.figures.items():
+            figure.savefig(self.directory / "plots" / f"{name}.png")
+        batch = data.counts()["train"] / self.params["steps"]
+        result = {
+            "recipe": self.recipe,
+            "data": self.data,
+            "metrics": metrics,
+            "parameters": sum(math.prod(weight.shape) for weight in model.trainable_weights),
+            "seed": self.config.seed,
+            "epochs": self.state["epoch"],
+            "steps": self.state["step"],
+            "seconds": {"train": self.state["train_seconds"], "total": time.perf_counter() - self.started},
+            "examples_per_second": self.state["steps"] * batch / self.state["seconds"] if self.state["steps"] else None,
+            "weights_sha256": weights_sha256(model),
+            "model_sha256": file_sha256(path),
+            "class_names": data.class_names,
+            "columns": data.columns,
+            "history": self.state["history"],
+            "evaluation": report.details,
+            "versions": {"python": platform.python_version(), "keras": keras.__version__, "tensorflow": tf.__version__},
+            "command": shlex.join(["python", *sys.argv]),
+        }
+        write_file(self.directory / "result.json", sealed(result))
+        if not self.config.quiet:
+            print(f"test split of {data.name} ({data.source}):")
+            for name, value in metrics.items():
+                print(f"  {name.replace('_', ' '):<24} {value:.4f}")
+            print(f"run directory: {self.directory}\nwatch it: tensorboard --logdir {shlex.quote(str(self.directory))}")
+        return metrics
+
+
+class BatchRandom:
+    """Random numbers for the examples of one batch, which follow from its seed and the number of the call."""
+
+    def __init__(self, seed: tf.Tensor, batch: tf.Tensor):
+        self._seed, self._batch, self._calls = seed, batch, 0
+
+    def uniform(self, minimum: float, maximum: float, shape: tuple = (), dtype: tf.DType = tf.float32) -> tf.Tensor:
+        """Uniform numbers in [minimum, maximum), one tensor of `shape` for each example."""
+        seed = tf.random.experimental.stateless_fold_in(self._seed, self._calls)
+        self._calls += 1
+        size = tf.concat([[self._batch], tf.constant(shape, tf.int64)], 0)
+        return tf.random.stateless_uniform(size, seed, minimum, maximum, dtype)
+
+
+def training_batches(
+    split: Split,
+    batch_size: int,
+    seed: int,
+    augment: Augment | None = None,
+    strategy: tf.distribute.Strategy | None = None,
+    start_step: int = 0,
+) -> Any:
+    """An endless stream of shuffled batches: what is in number t, and how it is augmented, follows from (seed, t)."""
+    shuffle, fold_in = tf.random.experimental.index_shuffle, tf.random.experimental.stateless_fold_in
+    steps = steps_per_epoch(split, batch_size)
+
+    def batch_of(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        first, stop = step % steps * len(split) // steps, (step % steps + 1) * len(split) // steps
+        epoch_seed = fold_in(tf.constant([seed, 0], tf.int64), step // steps)
+        examples = shuffle(tf.range(first, stop), epoch_seed, tf.constant(len(split) - 1, tf.int64))
+        inputs, targets = tf.gather(split.inputs, examples), tf.gather(split.targets, examples)
+        if augment is not None:
+            batch_seed = fold_in(tf.constant([seed, 1], tf.int64), step)
+            inputs, targets = augment(inputs, targets, BatchRandom(batch_seed, stop - first))
+        return inputs, targets
+
+    steps_to_come = tf.data.Dataset.range(start_step, tf.int64.max)
+    batches = steps_to_come.map(batch_of, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+    options = tf.data.Options()
+    # The rewriting of the graph would copy the tensors it captures: the whole data set.
+    options.experimental_optimization.apply_default_optimizations = False
+    batches = batches.with_options(options)
+    return (strategy or tf.distribute.get_strategy()).experimental_distribute_dataset(batches)
+
+
+def evaluation_batches(split: Split, batch_size: int, strategy: tf.distribute.Strategy | None = None) -> Any:
+    """Every example in order, again and again: pass the number of steps to Keras. None where the split is empty."""
+    batches = tf.data.Dataset.from_tensor_slices((split.inputs, split.targets)).batch(batch_size).repeat()
+    return (strategy or tf.distribute.get_strategy()).experimental_distribute_dataset(batches) if len(split) else None
+
+
+def evaluate_classifier(
+    model: keras.Model,
+    split: Split,
+    class_names: tuple[str, ...],
+    batch_size: int,
+    strategy: tf.distribute.Strategy,
+    shown_inputs: tf.Tensor | None = None,
+) -> Report:
+    """Loss and accuracy, macro precision, recall and F1, the confusion matrix, and the mistakes made most surely."""
+    probabilities = _predict(model, split, batch_size, strategy)
+    one_hot = split.targets.numpy()
+    true, predicted, confidence = one_hot.argmax(axis=1), probabilities.argmax(axis=1), probabilities.max(axis=1)
+    figures = sklearn.metrics.classification_report(true, predicted, output_dict=True, zero_division=0)
+    macro = figures["macro avg"]
+    loss = float(np.mean(keras.losses.get(model.loss)(one_hot, probabilities)))
+    metrics = {"loss": loss, "accuracy": figures["accuracy"]}
+    metrics |= {"precision": macro["precision"], "recall": macro["recall"], "f1": macro["f1-score"]}
+    mistakes = sorted(np.flatnonzero(true != predicted).tolist(), key=lambda example: -confidence[example])[:25]
+    worst = [
+        {"example": each, "true": class_names[true[each]], "predicted": class_names[predicted[each]]}
+        for each in mistakes
+    ]
+    if shown_inputs is not None and shown_inputs.dtype == tf.string:
+        for record in worst:
+            record["text"] = shown_inputs[record["example"]].numpy().decode(errors="replace")[:300]
+    confusion = sklearn.metrics.confusion_matrix(true, predicted, labels=range(len(class_names)))
+    figure = Figure(figsize=[max(4.0, 1.5 + 0.55 * len(class_names))] * 2, layout="constrained")
+    display = sklearn.metrics.ConfusionMatrixDisplay(confusion, display_labels=class_names)
+    display.plot(ax=figure.add_subplot(), cmap="Blues", colorbar=False, xticks_rotation=45)
+    details = {"confusion_matrix": confusion.tolist(), "worst_mistakes": worst}
+    return Report(metrics, details, {"confusion_matrix": figure})
+
+
+def _read_tfds(dataset: Dataset, config: SharedConfig) -> Arrays:
+    import requests
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(dataset.folder, data_dir=config.data_dir or None)
+        if not builder.data_path.exists():  # TFDS alone would try for minutes.
+            requests.head(dataset.probe, timeout=4).raise_for_status()
+        builder.download_and_prepare()
+        class_names, arrays = np.array(builder.info.features["label"].names), {}
+        for split in ("train", "test"):
+            examples = builder.as_dataset(split=split, batch_size=-1)
+            arrays[split] = (examples[dataset.inputs].numpy(), class_names[examples["label"].numpy()])
+        return arrays
+    except Exception as error:  # TFDS lets through whatever its downloader, its parsers and the disk raise.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataUnavailableError(f"No {dataset.title} ({reason}); run once with network") from error
+
+
+def _class_files(folder: pathlib.Path, suffixes: tuple[str, ...], kind: str) -> dict[str, list]:
+    """The files of each split, each with its class."""
+    splits = {name: folder / name for name in ("train", "validation", "test") if (folder / name).is_dir()}
+    found = {}
+    for split, place in (splits or {"train": folder}).items():
+        files = sorted(file for file in place.glob("[!.]*/*") if file.suffix.lower() in suffixes)
+        found[split] = [(file, file.parent.name) for file in files]
+    if "train" not in found or not all(found.values()):
+        raise UserError(f"--data {folder}: no folders of {kind}; make one for each class, in each split")
+    return found
+
+
+def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> np.ndarray:
+    """A picture file as uint8 of `shape`: height, width, and 1 channel or 3. The aspect is kept."""
+    height, width, channels = shape
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: not a readable image; repair or remove it") from error
+    return np.asarray(ImageOps.pad(image, (width, height))).reshape(shape)
+
+
+def read_csv(path: pathlib.Path, columns: list[str]) -> pd.DataFrame:
+    """A CSV as text, every value as it stands; `columns` must be among its columns."""
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as CSV ({error}); save it as UTF-8 with commas") from error
+    for column in columns:
+        if column not in table or table.empty:
+            raise UserError(f"{path}: no rows with a column {column!r} among {', '.join(table)}; name another")
+    return table
