@@ -29,7 +29,6 @@ results/WORD.json, and brings README.md in step.
 import argparse
 import dataclasses
 import importlib.util
-import itertools
 import json
 import pathlib
 import shlex
@@ -41,187 +40,30 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from common.batches import Split
-from common.cli import Parser, SharedConfig, UserError, run_script
-from common.data import CIFAR10, Data, load_images
+from common.cli import Parser, UserError, run_script
 from common.hardware import describe_machine
 from common.records import provenance, write_file
 
-import keras
-import numpy as np
-import tensorflow as tf
+from measure import TARGET
 from reproduce import publish, without_places
 
 ROOT = pathlib.Path(__file__).parent.parent
-TARGET = 0.70
 # What is compared with what: the first is the measure.
 DISTRIBUTED = {"workers": ["strategy none", "2 workers"], "strategy": ["strategy none", "strategy mirrored"]}
 KERAS_WAYS = ("naive", "recipe", "recipe without callbacks")
 TORCH_WAYS = {"PyTorch": [], "PyTorch compiled": ["--compile"]}
-# Enough of the slower recipes to measure them; of the others, all their epochs.
-MEASURED_EPOCHS = {"cifar10_cnn": 2, "mnist_cnn": 2}
 Way = Callable[[int], dict[str, Any]]
-
-
-class Clock(keras.callbacks.Callback):
-    """Measures the examples per second behind the first execution, without validation, and when that ended."""
-
-    def __init__(self, examples_per_epoch: int):
-        super().__init__()
-        self.examples_per_epoch = examples_per_epoch
-        self.first_step, self.executed, self.batches = 0.0, 0, 0
-
-    def on_train_batch_end(self, batch, logs=None):
-        if not self.first_step:
-            self.first_step, self.began = time.time(), time.perf_counter()
-        else:
-            self.batches += batch + 1 - self.executed
-        self.executed = batch + 1
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.executed = 0
-
-    def on_train_end(self, logs=None):
-        self.seconds = time.perf_counter() - self.began
-
-    def figures(self) -> dict[str, float]:
-        """What a way of `measure` prints."""
-        examples = self.batches * self.examples_per_epoch / self.params["steps"]
-        return {"examples_per_second": examples / self.seconds, "first_step": self.first_step}
-
-
-class MeasuredError(Exception):
-    """Ends a recipe when its `fit` was measured."""
-
-
-def measure(name: str, way: str, arguments: argparse.Namespace, seed: int, folder: pathlib.Path) -> dict[str, Any]:
-    """Trains a recipe in this process in one of `KERAS_WAYS`, or describes its network for PyTorch in `folder`."""
-    recipe = load_recipe(name)
-    shared = {"data": arguments.data, "data_dir": arguments.data_dir, "smoke": arguments.smoke, "seed": seed}
-    config = recipe.Config(**shared, quiet=True, baseline=False, run_dir=str(folder / "run"))
-    config = dataclasses.replace(config, epochs=2 if arguments.smoke else MEASURED_EPOCHS.get(name, config.epochs))
-    data = recipe.load_data(config)
-    nothing = Split(data.validation.inputs[:0], data.validation.targets[:0])
-    data = dataclasses.replace(data, validation=nothing)
-    batches_of, fit, dealt, figures = recipe.training_batches, keras.Model.fit, [], {}
-
-    def remember_split(split: Split, *others: Any, **named: Any) -> Any:
-        dealt.append(split)
-        return batches_of(split, *others, **named)
-
-    def measured_fit(model: keras.Model, batches: Any, callbacks: list, **named: Any) -> None:
-        if way == "describe":
-            describe(model, dealt[0], data, config, folder)
-            raise MeasuredError
-        clock = Clock(len(dealt[0]))
-        if way == "naive":
-            fit_naively(fit, model, dealt[0], config, clock)
-        else:
-            fit(model, batches, callbacks=[clock, *(callbacks if way == "recipe" else [])], **named)
-        figures.update(clock.figures())
-        raise MeasuredError
-
-    recipe.training_batches, keras.Model.fit = remember_split, measured_fit
-    try:
-        recipe.train(config, data)
-    except MeasuredError:
-        return figures
-    raise UserError(f"{name}: never called fit")
-
-
-def load_recipe(name: str) -> Any:
-    """The module of a recipe."""
-    specification = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # Dataclasses look their module up.
-    specification.loader.exec_module(module)
-    return module
-
-
-def fit_naively(fit: Callable, model: keras.Model, split: Split, config: SharedConfig, clock: Clock) -> None:
-    """Trains the layers of `model` on arrays, as tutorials do."""
-    inputs, targets, loss = split.inputs.numpy(), split.targets.numpy(), model.loss
-    if inputs.dtype == np.uint8:
-        inputs = inputs / 255.0
-        preparing = keras.layers.InputLayer | keras.layers.Rescaling | keras.layers.Normalization
-        layers = itertools.dropwhile(lambda layer: isinstance(layer, preparing), model.layers)
-        model = keras.Sequential([keras.Input(inputs.shape[1:]), *layers])
-    model.compile("adam", loss, metrics=["mae" if targets.shape[1] == 1 else "accuracy"])
-    fit(model, inputs, targets, batch_size=config.batch_size, epochs=config.epochs, callbacks=[clock], verbose=0)
-
-
-def describe(model: keras.Model, split: Split, data: Data, config: SharedConfig, folder: pathlib.Path) -> None:
-    """Writes what scripts/pytorch_twin.py needs: network.json and arrays.npz."""
-    layers, weights = [], []
-    for layer in model.layers:
-        about = {
-            setting: value
-            for setting, value in layer.get_config().items()
-            if isinstance(value, str | int | float | bool) and setting != "name"
-        }
-        layers.append({"kind": type(layer).__name__, **about})
-        weights += [np.asarray(weight) for weight in layer.get_weights()]
-    optimizer, loss = model.optimizer, model.loss
-    constants = {
-        setting: value for setting, value in optimizer.get_config().items() if isinstance(value, int | float | None)
-    }
-    description = {
-        "layers": layers,
-        "weights": len(weights),
-        "loss": loss if isinstance(loss, str) else "cross-entropy",
-        "label_smoothing": getattr(config, "label_smoothing", 0.0),
-        "optimizer": type(optimizer).__name__,
-        "constants": {**constants, "learning_rate": config.learning_rate},
-        "batch_size": config.batch_size,
-        "epochs": config.epochs,
-        "shift": getattr(config, "shift", 0),
-        "mirror": hasattr(sys.modules[type(config).__module__], "random_mirror"),  # What the recipe imports, it uses.
-        "threads": describe_machine().cores,
-        "precision": keras.config.dtype_policy().compute_dtype,
-        "training_flops_per_example": training_flops(model, split.inputs.shape[1:]),
-        "parameters": sum(int(np.prod(weight.shape)) for weight in model.trainable_weights),
-        "data": {"source": data.source, "name": data.name, "digest": data.digest()},
-    }
-    write_file(folder / "network.json", json.dumps(description))
-    arrays = {f"weight_{number}": weight for number, weight in enumerate(weights)}
-    np.savez(folder / "arrays.npz", inputs=split.inputs.numpy(), targets=split.targets.numpy(), **arrays)
-
-
-def training_flops(model: keras.Model, shape: tuple[int, ...]) -> int:
-    """Floating-point operations of a training step for each example of `shape`; formula: see the top."""
-    total, trained = 0, False
-    for layer in model.layers:
-        kernel = getattr(layer, "kernel", None)
-        if kernel is None:
-            continue
-        _, *places, _ = keras.Model(model.inputs, layer.output).compute_output_shape((1, *shape))
-        forwards = 2 * int(np.prod(kernel.shape)) * int(np.prod(places))
-        total += forwards * (1 + layer.trainable + trained)
-        trained = trained or layer.trainable
-    return total
-
-
-def measure_peak(precision: str) -> dict[str, float]:
-    """Operations per second of the product of two large matrices, at the best of ten tries."""
-    size, took = 2048, []
-    one = tf.cast(tf.random.normal([size, size]), precision)
-    product = tf.function(lambda: tf.reduce_sum(tf.matmul(one, one)))
-    for _ in range(11):  # The first one is traced.
-        began = time.perf_counter()
-        product().numpy()
-        took.append(time.perf_counter() - began)
-    return {"flops": 2 * size**3 / min(took[1:])}
 
 
 def compare_speed(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
     """Runs the rounds for a recipe, and returns the record that is written."""
     name = arguments.what
 
-    def in_keras(way: str) -> Way:
-        flags = [*data_flags(arguments), "--way", way, "--folder", str(folder)]
-        return lambda seed: printed(ROOT / "scripts" / "benchmark.py", name, *flags, "--seed", str(seed))
+    def in_keras(way: str, *flags: str) -> Way:
+        words = (name, way, *data_flags(arguments), *flags)
+        return lambda seed: printed(ROOT / "scripts" / "measure.py", *words, "--seed", str(seed))
 
-    in_keras("describe")(0)
+    in_keras("describe", "--folder", str(folder))(0)
     described = json.loads((folder / "network.json").read_text())
     ways = {way: in_keras(way) for way in KERAS_WAYS}
     if importlib.util.find_spec("torch"):
@@ -229,7 +71,11 @@ def compare_speed(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[s
             ways[way] = lambda seed, flags=flags: printed(ROOT / "scripts" / "pytorch_twin.py", str(folder), *flags)
     else:
         print("no PyTorch: its twins are left out; pip install -r requirements-benchmark.txt")
-    rounds = alternate({"peak": in_keras("peak"), **ways}, arguments.rounds, "examples_per_second")
+    rounds = alternate(
+        {"peak": in_keras("peak", "--precision", described["precision"]), **ways},
+        arguments.rounds,
+        "examples_per_second",
+    )
     flops, peak = described["training_flops_per_example"], statistics.median(each["peak"]["flops"] for each in rounds)
 
     def ratio_to(way: str) -> dict[str, float] | None:
@@ -287,49 +133,6 @@ def interval(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
-class TargetClock(keras.callbacks.Callback):
-    """Stops at the first epoch whose validation accuracy reaches the target; `seconds` from the start of training."""
-
-    def __init__(self, target: float):
-        super().__init__()
-        self.target, self.reached, self.seconds = target, False, 0.0
-
-    def on_train_begin(self, logs=None):
-        self.begin = time.perf_counter()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.seconds = time.perf_counter() - self.begin
-        self.reached = self.model.stop_training = logs["val_accuracy"] >= self.target
-
-
-def train_naively(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """The naive script: cifar10_cnn's network as tutorials write and train it, until it is at the target."""
-    config = SharedConfig(data=arguments.data, data_dir=arguments.data_dir, smoke=arguments.smoke, seed=seed)
-    data = load_images(CIFAR10, config, (32, 32))
-    keras.utils.set_random_seed(seed)
-    x_train, x_validation = (split.inputs.numpy() / 255.0 for split in (data.train, data.validation))
-    y_train, y_validation = (split.targets.numpy().argmax(1) for split in (data.train, data.validation))
-    model = keras.Sequential(
-        [
-            keras.Input((32, 32, 3)),
-            keras.layers.Conv2D(32, 3, activation="relu"),
-            keras.layers.MaxPooling2D(),
-            keras.layers.Conv2D(64, 3, activation="relu"),
-            keras.layers.MaxPooling2D(),
-            keras.layers.Conv2D(64, 3, activation="relu"),
-            keras.layers.Flatten(),
-            keras.layers.Dense(64, activation="relu"),
-            keras.layers.Dense(10, activation="softmax"),
-        ]
-    )
-    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
-    clock = TargetClock(TARGET)
-    validation = (x_validation, y_validation)
-    epochs = arguments.naive_epochs
-    model.fit(x_train, y_train, batch_size=32, epochs=epochs, validation_data=validation, callbacks=[clock], verbose=0)
-    return {"seconds_to_target": clock.seconds, "reached": clock.reached, "parameters": model.count_params()}
-
-
 def run_recipe(arguments: argparse.Namespace, *flags: str, launcher: tuple[str, ...] = ()) -> dict[str, Any]:
     """Runs cifar10_cnn as a user would; what its result.json says."""
     with tempfile.TemporaryDirectory() as folder:
@@ -350,7 +153,7 @@ def compare_target(arguments: argparse.Namespace, _: pathlib.Path) -> dict[str, 
 
     def naive(seed: int) -> dict[str, Any]:
         flags = [*data_flags(arguments), "--naive-epochs", str(arguments.naive_epochs), "--seed", str(seed)]
-        return printed(ROOT / "scripts" / "benchmark.py", "target", *flags, "--way", "naive")
+        return printed(ROOT / "scripts" / "measure.py", "cifar10_cnn", "target", *flags)
 
     def recipe(seed: int) -> dict[str, Any]:
         result = run_recipe(arguments, "--epochs", "5", "--seed", str(seed))
@@ -406,13 +209,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="how often each way is run (default: 5)")
     parser.add_argument("--naive-epochs", type=int, default=20, help="the naive script gives up then (default: 20)")
     parser.add_argument("--smoke", action="store_true", help="a few examples and epochs; writes no record")
-    parser.add_argument("--way", choices=["describe", "peak", *KERAS_WAYS], help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
-    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.way:
-        print(json.dumps(run_way(arguments)))
-        return
     kinds = {"target": compare_target, **dict.fromkeys(DISTRIBUTED, compare_distributed)}
     with tempfile.TemporaryDirectory() as folder:
         record = kinds.get(arguments.what, compare_speed)(arguments, pathlib.Path(folder))
@@ -427,17 +224,6 @@ def main() -> None:
         record["command"] = shlex.join(["python", "scripts/benchmark.py", *without_places(sys.argv[1:])])
         write_file(results / f"{name}.json", json.dumps(record, indent=2) + "\n")
         publish()
-
-
-def run_way(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a fresh process of `printed` does."""
-    if arguments.what == "target":
-        return train_naively(arguments, arguments.seed)
-    if arguments.way == "peak":
-        return measure_peak(json.loads((arguments.folder / "network.json").read_text())["precision"])
-    with tempfile.TemporaryDirectory() as folder:
-        place = arguments.folder if arguments.way == "describe" else pathlib.Path(folder)
-        return measure(arguments.what, arguments.way, arguments, arguments.seed, place)
 
 
 if __name__ == "__main__":

@@ -103,9 +103,9 @@ def publish() -> None:
     text = with_part(readme.read_text(), "results", results_table())
     text = with_part(text, "benchmark", benchmark_table())
     readme.write_text(with_part(text, "distributed", distributed_table()))
-    picture = curves()
-    if picture:
-        (RESULTS / "curves.png").write_bytes(figure_png(picture))
+    for name, picture in (("curves", curves()), ("benchmark", speeds())):
+        if picture:
+            (RESULTS / f"{name}.png").write_bytes(figure_png(picture))
     for path in sorted((ROOT / "recipes").glob("*.py")):
         path.write_text(with_result_line(path.read_text(), result_line(path.stem)))
 
@@ -199,8 +199,7 @@ def benchmark_table() -> str:
         "| recipe | examples per second | to the naive way | to PyTorch | share of peak | first step | callbacks |",
         "|---|---|---|---|---|---|---|",
     ]
-    for path in sorted(RESULTS.glob("benchmark-*.json")):
-        record = json.loads(path.read_text())
+    for record in benchmarks():
         torch = (
             f"{spread(record['to_pytorch'])} ({record['better_pytorch']})" if record["to_pytorch"] else "not measured"
         )
@@ -220,7 +219,37 @@ def benchmark_table() -> str:
             f"{spread(record['to_naive'])} of the time of the naive script"
             + (f" (at most: that one gave up in {missed} of {rounds} rounds)." if missed else "."),
         ]
+    if benchmarks():
+        lines += ["", "![Examples per second, against the naive way](results/benchmark.png)"]
     return "\n".join(lines) if len(lines) > 2 else "Not yet measured."
+
+
+def benchmarks() -> list[dict]:
+    """The records of scripts/benchmark.py, one for each recipe that has one."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("benchmark-*.json"))]
+
+
+def speeds() -> Figure | None:
+    """Examples per second of each recipe and of its better twin in PyTorch, in those of the naive way."""
+    records = benchmarks()
+    if not records:
+        return None
+    figure = Figure(figsize=(9, 1.2 + 0.7 * len(records)), layout="constrained")
+    axes = figure.add_subplot(xlabel="examples per second, in those of the naive way", xscale="log")
+    for offset, way in ((0.25, "recipe"), (0.0, "PyTorch"), (-0.25, "naive")):
+        places, widths = [], []
+        for place, record in enumerate(reversed(records)):
+            found = record["examples_per_second"].get(record["better_pytorch"] if way == "PyTorch" else way)
+            if found:
+                places.append(place + offset)
+                widths.append(found / record["examples_per_second"]["naive"])
+        bars = axes.barh(places, widths, height=0.24, label="PyTorch, its better form" if way == "PyTorch" else way)
+        axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(records)), [record["recipe"] for record in reversed(records)])
+    axes.margins(x=0.1)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+    return figure
 
 
 def spread(interval: dict[str, float]) -> str:

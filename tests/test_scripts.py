@@ -1,5 +1,6 @@
 """The scripts that set up, publish and compare."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import pytest
 from conftest import ROOT, run_program
 from test_readme import load_script
 
-reproduce, benchmark = load_script("reproduce"), load_script("benchmark")
+reproduce, measure = load_script("reproduce"), load_script("measure")
 
 
 def fake_run(accuracy: float, seed: int) -> dict:
@@ -154,11 +155,11 @@ def test_no_operations_are_counted_for_frozen_layers_or_the_gradient_below_them(
     x = keras.layers.Conv2D(8, 3, padding="same")(frozen(images))
     model = keras.Model(images, keras.layers.Dense(5)(keras.layers.GlobalMaxPooling2D()(x)))
     expected = 2 * 4 * 3 * 24 * 9**2 + 2 * (2 * 9 * 24 * 8 * 9**2) + 3 * (2 * 8 * 5)
-    assert benchmark.training_flops(model, (10, 10, 3)) == expected
+    assert measure.training_flops(model, (10, 10, 3)) == expected
 
 
 def test_the_clock_leaves_out_the_first_execution():
-    clock = benchmark.Clock(640)
+    clock = measure.Clock(640)
     clock.set_params({"steps": 64})
     for _ in range(2):
         for last in (31, 63):
@@ -173,7 +174,7 @@ def test_the_target_clock_stops_at_the_target():
     class Model:
         stop_training = False
 
-    clock = benchmark.TargetClock(0.7)
+    clock = measure.TargetClock(0.7)
     clock.set_model(Model())
     clock.on_train_begin()
     for epoch, accuracy in enumerate((0.5, 0.71)):
@@ -275,12 +276,13 @@ def test_the_pytorch_twin_computes_what_the_recipe_does(tmp_path, monkeypatch, n
     """The probabilities of the twin's softmax, from the described network and weights."""
     torch = pytest.importorskip("torch", reason="requirements-benchmark.txt is not installed")
     twin, models = load_script("pytorch_twin"), []
-    describe = benchmark.describe
-    monkeypatch.setattr(benchmark, "describe", lambda model, *others: (models.append(model), describe(model, *others)))
-    arguments = benchmark.argparse.Namespace(data="sample", data_dir="", smoke=True)
+    describe = measure.describe
+    monkeypatch.setattr(measure, "describe", lambda model, *others: (models.append(model), describe(model, *others)))
+    options = {"recipe": name, "way": "describe", "data": "sample", "data_dir": "", "smoke": True, "seed": 0}
+    arguments = argparse.Namespace(**options)
     fit = keras.Model.fit
     try:
-        benchmark.measure(name, "describe", arguments, 0, tmp_path)
+        measure.measure(arguments, tmp_path)
     finally:
         keras.Model.fit = fit
     described = json.loads((tmp_path / "network.json").read_text())

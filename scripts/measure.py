@@ -1,0 +1,258 @@
+"""Trains a recipe for scripts/benchmark.py in one of the ways that are compared, and prints a line of JSON.
+
+    python scripts/measure.py cifar10_cnn recipe --data tfds
+    python scripts/measure.py cifar10_cnn naive --data tfds
+    python scripts/measure.py cifar10_cnn describe --data tfds --folder FOLDER
+    python scripts/measure.py cifar10_cnn peak
+    python scripts/measure.py cifar10_cnn target --data tfds
+
+What the ways are, scripts/benchmark.py says. `describe` trains nothing: it writes what scripts/pytorch_twin.py needs.
+`peak` multiplies large matrices, and `target` is the naive script that trains until it is at the target.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import itertools
+import json
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+from common.batches import Split
+from common.cli import Parser, SharedConfig, UserError, run_script
+from common.data import CIFAR10, Data, load_images
+from common.hardware import describe_machine
+from common.records import write_file
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+ROOT = pathlib.Path(__file__).parent.parent
+TARGET = 0.70
+# Enough of the slower recipes to measure them; of the others, all their epochs.
+MEASURED_EPOCHS = {"cifar10_cnn": 2, "mnist_cnn": 2}
+
+
+class Clock(keras.callbacks.Callback):
+    """Measures the examples per second behind the first execution, without validation, and when that ended."""
+
+    def __init__(self, examples_per_epoch: int):
+        super().__init__()
+        self.examples_per_epoch = examples_per_epoch
+        self.first_step, self.executed, self.batches = 0.0, 0, 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        if not self.first_step:
+            self.first_step, self.began = time.time(), time.perf_counter()
+        else:
+            self.batches += batch + 1 - self.executed
+        self.executed = batch + 1
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.executed = 0
+
+    def on_train_end(self, logs=None):
+        self.seconds = time.perf_counter() - self.began
+
+    def figures(self) -> dict[str, float]:
+        """What is printed."""
+        examples = self.batches * self.examples_per_epoch / self.params["steps"]
+        return {"examples_per_second": examples / self.seconds, "first_step": self.first_step}
+
+
+class MeasuredError(Exception):
+    """Ends a recipe when its `fit` was measured."""
+
+
+def measure(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
+    """Trains a recipe in this process, or describes its network for PyTorch in `folder`."""
+    name, way = arguments.recipe, arguments.way
+    recipe = load_recipe(name)
+    shared = {"data": arguments.data, "data_dir": arguments.data_dir, "smoke": arguments.smoke, "seed": arguments.seed}
+    config = recipe.Config(**shared, quiet=True, baseline=False, run_dir=str(folder / "run"))
+    config = dataclasses.replace(config, epochs=2 if arguments.smoke else MEASURED_EPOCHS.get(name, config.epochs))
+    data = recipe.load_data(config)
+    nothing = Split(data.validation.inputs[:0], data.validation.targets[:0])
+    data = dataclasses.replace(data, validation=nothing)
+    batches_of, fit, dealt, figures = recipe.training_batches, keras.Model.fit, [], {}
+
+    def remember_split(split: Split, *others: Any, **named: Any) -> Any:
+        dealt.append(split)
+        return batches_of(split, *others, **named)
+
+    def measured_fit(model: keras.Model, batches: Any, callbacks: list, **named: Any) -> None:
+        if way == "describe":
+            describe(model, dealt[0], data, config, folder)
+            raise MeasuredError
+        clock = Clock(len(dealt[0]))
+        if way == "naive":
+            fit_naively(fit, model, dealt[0], config, clock)
+        else:
+            fit(model, batches, callbacks=[clock, *(callbacks if way == "recipe" else [])], **named)
+        figures.update(clock.figures())
+        raise MeasuredError
+
+    recipe.training_batches, keras.Model.fit = remember_split, measured_fit
+    try:
+        recipe.train(config, data)
+    except MeasuredError:
+        return figures
+    raise UserError(f"{name}: never called fit")
+
+
+def load_recipe(name: str) -> Any:
+    """The module of a recipe."""
+    specification = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # Dataclasses look their module up.
+    specification.loader.exec_module(module)
+    return module
+
+
+def fit_naively(fit: Callable, model: keras.Model, split: Split, config: SharedConfig, clock: Clock) -> None:
+    """Trains the layers of `model` on arrays, as tutorials do."""
+    inputs, targets, loss = split.inputs.numpy(), split.targets.numpy(), model.loss
+    if inputs.dtype == np.uint8:
+        inputs = inputs / 255.0
+        preparing = keras.layers.InputLayer | keras.layers.Rescaling | keras.layers.Normalization
+        layers = itertools.dropwhile(lambda layer: isinstance(layer, preparing), model.layers)
+        model = keras.Sequential([keras.Input(inputs.shape[1:]), *layers])
+    model.compile("adam", loss, metrics=["mae" if targets.shape[1] == 1 else "accuracy"])
+    fit(model, inputs, targets, batch_size=config.batch_size, epochs=config.epochs, callbacks=[clock], verbose=0)
+
+
+def describe(model: keras.Model, split: Split, data: Data, config: SharedConfig, folder: pathlib.Path) -> None:
+    """Writes what scripts/pytorch_twin.py needs: network.json and arrays.npz."""
+    layers, weights = [], []
+    for layer in model.layers:
+        about = {
+            setting: value
+            for setting, value in layer.get_config().items()
+            if isinstance(value, str | int | float | bool) and setting != "name"
+        }
+        layers.append({"kind": type(layer).__name__, **about})
+        weights += [np.asarray(weight) for weight in layer.get_weights()]
+    optimizer, loss = model.optimizer, model.loss
+    constants = {
+        setting: value for setting, value in optimizer.get_config().items() if isinstance(value, int | float | None)
+    }
+    description = {
+        "layers": layers,
+        "weights": len(weights),
+        "loss": loss if isinstance(loss, str) else "cross-entropy",
+        "label_smoothing": getattr(config, "label_smoothing", 0.0),
+        "optimizer": type(optimizer).__name__,
+        "constants": {**constants, "learning_rate": config.learning_rate},
+        "batch_size": config.batch_size,
+        "epochs": config.epochs,
+        "shift": getattr(config, "shift", 0),
+        "mirror": hasattr(sys.modules[type(config).__module__], "random_mirror"),  # What the recipe imports, it uses.
+        "threads": describe_machine().cores,
+        "precision": keras.config.dtype_policy().compute_dtype,
+        "training_flops_per_example": training_flops(model, split.inputs.shape[1:]),
+        "parameters": sum(int(np.prod(weight.shape)) for weight in model.trainable_weights),
+        "data": {"source": data.source, "name": data.name, "digest": data.digest()},
+    }
+    write_file(folder / "network.json", json.dumps(description))
+    arrays = {f"weight_{number}": weight for number, weight in enumerate(weights)}
+    np.savez(folder / "arrays.npz", inputs=split.inputs.numpy(), targets=split.targets.numpy(), **arrays)
+
+
+def training_flops(model: keras.Model, shape: tuple[int, ...]) -> int:
+    """Floating-point operations of a training step for each example of `shape`; formula: see the top."""
+    total, trained = 0, False
+    for layer in model.layers:
+        kernel = getattr(layer, "kernel", None)
+        if kernel is None:
+            continue
+        _, *places, _ = keras.Model(model.inputs, layer.output).compute_output_shape((1, *shape))
+        forwards = 2 * int(np.prod(kernel.shape)) * int(np.prod(places))
+        total += forwards * (1 + layer.trainable + trained)
+        trained = trained or layer.trainable
+    return total
+
+
+def measure_peak(precision: str) -> dict[str, float]:
+    """Operations per second of the product of two large matrices, at the best of ten tries."""
+    size, took = 2048, []
+    one = tf.cast(tf.random.normal([size, size]), precision)
+    product = tf.function(lambda: tf.reduce_sum(tf.matmul(one, one)))
+    for _ in range(11):  # The first one is traced.
+        began = time.perf_counter()
+        product().numpy()
+        took.append(time.perf_counter() - began)
+    return {"flops": 2 * size**3 / min(took[1:])}
+
+
+class TargetClock(keras.callbacks.Callback):
+    """Stops at the first epoch whose validation accuracy reaches the target; `seconds` from the start of training."""
+
+    def __init__(self, target: float):
+        super().__init__()
+        self.target, self.reached, self.seconds = target, False, 0.0
+
+    def on_train_begin(self, logs=None):
+        self.begin = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seconds = time.perf_counter() - self.begin
+        self.reached = self.model.stop_training = logs["val_accuracy"] >= self.target
+
+
+def train_naively(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The naive script: cifar10_cnn's network as tutorials write and train it, until it is at the target."""
+    config = SharedConfig(data=arguments.data, data_dir=arguments.data_dir, smoke=arguments.smoke, seed=arguments.seed)
+    data = load_images(CIFAR10, config, (32, 32))
+    keras.utils.set_random_seed(arguments.seed)
+    x_train, x_validation = (split.inputs.numpy() / 255.0 for split in (data.train, data.validation))
+    y_train, y_validation = (split.targets.numpy().argmax(1) for split in (data.train, data.validation))
+    model = keras.Sequential(
+        [
+            keras.Input((32, 32, 3)),
+            keras.layers.Conv2D(32, 3, activation="relu"),
+            keras.layers.MaxPooling2D(),
+            keras.layers.Conv2D(64, 3, activation="relu"),
+            keras.layers.MaxPooling2D(),
+            keras.layers.Conv2D(64, 3, activation="relu"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(64, activation="relu"),
+            keras.layers.Dense(10, activation="softmax"),
+        ]
+    )
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    clock = TargetClock(TARGET)
+    validation = (x_validation, y_validation)
+    epochs = arguments.naive_epochs
+    model.fit(x_train, y_train, batch_size=32, epochs=epochs, validation_data=validation, callbacks=[clock], verbose=0)
+    return {"seconds_to_target": clock.seconds, "reached": clock.reached, "parameters": model.count_params()}
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("recipe", help="its name, as cifar10_cnn")
+    parser.add_argument("way", choices=["naive", "recipe", "recipe without callbacks", "describe", "peak", "target"])
+    parser.add_argument("--data", default="auto", help="as for the recipe")
+    parser.add_argument("--data-dir", default="", help="as for the recipe")
+    parser.add_argument("--smoke", action="store_true", help="a few examples and epochs")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order (default: 0)")
+    parser.add_argument("--precision", default="float32", help="of the peak (default: float32)")
+    parser.add_argument("--naive-epochs", type=int, default=20, help="when the naive script gives up (default: 20)")
+    parser.add_argument("--folder", type=pathlib.Path, help="where a description is written to")
+    arguments = parser.parse_args()
+    if arguments.way == "target":
+        figures = train_naively(arguments)
+    elif arguments.way == "peak":
+        figures = measure_peak(arguments.precision)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            figures = measure(arguments, arguments.folder or pathlib.Path(folder))
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    run_script(main)
