@@ -166,6 +166,7 @@ def _deal(
         # A worker with several replicas deals their slices out one after the other.
         local = context.num_replicas_in_sync // context.num_input_pipelines
 
+        @tf.autograph.experimental.do_not_convert  # It would put its own traceback into the messages of errors.
         def replica_slice(number: tf.Tensor) -> tuple:
             step, replica = number // local, context.input_pipeline_id * local + number % local
             first = step % steps * len(split) // steps

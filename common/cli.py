@@ -116,7 +116,8 @@ def _number(kind: type, lowest: float, below: float, text: str) -> float:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from error
     if not lowest <= value < below:
-        raise argparse.ArgumentTypeError(f"{value} must be at least {lowest:,} and less than {below:,}")
+        limits = f"at least {lowest:,}" + (f" and less than {below:,}" if below < math.inf else "")
+        raise argparse.ArgumentTypeError(f"{value} must be {limits}")
     return value
 
 

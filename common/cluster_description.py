@@ -8,6 +8,9 @@ from common.cli import UserError
 
 import tensorflow as tf
 
+# A host name is made of labels, each of which the domain name system allows 63 letters.
+_ADDRESS = re.compile(r"(?=.{1,253}:)([A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?:[1-9][0-9]{0,4}")
+
 
 def described_cluster(environment: Mapping[str, str]) -> tuple[tuple[str, ...], int]:
     """The addresses of all workers, the chief's first, and which of them is this process's.
@@ -93,7 +96,7 @@ def _from_slurm(environment: Mapping[str, str]) -> tuple[tuple[str, ...], int]:
 
 def _checked(origin: str, addresses: list) -> tuple[str, ...]:
     for address in addresses:
-        known = isinstance(address, str) and re.fullmatch(r"[A-Za-z0-9._-]+:[1-9][0-9]{0,4}", address)
+        known = isinstance(address, str) and _ADDRESS.fullmatch(address)
         if not known or host_and_port(address)[1] > 65535:
             raise UserError(f"{origin}: {address!r} is no address; give host:port, with a port from 1 to 65535")
         if addresses.count(address) > 1:

@@ -20,9 +20,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from common.batches import Arrays, Augment, Split, steps_per_epoch
-from common.cli import BESIDE_TRAINING, EXIT_INTERRUPTED, SharedConfig, TrainingFailedError, UserError, parse_config
+from common.cli import EXIT_INTERRUPTED, SharedConfig, TrainingFailedError, UserError, parse_config
 from common.data import Data, Dataset, DataUnavailableError
-from common.evaluation import Report, _predict
+from common.evaluation import _predict
 from common.records import file_sha256, sealed, weights_sha256, write_file
 from common.runs import with_class_names
 from common.upstream import cure_symbolic_build
@@ -36,6 +36,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 Strategy = Literal["auto", "none", "mirrored"]
+BESIDE_TRAINING = {"data_dir", "run_dir", "resume", "quiet", "baseline", "histograms", "profile"}
 
 
 def run_recipe(train: Callable[[Any], dict], config_class: type, description: str | None = None) -> None:
@@ -129,7 +130,8 @@ class Run(keras.callbacks.Callback):
         except OSError as error:
             raise UserError(f"--run-dir {self.directory}: {error.strerror}; choose another folder") from error
         if not self.config.quiet:
-            print(f"data: {self.data}\nstrategy: {type(self.strategy).__name__}", flush=True)
+            counts = ", ".join(f"{count:,} {split}" for split, count in data.counts().items())
+            print(f"data: {data.name} ({data.source}): {counts}\ndevices: {self.strategy.num_replicas_in_sync}")
         logs = keras.callbacks.TensorBoard(
             str(self.directory / "tensorboard"),
             histogram_freq=int(self.config.histograms),
@@ -168,7 +170,7 @@ class Run(keras.callbacks.Callback):
             if old.stem != f"step-{step}":
                 old.unlink()
 
-    def finish(self, model: keras.Model, data: Data, report: Report, beside: dict[str, float]) -> dict[str, float]:
+    def finish(self, model: keras.Model, data: Data, report: "Report", beside: dict[str, float]) -> dict[str, float]:
         """Saves the model, the plots and `result.json`, and prints the result."""
         metrics, path = {**report.metrics, **beside}, self.directory / "model.keras"
         (with_class_names(model, data.class_names) if data.class_names else model).save(path)
@@ -184,7 +186,11 @@ class Run(keras.callbacks.Callback):
             "seed": self.config.seed,
             "epochs": self.state["epoch"],
             "steps": self.state["step"],
-            "seconds": {"train": self.state["train_seconds"], "total": time.perf_counter() - self.started},
+            "seconds": {
+                "data": data.seconds,
+                "train": self.state["train_seconds"],
+                "total": time.perf_counter() - self.started,
+            },
             "examples_per_second": self.state["steps"] * batch / self.state["seconds"] if self.state["steps"] else None,
             "weights_sha256": weights_sha256(model),
             "model_sha256": file_sha256(path),
@@ -202,6 +208,15 @@ class Run(keras.callbacks.Callback):
                 print(f"  {name.replace('_', ' '):<24} {value:.4f}")
             print(f"run directory: {self.directory}\nwatch it: tensorboard --logdir {shlex.quote(str(self.directory))}")
         return metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Test metrics, and what is behind them: `details` for JSON, `figures` for people."""
+
+    metrics: dict[str, float]
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+    figures: dict[str, Figure] = dataclasses.field(default_factory=dict)
 
 
 class BatchRandom:
@@ -230,6 +245,7 @@ def training_batches(
     shuffle, fold_in = tf.random.experimental.index_shuffle, tf.random.experimental.stateless_fold_in
     steps = steps_per_epoch(split, batch_size)
 
+    @tf.autograph.experimental.do_not_convert  # It would put its own traceback into the messages of errors.
     def batch_of(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         first, stop = step % steps * len(split) // steps, (step % steps + 1) * len(split) // steps
         epoch_seed = fold_in(tf.constant([seed, 0], tf.int64), step // steps)
@@ -325,7 +341,7 @@ def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> np.ndarray:
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable image; repair or remove it") from error
     return np.asarray(ImageOps.pad(image, (width, height))).reshape(shape)
 

@@ -26,7 +26,7 @@ def write_file(path: pathlib.Path, text: str) -> None:
 
 
 def sealed(content: dict[str, Any]) -> str:
-    """JSON that holds the SHA-256 of its own content, for `unsealed`."""
+    """JSON that holds the SHA-256 of its own content."""
     seal = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return json.dumps({**content, "sha256": seal}, indent=2) + "\n"
 

@@ -115,15 +115,17 @@ def resumed_settings(directory: pathlib.Path, settings: dict[str, Any]) -> dict[
         raise UserError(
             f"--run-dir {directory}: a run of {before['recipe']}, not of {settings['recipe']}; choose another"
         )
-    differing = []
+    differing = {}
     for part in ("config", "chosen"):
         for name in {**before[part], **settings[part]}:
             old, new = before[part].get(name), settings[part].get(name)
             exact = part == "config" or name != "threads" or settings["config"]["deterministic"]
             if old != new and exact and name not in BESIDE_TRAINING:
-                differing.append(f"{name} was {old!r} and is {new!r}")
+                differing[name] = f"{name} was {old!r} and is {new!r}"
     if differing:
-        raise UserError(f"--resume: in {directory}, {'; '.join(differing)}; give the same flags, or start a new run")
+        raise UserError(
+            f"--resume: in {directory}, {'; '.join(differing.values())}; give the same flags, or start a new run"
+        )
     if (directory / "result.json").exists():
         read_sealed(directory / "result.json")
         raise AlreadyFinishedError(f"{directory}: finished already; leave --resume out to start a new run")

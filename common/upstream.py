@@ -1,4 +1,7 @@
-"""Cures for bugs and gaps of Keras; `tests/test_upstream.py` fails for each one that is no longer needed."""
+"""Cures for bugs and gaps of Keras.
+
+`tests/test_upstream.py` fails for each one that is no longer needed.
+"""
 
 import functools
 import threading

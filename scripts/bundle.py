@@ -85,7 +85,7 @@ class Bundle:
         self.needed: dict[str, set[int]] = {}  # Positions of the statements that are used, by module.
         self._found: dict[str, str] = {}
         for name in (OWN, "train", "main"):
-            if name not in self.recipe.definitions:
+            if name not in self.recipe.definitions or not self.recipe.from_common:
                 raise UserError(
                     f"{path}: no recipe, as it does not define {name}; give one such as recipes/mnist_cnn.py"
                 )
@@ -131,7 +131,8 @@ class Bundle:
     def imports(self) -> str:
         """All imports of the recipe and of the modules in use; those of no use among them."""
         used = [self.recipe, *(module for module in self.modules.values() if self.needed[module.name])]
-        return "\n".join(dict.fromkeys(ast.unparse(node) for module in used for node in module.imports))
+        lines = dict.fromkeys(ast.unparse(node) for module in used for node in module.imports)
+        return "\n".join(line for line in lines if line != "import os")  # It is there, see `environment`.
 
     def config_class(self) -> str:
         """The recipe's `Config` with its own fields first, then the shared ones that it does not set anew."""
@@ -212,6 +213,7 @@ def pip_line(source: str) -> str:
             imported.add(node.module.split(".")[0])
     distributions = importlib.metadata.packages_distributions()
     names = {name.lower() for package in imported for name in distributions.get(package, [])}
+    names.add("tensorboard")  # Keras imports it for its callback.
     if "tensorflow-datasets" in names:
         names.add("importlib_resources")  # See requirements.txt.
     required = re.findall(r"^(([\w-]+)[<>=][^ \n]*)", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)
@@ -240,8 +242,8 @@ def origin(path: pathlib.Path) -> str:
     return f"recipes/{path.name} of Keras recipes, {commit(ROOT) or 'no commit'}, by scripts/bundle.py"
 
 
-def as_file(path: pathlib.Path) -> str:
-    """The bundle as a Python program."""
+def as_file(path: pathlib.Path, name: str) -> str:
+    """The bundle as a Python program, to be saved under `name`."""
     bundle = Bundle(path)
     statements = bundle.recipe_statements()
     guard = [chunk(bundle.recipe, bundle.recipe.tree.body[-1])]
@@ -250,6 +252,7 @@ def as_file(path: pathlib.Path) -> str:
         parts += [f"# {title}\n\n" + chunks[0], *chunks[1:]]
     code = "\n\n\n".join([*parts, *guard])
     docstring = f'"""{ast.get_docstring(bundle.recipe.tree, clean=False)}"""'
+    docstring = docstring.replace(f"python recipes/{path.name}", f"python {name}")
     future = "from __future__ import annotations  # What a function names may be defined below it."
     body = tidy("\n\n".join([docstring, future, environment(), bundle.imports(), code]) + "\n")
     return f"# Origin: {origin(path)}\n# {pip_line(body)}\n{body}"
@@ -297,7 +300,7 @@ def main() -> None:
         raise UserError(f"{arguments.output}: exists already; choose another name or remove it")
     if (arguments.output.suffix == ".ipynb") != arguments.notebook:
         raise UserError(f"{arguments.output}: a notebook is a file .ipynb, with --notebook; mend one of the two")
-    written = (as_notebook if arguments.notebook else as_file)(arguments.recipe)
+    written = as_notebook(arguments.recipe) if arguments.notebook else as_file(arguments.recipe, arguments.output.name)
     try:
         arguments.output.write_text(written, encoding="utf-8")
     except OSError as error:

@@ -38,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.error = lambda message: parser.exit(2, f"error: {message}; there are none but --help\n")
     parser.parse_args()
     findings = [
         check_python(sys.version_info[:2]),

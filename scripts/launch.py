@@ -45,7 +45,9 @@ def main() -> None:
     parser.add_argument("recipe", type=pathlib.Path, help="its file")
     parser.add_argument("--workers", type=int, required=True, help="how many processes")
     parser.add_argument("--max-restarts", type=int, default=3, help="how often all start again (default: 3)")
-    arguments = parser.parse_args(own)
+    arguments, others = parser.parse_known_args(own)
+    if others:
+        parser.error(f"{' '.join(others)}: no flags of the launcher; put those of the recipe behind a --")
     if not arguments.recipe.is_file():
         parser.error(f"{arguments.recipe}: no such file; name a recipe, as recipes/mnist_cnn.py")
     if arguments.workers < 1:
@@ -86,7 +88,8 @@ class Launcher:
     def run(self, max_restarts: int) -> int:
         """Runs the group until it ends well, was asked to stop, or has been restarted too often; its exit code."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self.pass_on)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # Ignored by nohup.
+                signal.signal(number, self.pass_on)
         for restarts in range(max_restarts + 1):
             # Whichever way the workers end, what they leave in temporary files goes with it.
             with tempfile.TemporaryDirectory() as folder:

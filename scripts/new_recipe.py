@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("name", help="of the new recipe: small letters, digits and _")
     parser.add_argument("--from", dest="original", required=True, help="name of the recipe to copy")
     arguments = parser.parse_args()
-    new_recipe(ROOT, arguments.name, arguments.original)
+    new_recipe(ROOT, arguments.name, arguments.original.removesuffix(".py"))
     publish()
     print(f"wrote recipes/{arguments.name}.py and tests/test_{arguments.name}.py, and brought README.md in step")
     print(f"next: scripts/run.sh {arguments.name} --smoke; scripts/test.sh tests/test_{arguments.name}.py")
@@ -33,7 +33,7 @@ def new_recipe(root: pathlib.Path, name: str, original: str) -> None:
     source, target = (root / "recipes" / f"{each}.py" for each in (original, name))
     test = root / "tests" / f"test_{name}.py"
     if not re.fullmatch(r"\w+", original) or not source.exists():
-        names = ", ".join(sorted(path.stem for path in source.parent.glob("*.py")))
+        names = ", ".join(sorted(path.stem for path in target.parent.glob("*.py")))
         raise UserError(f"--from {original}: no such recipe; choose one of {names}")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UserError(f"{name}: no name for a recipe; use small letters, digits and _, a letter first")

@@ -69,7 +69,11 @@ def predict(run_dir: pathlib.Path, files: list[str]) -> list[dict]:
             if not path.is_file():
                 problem = "a folder" if path.is_dir() else "no such file"
                 raise UserError(f"{title}: {problem}; give files to predict, or - for standard input")
-        titles, inputs = read_inputs(model, result, sources)
+        try:
+            titles, inputs = read_inputs(model, result, sources)
+        except UserError as error:
+            line = str(error).replace(str(pathlib.Path(folder, "standard_input")), "standard input")
+            raise UserError(line) from error
     batches = tf.data.Dataset.from_tensor_slices(inputs).batch(BATCH)
     outputs = model.predict(batches, verbose=0)
     if not result["class_names"]:

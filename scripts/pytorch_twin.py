@@ -14,6 +14,7 @@ import json
 import pathlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,6 +84,43 @@ def build(layers: list[dict], weights: list[np.ndarray]) -> nn.Module:
     return nn.Sequential(*modules)
 
 
+class Muon(torch.optim.AdamW):
+    """The one of common/optimizers.py."""
+
+    def __init__(self, parameters: list[nn.Parameter], constants: dict, **settings: Any):
+        self.kernels = [parameter for parameter in parameters if parameter.ndim == 4]
+        super().__init__([parameter for parameter in parameters if parameter.ndim != 4], **settings)
+        self.velocities = [torch.zeros_like(kernel) for kernel in self.kernels]
+        self.rate, self.momentum = settings["lr"] * constants["kernel_speed"], constants["kernel_momentum"]
+        self.decay = settings["lr"] * settings["weight_decay"]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Changes all parameters."""
+        super().step()
+        for kernel, velocity in zip(self.kernels, self.velocities, strict=True):
+            velocity.mul_(self.momentum).add_(kernel.grad)
+            step = orthogonal((kernel.grad + self.momentum * velocity).flatten(1))
+            kernel.mul_(1 - self.decay).sub_(self.rate * step.view_as(kernel))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets all gradients."""
+        super().zero_grad(set_to_none)
+        for kernel in self.kernels:
+            kernel.grad = None
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """As in common/optimizers.py."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonal(matrix.T).T
+    matrix = matrix / (matrix.norm() + 1e-7)
+    for _ in range(3):
+        square = matrix @ matrix.T
+        matrix = 3.4445 * matrix + (2.0315 * square @ square - 4.7750 * square) @ matrix
+    return matrix
+
+
 def optimizer_for(network: nn.Module, kind: str, constants: dict) -> torch.optim.Optimizer:
     """The optimizer with the constants of the Keras one; its learning rate stays at its peak."""
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -96,7 +134,7 @@ def optimizer_for(network: nn.Module, kind: str, constants: dict) -> torch.optim
         "weight_decay": constants["weight_decay"] or 0.0,
         "fused": True,
     }
-    return torch.optim.AdamW(parameters, **settings)
+    return Muon(parameters, constants, **settings) if kind == "Muon" else torch.optim.AdamW(parameters, **settings)
 
 
 def augmented(images: torch.Tensor, shift: int, mirror: bool) -> torch.Tensor:

@@ -3,10 +3,12 @@
 import ast
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 import typing
@@ -18,6 +20,7 @@ import nbclient
 import nbformat
 import pytest
 from conftest import NO_NETWORK, ROOT, load_recipe, run_program
+from packaging.requirements import Requirement
 from PIL import Image
 from test_readme import load_script
 
@@ -33,24 +36,35 @@ CALLED_FROM_OUTSIDE = {
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A folder with a Python that has the packages of this environment, but not this project."""
-    folder = tmp_path_factory.mktemp("alone")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
-    (packages,) = [path for path in map(pathlib.Path, sys.path) if path.name == "site-packages"]
-    (site,) = (folder / "venv").glob("lib/python*/site-packages")
-    for path in packages.iterdir():
-        # The editable installation of this project is a .pth file or a finder; all else is a real package.
-        if "editable" not in path.name and path.suffix != ".pth" and not path.name.startswith("keras_recipes"):
-            (site / path.name).symlink_to(path)
-    python = folder / "venv" / "bin" / "python"
-    found = subprocess.run([python, "-I", "-c", "import common"], capture_output=True, cwd=folder, check=False)
-    assert found.returncode, "this project must be out of reach"
-    return python
+    """Gives for a recipe a Python that has what the first lines of its bundle name, and not this project."""
+
+    @functools.cache
+    def with_packages(pip_line):
+        folder = tmp_path_factory.mktemp("alone")
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
+        (site,) = (folder / "venv").glob("lib/python*/site-packages")
+        wanted, found = [Requirement(word) for word in shlex.split(pip_line)[3:]], {}
+        while wanted:  # And what those need.
+            requirement = wanted.pop()
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                installed = importlib.metadata.distribution(requirement.name)
+                if found.setdefault(installed.name, installed) is installed:
+                    wanted += map(Requirement, installed.requires or [])
+        for installed in found.values():
+            for name in {file.parts[0] for file in installed.files} - {"..", "__pycache__"}:
+                if not (site / name).exists():
+                    (site / name).symlink_to(installed.locate_file(name))
+        python = folder / "venv" / "bin" / "python"
+        project = subprocess.run([python, "-I", "-c", "import common"], capture_output=True, cwd=folder, check=False)
+        assert project.returncode, "this project must be out of reach"
+        return python
+
+    return lambda recipe: with_packages(bundled_source(recipe.__name__).splitlines()[1])
 
 
 @functools.cache
 def bundled_source(name):
-    return bundle_script.as_file(ROOT / "recipes" / f"{name}.py")
+    return bundle_script.as_file(ROOT / "recipes" / f"{name}.py", "my_train.py")
 
 
 def bundle(recipe, target):
@@ -61,7 +75,7 @@ def bundle(recipe, target):
 def test_a_bundle_alone_gives_the_weights_of_the_recipe(recipe, alone, tmp_path):
     path = bundle(recipe, tmp_path / "my_train.py")
     environment = {**os.environ, **NO_NETWORK}
-    command = [alone, "-I", str(path), *SMOKE, "--run-dir", "run"]
+    command = [alone(recipe), "-I", str(path), *SMOKE, "--run-dir", "run"]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (0, ""), run.stderr
     flags = ("--run-dir", str(tmp_path / "original"))
@@ -87,11 +101,12 @@ my_train.main()
 
 
 def test_a_bundle_resumes_exactly_and_what_it_trained_can_be_used(alone, tmp_path):
-    bundle(load_recipe("mnist_cnn"), tmp_path / "my_train.py")
+    recipe = load_recipe("mnist_cnn")
+    bundle(recipe, tmp_path / "my_train.py")
     (tmp_path / "cut.py").write_text(CUT_IN_THE_SECOND_EPOCH)
 
     def run(*words):
-        command = [alone, *words, *SMOKE]
+        command = [alone(recipe), *words, *SMOKE]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     assert run("my_train.py", "--run-dir", "whole").returncode == 0
@@ -112,11 +127,22 @@ def test_a_bundle_resumes_exactly_and_what_it_trained_can_be_used(alone, tmp_pat
 
 
 def test_a_bundle_trains_on_several_devices(alone, tmp_path):
-    bundle(load_recipe("cifar10_cnn"), tmp_path / "my_train.py")
+    recipe = load_recipe("cifar10_cnn")
+    bundle(recipe, tmp_path / "my_train.py")
     losses = []
     for devices in ("1", "2"):
         # 7 batches of 77 and 78 pictures: the halves of some are not of one size.
-        command = [alone, "my_train.py", *SMOKE, "--batch-size", "78", "--devices", devices, "--run-dir", devices]
+        command = [
+            alone(recipe),
+            "my_train.py",
+            *SMOKE,
+            "--batch-size",
+            "78",
+            "--devices",
+            devices,
+            "--run-dir",
+            devices,
+        ]
         run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr
         losses.append(read_run(tmp_path / devices)["metrics"]["loss"])
@@ -138,7 +164,8 @@ def test_a_bundle_is_clean_and_complete(recipe, tmp_path):
     assert text.startswith(f"# Origin: recipes/{recipe.__name__}.py of ")
     assert "# pip install " in text.split('"""')[0]
     tree = ast.parse(text)
-    assert ast.get_docstring(tree) == recipe.__doc__.strip()
+    docstring = recipe.__doc__.strip().replace(f"python recipes/{recipe.__name__}.py", "python my_train.py")
+    assert ast.get_docstring(tree) == docstring
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not [module for module in modules if module.startswith("common")]
     names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]

@@ -198,6 +198,8 @@ def test_a_step_of_slurm_is_a_cluster(monkeypatch):
         (tf_config(["127.0.0.1:65536", TWO[0]]), "'127.0.0.1:65536' is no address"),
         (tf_config(["127.0.0.1:01112", TWO[0]]), "'127.0.0.1:01112' is no address"),
         (tf_config(["http://a:1", TWO[0]]), "'http://a:1' is no address"),
+        (tf_config(["a..b:1", TWO[0]]), "'a..b:1' is no address"),
+        (tf_config(["a" * 64 + ".b:1", TWO[0]]), "b:1' is no address"),
         (tf_config(["a:" + "1" * 5000, TWO[0]]), "is no address"),
         (tf_config(TWO, "1" * 5000), "the index"),
         (tf_config([1, TWO[0]]), "1 is no address"),

@@ -1,0 +1,52 @@
+"""The optimizers of this project, against NumPy and against Keras' own."""
+
+from common.optimizers import Muon, orthogonal
+
+import keras
+import numpy as np
+import pytest
+
+
+@pytest.mark.parametrize("shape", [(216, 64), (64, 216), (27, 32)])
+def test_orthogonal_keeps_the_directions_and_evens_out_the_lengths(shape):
+    matrix = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    left, _, right = np.linalg.svd(matrix, full_matrices=False)
+    lengths = left.T @ np.asarray(orthogonal(keras.ops.convert_to_tensor(matrix))) @ right.T
+    assert np.abs(lengths - np.diag(np.diag(lengths))).max() < 1e-3
+    before = np.linalg.svd(matrix / np.linalg.norm(matrix), compute_uv=False)
+    after = np.diag(lengths)
+    assert 0.6 < after[before > 0.07].min() <= after.max() < 1.3
+    assert (after[before < 0.07] > 8 * before[before < 0.07]).all()
+
+
+def test_a_kernel_moves_by_an_orthogonal_matrix():
+    random = np.random.default_rng(1)
+    start, *gradients = random.normal(size=(3, 3, 3, 8, 16)).astype(np.float32)
+    kernel = keras.Variable(start)
+    optimizer = Muon(0.01, 4.0, kernel_momentum=0.5, weight_decay=0.5)
+    expected, velocity = start.reshape(72, 16), 0.0
+    for gradient in gradients:
+        optimizer.apply([gradient], [kernel])
+        velocity = 0.5 * velocity + gradient.reshape(72, 16)
+        step = orthogonal(keras.ops.convert_to_tensor(gradient.reshape(72, 16) + 0.5 * velocity))
+        expected = (1 - 0.01 * 0.5) * expected - 0.04 * np.asarray(step)
+    np.testing.assert_allclose(kernel.numpy().reshape(72, 16), expected, atol=1e-5)
+
+
+def test_all_but_kernels_is_left_to_adamw():
+    settings = {"learning_rate": 0.1, "weight_decay": 0.3, "epsilon": 1e-3, "beta_2": 0.9}
+    random, ends = np.random.default_rng(2), []
+    starts, gradients = ([random.normal(size=shape) for shape in ((5, 4), (4,))] for _ in range(2))
+    for optimizer in (Muon(**settings), keras.optimizers.AdamW(**settings)):
+        variables = [keras.Variable(start) for start in starts]
+        for _ in range(3):
+            optimizer.apply([keras.ops.convert_to_tensor(each, "float32") for each in gradients], variables)
+        ends.append([variable.numpy() for variable in variables])
+    for ours, theirs in zip(*ends, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_it_can_be_made_again_from_its_configuration():
+    again = Muon.from_config(Muon(0.02, 7.0, kernel_momentum=0.8, weight_decay=0.2).get_config())
+    assert (again.kernel_speed, again.kernel_momentum, again.weight_decay) == (7.0, 0.8, 0.2)
+    assert float(again.learning_rate) == pytest.approx(0.02)
