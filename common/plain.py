@@ -118,7 +118,7 @@ class Run(keras.callbacks.Callback):
         self.data = {"source": data.source, "name": data.name, "digest": data.digest(), **data.counts()}
         settings = {"recipe": self.recipe, "config": dataclasses.asdict(self.config), "data": self.data}
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            (self.directory / "plots").mkdir(parents=True, exist_ok=True)
             if (self.directory / "config.json").exists():
                 before = json.loads((self.directory / "config.json").read_text())
                 for name, value in settings["config"].items():
@@ -174,7 +174,6 @@ class Run(keras.callbacks.Callback):
         """Saves the model, the plots and `result.json`, and prints the result."""
         metrics, path = {**report.metrics, **beside}, self.directory / "model.keras"
         (with_class_names(model, data.class_names) if data.class_names else model).save(path)
-        (self.directory / "plots").mkdir(exist_ok=True)
         for name, figure in report.figures.items():
             figure.savefig(self.directory / "plots" / f"{name}.png")
         batch = data.counts()["train"] / self.params["steps"]
@@ -203,9 +202,8 @@ class Run(keras.callbacks.Callback):
         }
         write_file(self.directory / "result.json", sealed(result))
         if not self.config.quiet:
-            print(f"test split of {data.name} ({data.source}):")
-            for name, value in metrics.items():
-                print(f"  {name.replace('_', ' '):<24} {value:.4f}")
+            rows = "\n".join(f"  {name.replace('_', ' '):<24} {value:.4f}" for name, value in metrics.items())
+            print(f"test split of {data.name} ({data.source}):\n{rows}")
             print(f"run directory: {self.directory}\nwatch it: tensorboard --logdir {shlex.quote(str(self.directory))}")
         return metrics
 
@@ -256,19 +254,22 @@ def training_batches(
             inputs, targets = augment(inputs, targets, BatchRandom(batch_seed, stop - first))
         return inputs, targets
 
-    steps_to_come = tf.data.Dataset.range(start_step, tf.int64.max)
-    batches = steps_to_come.map(batch_of, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
-    options = tf.data.Options()
-    # The rewriting of the graph would copy the tensors it captures: the whole data set.
-    options.experimental_optimization.apply_default_optimizations = False
-    batches = batches.with_options(options)
-    return (strategy or tf.distribute.get_strategy()).experimental_distribute_dataset(batches)
+    batches = tf.data.Dataset.range(start_step, tf.int64.max).map(batch_of, num_parallel_calls=tf.data.AUTOTUNE)
+    return _distributed(batches.prefetch(tf.data.AUTOTUNE), strategy)
 
 
 def evaluation_batches(split: Split, batch_size: int, strategy: tf.distribute.Strategy | None = None) -> Any:
     """Every example in order, again and again: pass the number of steps to Keras. None where the split is empty."""
     batches = tf.data.Dataset.from_tensor_slices((split.inputs, split.targets)).batch(batch_size).repeat()
-    return (strategy or tf.distribute.get_strategy()).experimental_distribute_dataset(batches) if len(split) else None
+    return _distributed(batches, strategy) if len(split) else None
+
+
+def _distributed(batches: tf.data.Dataset, strategy: tf.distribute.Strategy | None) -> Any:
+    options = tf.data.Options()
+    # The rewriting of the graph would copy the tensors it captures: the whole data set.
+    options.experimental_optimization.apply_default_optimizations = False
+    options.autotune.enabled = False  # TensorFlow 2.21 may wait for it for up to a minute when all is done.
+    return (strategy or tf.distribute.get_strategy()).experimental_distribute_dataset(batches.with_options(options))
 
 
 def evaluate_classifier(

@@ -18,6 +18,7 @@ import zipfile
 
 from common.cli import Parser, UserError, run_script
 from common.records import file_sha256, read_run
+from common.upstream import cure_iterator_wait
 from common.user_files import numbers, read_csv, read_image, read_texts
 
 import keras
@@ -74,6 +75,7 @@ def predict(run_dir: pathlib.Path, files: list[str]) -> list[dict]:
         except UserError as error:
             line = str(error).replace(str(pathlib.Path(folder, "standard_input")), "standard input")
             raise UserError(line) from error
+    cure_iterator_wait()
     batches = tf.data.Dataset.from_tensor_slices(inputs).batch(BATCH)
     outputs = model.predict(batches, verbose=0)
     if not result["class_names"]:
