@@ -86,9 +86,8 @@ class Bundle:
         self._found: dict[str, str] = {}
         for name in (OWN, "train", "main"):
             if name not in self.recipe.definitions or not self.recipe.from_common:
-                raise UserError(
-                    f"{path}: no recipe, as it does not define {name}; give one such as recipes/mnist_cnn.py"
-                )
+                problem = f"no recipe, which would define {name} and import from common/"
+                raise UserError(f"{path}: {problem}; give one such as recipes/mnist_cnn.py")
         own = [node for node in self.recipe.definitions.values() if not set(defined_names(node)) & set(without)]
         for node in own:
             for name in sorted(used_names(node)):

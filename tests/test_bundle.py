@@ -216,6 +216,12 @@ def test_a_notebook_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
     assert headings[0].startswith("# " + load_recipe(name).__doc__.splitlines()[0])
 
 
+def test_a_bundle_is_no_recipe_to_bundle(tmp_path):
+    path = bundle(load_recipe("linear_regression"), tmp_path / "my_train.py")
+    with pytest.raises(bundle_script.UserError, match="no recipe"):
+        bundle_script.as_file(path, "other.py")
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

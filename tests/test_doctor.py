@@ -82,6 +82,12 @@ def test_the_program_ends_as_it_found(tmp_path):
     assert run.stdout.count("trains on its sample") == 3
 
 
+def test_an_unknown_flag_is_one_line():
+    run = run_program("scripts/doctor.py", "--quick")
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "unrecognized arguments: --quick" in run.stderr
+
+
 def test_trouble_ends_with_2(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "installed_versions", dict)
     monkeypatch.setattr("sys.argv", ["doctor.py"])

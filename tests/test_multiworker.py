@@ -425,6 +425,10 @@ def test_the_launcher_gives_up_after_so_many_restarts(tmp_path):
     ("words", "named"),
     [
         (["--workers", "2", "recipes/none.py"], "recipes/none.py: no such file"),
+        (
+            ["--workers", "2", LINEAR[0], "--epochs", "1"],
+            "--epochs 1: no flags of the launcher; put those of the recipe",
+        ),
         (["--workers", "0", LINEAR[0]], "--workers 0: give 1 or more"),
         (["--workers", "2", LINEAR[0], "--", "--strategy=none"], "--strategy none: several workers train by one"),
         (["--workers", "two", LINEAR[0]], "--workers: invalid int value: 'two'"),

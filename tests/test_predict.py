@@ -136,6 +136,12 @@ def test_a_picture_through_standard_input_and_the_table(picture_run, tmp_path):
     assert [word in run.stdout.decode() for word in ("input", "class", "probability")] == [True] * 3
 
 
+def test_what_is_wrong_with_standard_input_is_said_of_it(picture_run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"no picture")))
+    with pytest.raises(predict.UserError, match=r"^standard input: not a readable image"):
+        predict.predict(picture_run, ["-"])
+
+
 @pytest.mark.parametrize(
     ("files", "named"),
     [

@@ -456,7 +456,8 @@ def test_more_devices_than_examples_in_a_batch(flags, tmp_path):
 
 def test_a_shift_larger_than_the_picture(tmp_path, monkeypatch, capsys):
     flags = ["--data", "sample", "--smoke", "--shift", "40", "--quiet", "--run-dir", str(tmp_path / "run")]
-    assert_refused(monkeypatch, capsys, "mnist_cnn", flags, "--shift 40: the images have 28 pixels")
+    line = "error: --shift 40: the images have 28 pixels along that axis; shift by fewer\n"
+    assert_refused(monkeypatch, capsys, "mnist_cnn", flags, line)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
