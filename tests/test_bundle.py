@@ -29,7 +29,7 @@ SMOKE = ("--smoke", "--data", "sample", "--deterministic", "--no-baseline", "--q
 # Called by Keras, argparse or TensorFlow, or read by name: vulture can't see that.
 CALLED_FROM_OUTSIDE = {
     *("on_train_begin", "on_epoch_begin", "on_train_batch_end", "on_epoch_end", "epoch", "error", "_initial_epoch"),
-    "apply_default_optimizations",
+    *("apply_default_optimizations", "enabled"),
     "uniform",  # Called by an augmentation, which recipes for tables lack.
 }
 
