@@ -33,6 +33,8 @@ from typing import TextIO
 EXIT_INTERRUPTED, EXIT_WORKER_LOST = 75, 76
 # Seconds: when a worker ends badly, the others hear of it at once; when one is stopped, they notice within 10.
 PATIENCE_AFTER_END, PATIENCE_AFTER_STOP = 5, 15
+# What the launcher sends itself when its output is closed.
+NOBODY_READS = signal.SIGUSR1
 _LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 
 
@@ -87,7 +89,7 @@ class Launcher:
 
     def run(self, max_restarts: int) -> int:
         """Runs the group until it ends well, was asked to stop, or has been restarted too often; its exit code."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, NOBODY_READS):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # Ignored by nohup.
                 signal.signal(number, self.pass_on)
         for restarts in range(max_restarts + 1):
@@ -168,7 +170,7 @@ class Launcher:
 
     def pass_on(self, number: int, frame: object) -> None:
         """Passes a signal on to the workers: the first asks them to save and end, the second ends them."""
-        if number == signal.SIGHUP and self.signals:  # Nobody is in a hurry.
+        if number in (signal.SIGHUP, NOBODY_READS) and self.signals:  # Nobody is in a hurry.
             return
         self.signals += 1
         self.signal_all(signal.SIGTERM if self.signals == 1 else signal.SIGKILL)
@@ -199,7 +201,7 @@ def write(target: TextIO, text: str) -> None:
     except BrokenPipeError:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), target.fileno())
-        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), NOBODY_READS)
 
 
 def is_stopped(pid: int) -> bool:
