@@ -223,7 +223,9 @@ if "cured" in sys.argv:
     from common.upstream import cure_iterator_wait
     cure_iterator_wait()
 waited = 0.0
-for _ in range(20):
+for _ in range(20 if "cured" in sys.argv else 200):
+    if waited > 0.2:
+        break
     iterator = iter(tf.data.Dataset.range(10).repeat())
     next(iterator)
     time.sleep(0.35)  # Untouched, the tuner sleeps from 0.31 to 0.63 seconds.
@@ -236,7 +238,7 @@ print(waited)
 
 @pytest.mark.parametrize("cured", ["cured", "as it comes"])
 def test_tensorflow_still_waits_for_its_tuner_to_wake_up(cured):
-    """One deletion in three takes the 0.28 s until then."""
+    """One deletion in three takes the 0.28 s until then; fewer on a busy machine."""
     waited = float(run_program("-c", DELETED_ITERATORS, cured).stdout)
     assert (waited < 0.2) == (cured == "cured"), "mended upstream: delete the cure, and the options in common/plain.py"
 
