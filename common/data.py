@@ -79,7 +79,8 @@ CIFAR10 = Dataset(
     *("drawn shapes", drawn_shapes),
 )
 IMDB = Dataset(
-    *("IMDB reviews", "imdb_reviews/plain_text", "text", "https://ai.stanford.edu/~amaas/data/sentiment/"),
+    *("IMDB reviews", "imdb_reviews/plain_text", "text"),
+    "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
     *("reviews written by a grammar", written_reviews),
 )
 

@@ -84,10 +84,9 @@ class Bundle:
         self.modules: dict[str, Module] = {}  # Those that are called before those that call.
         self.needed: dict[str, set[int]] = {}  # Positions of the statements that are used, by module.
         self._found: dict[str, str] = {}
-        for name in (OWN, "train", "main"):
-            if name not in self.recipe.definitions or not self.recipe.from_common:
-                problem = f"no recipe, which would define {name} and import from common/"
-                raise UserError(f"{path}: {problem}; give one such as recipes/mnist_cnn.py")
+        if not ({OWN, "train", "main"} <= self.recipe.definitions.keys() and self.recipe.from_common):
+            problem = f"no recipe, which would define {OWN}, train and main, and import from common/"
+            raise UserError(f"{path}: {problem}; give one such as recipes/mnist_cnn.py")
         own = [node for node in self.recipe.definitions.values() if not set(defined_names(node)) & set(without)]
         for node in own:
             for name in sorted(used_names(node)):

@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def signal_handlers():
     """What a recipe does on SIGINT and SIGTERM is not for the tests that follow."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

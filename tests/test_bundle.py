@@ -132,17 +132,8 @@ def test_a_bundle_trains_on_several_devices(alone, tmp_path):
     losses = []
     for devices in ("1", "2"):
         # 7 batches of 77 and 78 pictures: the halves of some are not of one size.
-        command = [
-            alone(recipe),
-            "my_train.py",
-            *SMOKE,
-            "--batch-size",
-            "78",
-            "--devices",
-            devices,
-            "--run-dir",
-            devices,
-        ]
+        flags = ("--batch-size", "78", "--devices", devices, "--run-dir", devices)
+        command = [alone(recipe), "my_train.py", *SMOKE, *flags]
         run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr
         losses.append(read_run(tmp_path / devices)["metrics"]["loss"])

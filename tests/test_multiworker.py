@@ -403,9 +403,8 @@ def test_a_worker_that_is_asked_to_stop_before_it_can_answer_ends_all(tmp_path):
 
 def test_a_launcher_that_nobody_reads_saves_and_ends(tmp_path):
     """Under nohup too, which has hang-ups ignored."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     launcher, lines = launched(*LONG, cwd=tmp_path)
-    signal.signal(signal.SIGHUP, before)
     with launcher:  # Closes its output at the end.
         launcher.stdout.close()
         errors = launcher.stderr.read()
