@@ -1,8 +1,9 @@
 """Batch t as a pure function of (seed, t): exact resume, sharding and shuffling from one rule."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from common.cli import UserError
 
@@ -56,35 +57,54 @@ def steps_per_execution(steps: int, strategy: tf.distribute.Strategy, at_most: i
     return max(size for size in range(1, at_most + 1) if steps % size == 0)
 
 
-class BatchRandom:
-    """Random numbers for the examples of one batch, the same however the batch is sliced.
+class BatchRandom(NamedTuple):
+    """What the random numbers of a batch follow from; given to an augmentation, which passes it to `uniform`.
 
-    Each call draws for the whole global batch and returns the rows of this replica, so that two
-    devices augment just as one would. The draws follow from (seed, step, number of the call).
+    `step` is the number of the batch, int64, for an augmentation that changes in the course of training; `turns`
+    is True for half of the examples, bool [batch], and in the next epoch for the other half. `calls` counts.
     """
 
-    def __init__(self, seed: tf.Tensor, batch: tf.Tensor, replica: tf.Tensor | int = 0, replicas: int = 1):
-        self._seed, self._batch, self._replica, self._replicas = seed, batch, replica, replicas
-        self._calls = 0
+    seed: tf.Tensor
+    batch: tf.Tensor
+    step: tf.Tensor
+    turns: tf.Tensor
+    calls: Iterator[int]
+    replica: tf.Tensor | int = 0
+    replicas: int = 1
 
-    def uniform(
-        self, minimum: float, maximum: float, shape: tuple[int, ...] = (), dtype: tf.DType = tf.float32
-    ) -> tf.Tensor:
-        """Uniform numbers in [minimum, maximum), one tensor of `shape` for each example."""
-        seed = tf.random.experimental.stateless_fold_in(self._seed, self._calls)
-        self._calls += 1
-        drawn = tf.random.stateless_uniform(
-            tf.concat([[self._batch], tf.constant(shape, tf.int64)], 0), seed, minimum, maximum, dtype
-        )
-        return tf.ensure_shape(drawn[self._replica :: self._replicas], [None, *shape])
+
+def uniform(
+    random: BatchRandom, minimum: float, maximum: float, shape: tuple[int, ...] = (), dtype: tf.DType = tf.float32
+) -> tf.Tensor:
+    """Uniform numbers in [minimum, maximum), one tensor of `shape` for each example.
+
+    The same however the batch is sliced: drawn for the whole global batch, from (seed, step, number of the call), of
+    which the rows of this replica are returned. So two devices augment just as one would.
+    """
+    seed = tf.random.experimental.stateless_fold_in(random.seed, next(random.calls))
+    size = tf.concat([[random.batch], tf.constant(shape, tf.int64)], 0)
+    drawn = tf.random.stateless_uniform(size, seed, minimum, maximum, dtype)
+    return tf.ensure_shape(drawn[random.replica :: random.replicas], [None, *shape])
 
 
 def random_mirror(images: tf.Tensor, random: BatchRandom) -> tf.Tensor:
     """Mirrors each image left to right with probability one half; [batch, height, width, channels]."""
-    width = images.shape[2]
-    flip = random.uniform(0.0, 1.0) < 0.5
-    columns = tf.range(width)
-    return tf.gather(images, tf.where(flip[:, None], width - 1 - columns, columns), axis=2, batch_dims=1)
+    return _mirror(images, uniform(random, 0.0, 1.0) < 0.5)
+
+
+def alternating_mirror(images: tf.Tensor, random: BatchRandom) -> tf.Tensor:
+    """Mirrors half of the images left to right, and in the next epoch the other half.
+
+    So two epochs show each image both ways, which by chance they do for half of them only (Jordan, "94% on CIFAR-10
+    in 3.29 Seconds on a Single GPU", https://arxiv.org/abs/2404.00498).
+    """
+    return _mirror(images, random.turns)
+
+
+def _mirror(images: tf.Tensor, which: tf.Tensor) -> tf.Tensor:
+    # Picking columns is many times faster than `tf.where` on whole images.
+    columns = tf.range(images.shape[2])
+    return tf.gather(images, tf.where(which[:, None], columns[::-1], columns), axis=2, batch_dims=1)
 
 
 def random_shift(images: tf.Tensor, random: BatchRandom, pixels: int) -> tf.Tensor:
@@ -96,7 +116,7 @@ def random_shift(images: tf.Tensor, random: BatchRandom, pixels: int) -> tf.Tens
         size = images.shape[axis]
         if pixels >= size:
             raise UserError(f"--shift {pixels}: the images have {size} pixels along that axis; shift by fewer")
-        offsets = random.uniform(-pixels, pixels + 1, dtype=tf.int32)
+        offsets = uniform(random, -pixels, pixels + 1, dtype=tf.int32)
         positions = tf.abs(tf.range(size) + offsets[:, None])
         positions = size - 1 - tf.abs(size - 1 - positions)
         images = tf.gather(images, positions, axis=axis, batch_dims=1)
@@ -181,7 +201,9 @@ def _deal(
             inputs, targets = tf.gather(split.inputs, examples), tf.gather(split.targets, examples)
             if augment is not None:
                 batch_seed = fold_in(tf.constant([seed, 1], tf.int64), step)
-                inputs, targets = augment(inputs, targets, BatchRandom(batch_seed, batch, replica, replicas))
+                turns = (examples + step // steps) % 2 == 0
+                random = BatchRandom(batch_seed, batch, step, turns, itertools.count(), replica, replicas)
+                inputs, targets = augment(inputs, targets, random)
             if replicas == 1 or seed is None:
                 return inputs, targets
             weight = tf.cast(tf.size(examples, tf.int64) * replicas / batch, tf.float32)

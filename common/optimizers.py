@@ -14,7 +14,12 @@ class Muon(keras.optimizers.AdamW):
     """
 
     def __init__(
-        self, learning_rate: Any = 0.001, kernel_speed: float = 2.0, kernel_momentum: float = 0.9, **settings: Any
+        self,
+        learning_rate: Any = 0.001,
+        kernel_speed: float = 2.0,
+        kernel_momentum: float = 0.9,
+        unit_filters: bool = False,
+        **settings: Any,
     ):
         """Sets the optimizer up.
 
@@ -23,10 +28,12 @@ class Muon(keras.optimizers.AdamW):
             kernel_speed: the learning rate of kernels, in learning rates. A step changes a kernel by an orthogonal
                 matrix of that size.
             kernel_momentum: the share of the past in a kernel's step.
+            unit_filters: bring filters back to length 1 (their mean square) before each step. Of use in front of
+                BatchNormalization, which makes their length immaterial: the learning rate is then an angle.
             settings: as of AdamW; the weight decay is that of kernels too.
         """
         super().__init__(learning_rate, **settings)
-        self.kernel_speed, self.kernel_momentum = kernel_speed, kernel_momentum
+        self.kernel_speed, self.kernel_momentum, self.unit_filters = kernel_speed, kernel_momentum, unit_filters
 
     def update_step(self, gradient: Any, variable: keras.Variable, learning_rate: Any) -> None:
         """Changes one variable; Keras calls it for each."""
@@ -35,14 +42,17 @@ class Muon(keras.optimizers.AdamW):
             return
         velocity = self._momentums[self._get_variable_index(variable)]
         self.assign(velocity, self.kernel_momentum * velocity + gradient)
-        ahead = keras.ops.reshape(gradient + self.kernel_momentum * velocity, [-1, variable.shape[-1]])
-        step = keras.ops.reshape(orthogonal(ahead), variable.shape)
-        self.assign_sub(variable, learning_rate * self.kernel_speed * step)
+        filters = keras.ops.reshape(variable, [-1, variable.shape[-1]])
+        if self.unit_filters:
+            filters = filters / keras.ops.norm(filters) * variable.shape[-1] ** 0.5
+        step = orthogonal(keras.ops.reshape(gradient + self.kernel_momentum * velocity, filters.shape))
+        filters = filters - learning_rate * self.kernel_speed * step
+        self.assign(variable, keras.ops.reshape(filters, variable.shape))
 
     def get_config(self) -> dict[str, Any]:
         """Everything that makes the same optimizer again."""
-        own = {"kernel_speed": self.kernel_speed, "kernel_momentum": self.kernel_momentum}
-        return {**super().get_config(), **own}
+        own = ("kernel_speed", "kernel_momentum", "unit_filters")
+        return {**super().get_config(), **{name: getattr(self, name) for name in own}}
 
 
 def orthogonal(matrix: Any) -> Any:

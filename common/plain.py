@@ -5,8 +5,10 @@ into one file. The weights come out the same. Left out is what guards a run that
 checkpoints within an epoch, locks and checks of what was written before, and the finer telling of what is wrong.
 """
 
+import collections
 import dataclasses
 import datetime
+import itertools
 import json
 import math
 import os
@@ -65,7 +67,7 @@ def start_run(config: SharedConfig) -> "Run":
     directory = pathlib.Path(config.run_dir or (unfinished or [new])[-1])
     if config.resume and (directory / "result.json").exists():
         raise UserError(f"--resume: {directory} is finished already; leave --resume out to start a new run")
-    if not config.resume and directory.exists() and os.listdir(directory):
+    if not config.resume and (directory.is_file() or (directory.exists() and os.listdir(directory))):
         raise UserError(f"--run-dir {directory}: is not empty; choose a new folder, or go on with its run by --resume")
     keras.utils.clear_session()
     strategy = choose_strategy(config)
@@ -110,7 +112,7 @@ class Run(keras.callbacks.Callback):
         self.verbose = 0 if config.quiet else 1 if sys.stdout.isatty() else 2
         self.state = {"epoch": 0, "step": 0, "history": [], "steps": 0, "seconds": 0.0, "train_seconds": 0.0}
         if (directory / "state.json").exists():
-            self.state |= json.loads((directory / "state.json").read_text())
+            self.state |= _read_json(directory / "state.json")
         self.start_step = self.state["step"]
 
     def callbacks(self, data: Data, augment: Augment | None = None) -> list[keras.callbacks.Callback]:
@@ -120,7 +122,7 @@ class Run(keras.callbacks.Callback):
         try:
             (self.directory / "plots").mkdir(parents=True, exist_ok=True)
             if (self.directory / "config.json").exists():
-                before = json.loads((self.directory / "config.json").read_text())
+                before = _read_json(self.directory / "config.json")
                 for name, value in settings["config"].items():
                     if name not in BESIDE_TRAINING and before["config"][name] != value:
                         raise UserError(f"--resume: {name} was {before['config'][name]!r}; give the same flags")
@@ -132,11 +134,8 @@ class Run(keras.callbacks.Callback):
         if not self.config.quiet:
             counts = ", ".join(f"{count:,} {split}" for split, count in data.counts().items())
             print(f"data: {data.name} ({data.source}): {counts}\ndevices: {self.strategy.num_replicas_in_sync}")
-        logs = keras.callbacks.TensorBoard(
-            str(self.directory / "tensorboard"),
-            histogram_freq=int(self.config.histograms),
-            profile_batch=(2, 4) if self.config.profile else 0,
-        )
+        folder, steps = str(self.directory / "tensorboard"), (2, 4) if self.config.profile else 0
+        logs = keras.callbacks.TensorBoard(folder, int(self.config.histograms), profile_batch=steps)
         return [logs, self]
 
     def on_train_begin(self, logs=None):
@@ -176,7 +175,7 @@ class Run(keras.callbacks.Callback):
         (with_class_names(model, data.class_names) if data.class_names else model).save(path)
         for name, figure in report.figures.items():
             figure.savefig(self.directory / "plots" / f"{name}.png")
-        batch = data.counts()["train"] / self.params["steps"]
+        batch, total = data.counts()["train"] / self.params["steps"], time.perf_counter() - self.started
         result = {
             "recipe": self.recipe,
             "data": self.data,
@@ -185,11 +184,7 @@ class Run(keras.callbacks.Callback):
             "seed": self.config.seed,
             "epochs": self.state["epoch"],
             "steps": self.state["step"],
-            "seconds": {
-                "data": data.seconds,
-                "train": self.state["train_seconds"],
-                "total": time.perf_counter() - self.started,
-            },
+            "seconds": {"data": data.seconds, "train": self.state["train_seconds"], "total": total},
             "examples_per_second": self.state["steps"] * batch / self.state["seconds"] if self.state["steps"] else None,
             "weights_sha256": weights_sha256(model),
             "model_sha256": file_sha256(path),
@@ -208,6 +203,13 @@ class Run(keras.callbacks.Callback):
         return metrics
 
 
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"--resume: {path} is damaged; start a new run") from error
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """Test metrics, and what is behind them: `details` for JSON, `figures` for people."""
@@ -217,18 +219,17 @@ class Report:
     figures: dict[str, Figure] = dataclasses.field(default_factory=dict)
 
 
-class BatchRandom:
-    """Random numbers for the examples of one batch, which follow from its seed and the number of the call."""
+# What the random numbers of a batch follow from; `turns` are True for half of its examples, then for the other half.
+BatchRandom = collections.namedtuple("BatchRandom", ["seed", "batch", "step", "turns", "calls"])
 
-    def __init__(self, seed: tf.Tensor, batch: tf.Tensor):
-        self._seed, self._batch, self._calls = seed, batch, 0
 
-    def uniform(self, minimum: float, maximum: float, shape: tuple = (), dtype: tf.DType = tf.float32) -> tf.Tensor:
-        """Uniform numbers in [minimum, maximum), one tensor of `shape` for each example."""
-        seed = tf.random.experimental.stateless_fold_in(self._seed, self._calls)
-        self._calls += 1
-        size = tf.concat([[self._batch], tf.constant(shape, tf.int64)], 0)
-        return tf.random.stateless_uniform(size, seed, minimum, maximum, dtype)
+def uniform(
+    random: BatchRandom, minimum: float, maximum: float, shape: tuple = (), dtype: tf.DType = tf.float32
+) -> tf.Tensor:
+    """Uniform numbers in [minimum, maximum), one tensor of `shape` for each example."""
+    seed = tf.random.experimental.stateless_fold_in(random.seed, next(random.calls))
+    size = tf.concat([[random.batch], tf.constant(shape, tf.int64)], 0)
+    return tf.random.stateless_uniform(size, seed, minimum, maximum, dtype)
 
 
 def training_batches(
@@ -251,7 +252,9 @@ def training_batches(
         inputs, targets = tf.gather(split.inputs, examples), tf.gather(split.targets, examples)
         if augment is not None:
             batch_seed = fold_in(tf.constant([seed, 1], tf.int64), step)
-            inputs, targets = augment(inputs, targets, BatchRandom(batch_seed, stop - first))
+            turns = (examples + step // steps) % 2 == 0
+            random = BatchRandom(batch_seed, stop - first, step, turns, itertools.count())
+            inputs, targets = augment(inputs, targets, random)
         return inputs, targets
 
     batches = tf.data.Dataset.range(start_step, tf.int64.max).map(batch_of, num_parallel_calls=tf.data.AUTOTUNE)
@@ -324,6 +327,34 @@ def _read_tfds(dataset: Dataset, config: SharedConfig) -> Arrays:
         raise DataUnavailableError(f"No {dataset.title} ({reason}); run once with network") from error
 
 
+def _cut(name: str, source: str, arrays: Arrays, config: SharedConfig, started: float, columns: tuple = ()) -> Data:
+    """Cuts the splits that are missing from the training examples, by seeded permutations."""
+    splits, train = ("train", "validation", "test"), arrays["train"]
+    order = {split: np.arange(len(arrays.get(split, train)[1])) for split in splits}
+    order["train"] = np.random.default_rng(config.seed).permutation(order["train"])
+    if "test" not in arrays:
+        # The same test split whatever the seed of the run, so that several seeds can be compared.
+        order["test"] = np.random.default_rng(0).permutation(order["test"])[: max(1, len(order["test"]) // 10)]
+        order["train"] = order["train"][~np.isin(order["train"], order["test"])]
+    if config.smoke:
+        order["train"] = order["train"][:600]
+        order["test"] = np.random.default_rng(0).permutation(order["test"])[:200]
+    if "validation" not in arrays:
+        count = round(len(order["train"]) * config.validation_size)
+        order["validation"], order["train"] = np.split(order["train"], [count])
+        if not len(order["train"]) or config.validation_size > 0 == count:
+            raise UserError(f"{name}: too few examples for a split each; add some")
+    inputs, targets = ({split: arrays.get(split, train)[part][order[split]] for split in splits} for part in (0, 1))
+    class_names = tuple(np.unique(targets["train"]).tolist()) if targets["train"].dtype.kind == "U" else ()
+    if len(class_names) == 1 or (class_names and any(set(targets[split]) - set(class_names) for split in splits)):
+        raise UserError(f"{name}: needs two classes or more, and training examples of each")
+    for split in splits:
+        found = np.searchsorted(class_names, targets[split]) if class_names else targets[split]
+        targets[split] = (np.eye(len(class_names))[found] if class_names else found[:, None]).astype(np.float32)
+    cut = {split: Split.of(inputs[split], targets[split]) for split in splits}
+    return Data(name, source, **cut, class_names=class_names, columns=columns, seconds=time.perf_counter() - started)
+
+
 def _class_files(folder: pathlib.Path, suffixes: tuple[str, ...], kind: str) -> dict[str, list]:
     """The files of each split, each with its class."""
     splits = {name: folder / name for name in ("train", "validation", "test") if (folder / name).is_dir()}
@@ -331,8 +362,10 @@ def _class_files(folder: pathlib.Path, suffixes: tuple[str, ...], kind: str) -> 
     for split, place in (splits or {"train": folder}).items():
         files = sorted(file for file in place.glob("[!.]*/*") if file.suffix.lower() in suffixes)
         found[split] = [(file, file.parent.name) for file in files]
-    if "train" not in found or not all(found.values()):
-        raise UserError(f"--data {folder}: no folders of {kind}; make one for each class, in each split")
+        if not files or {file.parent for file in files} != set(place.glob("[!.]*/")):
+            raise UserError(f"--data {place}: needs a folder with {kind} for each class, and none without")
+    if "train" not in found:
+        raise UserError(f"--data {folder}: no folders of {kind} in 'train'; make one for each class")
     return found
 
 
@@ -341,7 +374,12 @@ def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> np.ndarray:
     height, width, channels = shape
     try:
         with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
+            image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):  # 16 bits of grey become 8.
+            image = Image.fromarray((np.asarray(image).astype(int) // 257).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = image.convert("L" if channels == 1 else "RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable image; repair or remove it") from error
     return np.asarray(ImageOps.pad(image, (width, height))).reshape(shape)
@@ -350,10 +388,13 @@ def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> np.ndarray:
 def read_csv(path: pathlib.Path, columns: list[str]) -> pd.DataFrame:
     """A CSV as text, every value as it stands; `columns` must be among its columns."""
     try:
+        names = pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0]
         table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as CSV ({error}); save it as UTF-8 with commas") from error
+    if names.duplicated().any() or table.empty:
+        raise UserError(f"{path}: needs rows, and a name of its own for each column; add them")
     for column in columns:
-        if column not in table or table.empty:
-            raise UserError(f"{path}: no rows with a column {column!r} among {', '.join(table)}; name another")
+        if column not in table:
+            raise UserError(f"{path}: no column {column!r} among {', '.join(table)}; name another")
     return table

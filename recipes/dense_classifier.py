@@ -2,7 +2,7 @@
 
 Teaches   softmax, one-hot labels and categorical cross-entropy, on classes that no plane can part
 Data      generated: 18,000 train, 2,000 validation, 5,000 test; each class is four separate clouds
-Result    test accuracy 63.87 ± 0.24 % over 3 seeds, 8 s, 2 cores of Intel(R) Xeon(R) Processor
+Result    test accuracy 63.87 ± 0.24 % over 3 seeds, 7 s, 2 cores of Intel(R) Xeon(R) Processor
 Run       python recipes/dense_classifier.py
 """
 
@@ -18,6 +18,8 @@ import keras
 import numpy as np
 import sklearn.datasets
 import sklearn.linear_model
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,7 @@ def logistic_regression_accuracy(data: Data) -> float:
     def labels(split):
         return np.asarray(split.targets).argmax(axis=1)
 
-    linear = sklearn.linear_model.LogisticRegression(max_iter=1000)
+    linear = make_pipeline(StandardScaler(), sklearn.linear_model.LogisticRegression(max_iter=1000))
     linear.fit(np.asarray(data.train.inputs), labels(data.train))
     return linear.score(np.asarray(data.test.inputs), labels(data.test))
 

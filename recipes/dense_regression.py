@@ -2,7 +2,7 @@
 
 Teaches   when a network beats a linear model: the target is a curved function of a few hidden causes
 Data      generated: 18,000 train, 2,000 validation, 5,000 test; known noise of variance 0.25
-Result    test mean squared error 0.5848 ± 0.0134 over 3 seeds, 13 s, 2 cores of Intel(R) Xeon(R) Processor, stale
+Result    test mean squared error 0.6147 ± 0.0057 over 3 seeds, 14 s, 2 cores of Intel(R) Xeon(R) Processor
 Run       python recipes/dense_regression.py
 """
 
@@ -17,6 +17,8 @@ from common.runs import start_run
 import keras
 import numpy as np
 import sklearn.linear_model
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 CAUSES, COLUMNS, NOISE = 6, 1000, 0.5
 
@@ -25,7 +27,8 @@ CAUSES, COLUMNS, NOISE = 6, 1000, 0.5
 class Config(SharedConfig):
     epochs: Count = 20  # passes over the training examples
     batch_size: Count = 256  # examples per step, over all devices together
-    learning_rate: Positive = 0.001  # step size of Adam
+    learning_rate: Positive = 0.001  # step size of AdamW
+    weight_decay: float = 0.2  # pull of AdamW on the weights towards zero
     target: str = "target"  # the column to predict, with --data FILE.csv
 
 
@@ -56,7 +59,11 @@ def build_model(config: Config, data: Data) -> keras.Model:
     x = keras.layers.Dense(500, activation="relu")(x)
     x = keras.layers.Dense(100, activation="relu")(x)
     # In float32 whatever the precision of the rest: the prediction needs the digits.
-    return keras.Model(inputs, keras.layers.Dense(1, dtype="float32")(x), name="dense_regression")
+    x = keras.layers.Dense(1, dtype="float32")(x)
+    # From deviations around the mean to the units of the target, so that these can be any.
+    denormalize = keras.layers.Normalization(invert=True, dtype="float32")
+    denormalize.adapt(data.train.targets)
+    return keras.Model(inputs, denormalize(x), name="dense_regression")
 
 
 def train(config: Config, data: Data | None = None) -> dict[str, float]:
@@ -66,9 +73,11 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     with run.strategy.scope():
         model = build_model(config, data)
         model.compile(
-            optimizer=keras.optimizers.Adam(config.learning_rate),
+            optimizer=keras.optimizers.AdamW(config.learning_rate, weight_decay=config.weight_decay),
             loss="mse",
-            metrics=["mae"],
+            # The share of the variance that is left: whatever the unit of the target, gradients are of one size.
+            loss_weights=1 / max(float(np.var(data.train.targets)), 1e-30),
+            metrics=["mse", "mae"],
             steps_per_execution=steps_per_execution(steps, run.strategy),
         )
     model.fit(
@@ -90,7 +99,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
 
 def ridge_mse(data: Data) -> float:
     """Test error of a linear model with ridge penalty on the same examples."""
-    linear = sklearn.linear_model.Ridge()
+    linear = make_pipeline(StandardScaler(), sklearn.linear_model.Ridge())
     linear.fit(np.asarray(data.train.inputs), np.asarray(data.train.targets)[:, 0])
     errors = linear.predict(np.asarray(data.test.inputs)) - np.asarray(data.test.targets)[:, 0]
     return float(np.mean(errors**2))

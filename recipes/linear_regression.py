@@ -30,7 +30,7 @@ WEIGHTS, NOISE = np.array([3.0, 2.0]), 0.1
 class Config(SharedConfig):
     epochs: Count = 100  # passes over the training examples
     batch_size: Count = 10  # examples per step, over all devices together
-    learning_rate: Positive = 0.1  # step size of plain gradient descent
+    learning_rate: Positive = 0.01  # step size of plain gradient descent
     target: str = "y"  # the column to predict, with --data FILE.csv
 
 
@@ -50,8 +50,11 @@ def load_data(config: Config) -> Data:
 
 def build_model(config: Config, data: Data) -> keras.Model:
     inputs = keras.Input(data.train.inputs.shape[1:], name="columns")
+    # One learning rate suits all columns when they are all spread alike.
+    normalize = keras.layers.Normalization(dtype="float32", name="normalize")
+    normalize.adapt(data.train.inputs)
     # In float32 whatever the precision of the rest: the prediction needs the digits.
-    return keras.Model(inputs, keras.layers.Dense(1, dtype="float32", name="line")(inputs))
+    return keras.Model(inputs, keras.layers.Dense(1, dtype="float32", name="line")(normalize(inputs)))
 
 
 def train(config: Config, data: Data | None = None) -> dict[str, float]:
@@ -86,7 +89,9 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
 def compare_with_least_squares(model: keras.Model, data: Data) -> dict[str, float]:
     """The learned weights and bias beside the exact solution for the same examples."""
     kernel, bias = model.get_layer("line").get_weights()
-    learned = np.append(kernel, bias)
+    mean, variance, _ = model.get_layer("normalize").get_weights()
+    weights = kernel[:, 0] / np.sqrt(variance)
+    learned = np.append(weights, bias - weights @ mean)  # Of the columns as they are.
 
     def with_ones(split):
         return np.c_[np.asarray(split.inputs), np.ones(len(split))]

@@ -6,11 +6,12 @@
     python scripts/benchmark.py strategy --data tfds
 
 For a recipe, each round runs: the naive way (the same layers and batches, arrays from NumPy, pixels divided to float64,
-no augmentation, Adam as it comes, plain `fit`); the recipe; the recipe without TensorBoard, checkpoints and
-its other callbacks; its twin in PyTorch, as it is and with `torch.compile` (scripts/pytorch_twin.py, where
-requirements-benchmark.txt is installed); and products of large matrices, in the precision of the recipe, for
-the peak of the machine. Examples per second leave out the first execution, and validation. The first step counts from
-the start of the process. The share of the peak takes from each layer with a kernel, for each example,
+no augmentation, Adam as it comes, plain `fit`, none of this project's cures); the recipe; the recipe without
+TensorBoard, checkpoints and its other callbacks; its twin in PyTorch, as it is and with `torch.compile`
+(scripts/pytorch_twin.py, where requirements-benchmark.txt is installed); and products of large matrices, in the
+precision of the recipe, for the peak of the machine. Examples per second leave out the first execution, and validation.
+The first step counts from the start of the process. The share of the peak takes from each layer with a kernel, for each
+example,
 
     2 x (numbers in the kernel) x (places where it is applied)
 
@@ -109,7 +110,9 @@ def compare_speed(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[s
 def printed(script: pathlib.Path, *words: str) -> dict[str, Any]:
     """Runs a script, whose last line is JSON; `first_step`, a point in time, becomes seconds from its start."""
     began = time.time()
-    run = subprocess.run([sys.executable, str(script), *words], check=True, stdout=subprocess.PIPE, text=True)
+    run = subprocess.run([sys.executable, str(script), *words], check=False, stdout=subprocess.PIPE, text=True)
+    if run.returncode:
+        raise UserError(f"scripts/{script.name} ended with exit code {run.returncode}; see its lines above")
     figures = json.loads(run.stdout.splitlines()[-1])
     if "first_step" in figures:
         figures["first_step_seconds"] = figures.pop("first_step") - began

@@ -294,10 +294,10 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=pathlib.Path, required=True, help="file to write; must not exist")
     parser.add_argument("--notebook", action="store_true", help="write a Jupyter notebook")
     arguments = parser.parse_args()
+    if arguments.output.suffix != (".ipynb" if arguments.notebook else ".py"):
+        raise UserError(f"-o {arguments.output}: give a name that ends in .py, or in .ipynb with --notebook")
     if arguments.output.exists():
         raise UserError(f"{arguments.output}: exists already; choose another name or remove it")
-    if (arguments.output.suffix == ".ipynb") != arguments.notebook:
-        raise UserError(f"{arguments.output}: a notebook is a file .ipynb, with --notebook; mend one of the two")
     written = as_notebook(arguments.recipe) if arguments.notebook else as_file(arguments.recipe, arguments.output.name)
     try:
         arguments.output.write_text(written, encoding="utf-8")

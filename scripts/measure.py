@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from common import hardware
 from common.batches import Split
 from common.cli import Parser, SharedConfig, UserError, run_script
 from common.data import CIFAR10, Data, load_images
@@ -98,6 +99,8 @@ def measure(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[str, An
         raise MeasuredError
 
     recipe.training_batches, keras.Model.fit = remember_split, measured_fit
+    if way == "naive":
+        hardware.cure_iterator_wait = lambda: None  # Which a naive script would not know of.
     try:
         recipe.train(config, data)
     except MeasuredError:
@@ -135,9 +138,10 @@ def describe(model: keras.Model, split: Split, data: Data, config: SharedConfig,
             for setting, value in layer.get_config().items()
             if isinstance(value, str | int | float | bool) and setting != "name"
         }
-        layers.append({"kind": type(layer).__name__, **about})
+        layers.append({"kind": type(layer).__name__, "images": len(split.inputs.shape) == 4, **about})
         weights += [np.asarray(weight) for weight in layer.get_weights()]
     optimizer, loss = model.optimizer, model.loss
+    imported = set(vars(sys.modules[type(config).__module__]))  # What a recipe imports, it uses.
     constants = {
         setting: value for setting, value in optimizer.get_config().items() if isinstance(value, int | float | None)
     }
@@ -145,13 +149,14 @@ def describe(model: keras.Model, split: Split, data: Data, config: SharedConfig,
         "layers": layers,
         "weights": len(weights),
         "loss": loss if isinstance(loss, str) else "cross-entropy",
+        "loss_weight": model.get_compile_config()["loss_weights"] or 1.0,
         "label_smoothing": getattr(config, "label_smoothing", 0.0),
         "optimizer": type(optimizer).__name__,
         "constants": {**constants, "learning_rate": config.learning_rate},
         "batch_size": config.batch_size,
         "epochs": config.epochs,
         "shift": getattr(config, "shift", 0),
-        "mirror": hasattr(sys.modules[type(config).__module__], "random_mirror"),  # What the recipe imports, it uses.
+        "mirror": bool({"random_mirror", "alternating_mirror"} & imported),
         "threads": describe_machine().cores,
         "precision": keras.config.dtype_policy().compute_dtype,
         "training_flops_per_example": training_flops(model, split.inputs.shape[1:]),

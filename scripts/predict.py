@@ -130,7 +130,8 @@ def read_inputs(
         missing = [column for column in columns if column not in table]
         if missing or len(columns) != shape[0]:
             wanted = ", ".join(result["columns"]) or f"{shape[0]} columns"
-            raise UserError(f"{title}: the model takes {wanted}; the file has {', '.join(table.columns)}")
+            has = ", ".join(table.columns)
+            raise UserError(f"{title}: the model takes {wanted}, and the file has {has}; rename or add columns")
         rows.append(numbers(path, table[columns]))
         titles += [f"{title}, row {number}" for number in range(2, len(table) + 2)]
     return titles, np.concatenate(rows)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-ACTIVATIONS = {"linear": nn.Identity, "relu": nn.ReLU, "softmax": nn.Identity}
+ACTIVATIONS = {"linear": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU, "softmax": nn.Identity}
 
 
 class Lambda(nn.Module):
@@ -61,22 +61,43 @@ def build(layers: list[dict], weights: list[np.ndarray]) -> nn.Module:
             modules.append(Lambda(lambda x, scale=scale, offset=offset: x.float() * scale + offset))
         elif kind == "Normalization":
             mean, variance, _ = left.pop(0), left.pop(0), left.pop(0)
-            spread = variance.sqrt().clamp(min=1e-7)
-            modules.append(Lambda(lambda x, mean=mean, spread=spread: (x.float() - mean) / spread))
+            shape = (1, -1, 1, 1) if layer["images"] else (1, -1)
+            mean, spread = mean.reshape(shape), variance.sqrt().clamp(min=1e-7).reshape(shape)
+            if layer["invert"]:
+                modules.append(Lambda(lambda x, mean=mean, spread=spread: x * spread + mean))
+            else:
+                modules.append(Lambda(lambda x, mean=mean, spread=spread: (x.float() - mean) / spread))
         elif kind == "Conv2D":
             kernel = left.pop(0).permute(3, 2, 0, 1)
-            module = nn.Conv2d(kernel.shape[1], kernel.shape[0], kernel.shape[2])
-            module.weight, module.bias = nn.Parameter(kernel), nn.Parameter(left.pop(0))
+            module = nn.Conv2d(
+                *(kernel.shape[1], kernel.shape[0], kernel.shape[2]), padding=layer["padding"], bias=layer["use_bias"]
+            )
+            module.weight = nn.Parameter(kernel, requires_grad=layer["trainable"])
+            if layer["use_bias"]:
+                module.bias = nn.Parameter(left.pop(0))
             modules += [module, ACTIVATIONS[layer["activation"]]()]
         elif kind == "Dense":
             kernel = left.pop(0).T.contiguous()
-            module = nn.Linear(kernel.shape[1], kernel.shape[0])
-            module.weight, module.bias = nn.Parameter(kernel), nn.Parameter(left.pop(0))
+            module = nn.Linear(kernel.shape[1], kernel.shape[0], bias=layer["use_bias"])
+            module.weight = nn.Parameter(kernel)
+            if layer["use_bias"]:
+                module.bias = nn.Parameter(left.pop(0))
             modules += [module, ACTIVATIONS[layer["activation"]]()]
+        elif kind == "BatchNormalization":
+            beta, mean, variance = left.pop(0), left.pop(0), left.pop(0)
+            module = nn.BatchNorm2d(len(beta), eps=layer["epsilon"], momentum=1 - layer["momentum"])
+            module.weight.requires_grad_(False)
+            module.bias = nn.Parameter(beta)
+            module.running_mean, module.running_var = mean, variance
+            modules.append(module)
         elif kind == "MaxPooling2D":
             modules.append(nn.MaxPool2d(2))
+        elif kind == "GlobalMaxPooling2D":
+            modules.append(Lambda(lambda x: x.amax((2, 3))))
         elif kind == "Flatten":
             modules.append(Lambda(lambda x: x.permute(0, 2, 3, 1).flatten(1)))
+        elif kind == "Activation":
+            modules.append(ACTIVATIONS[layer["activation"]]())
         elif kind != "InputLayer":
             raise SystemExit(f"error: no twin of the layer {kind}")
     if left:
@@ -91,8 +112,8 @@ class Muon(torch.optim.AdamW):
         self.kernels = [parameter for parameter in parameters if parameter.ndim == 4]
         super().__init__([parameter for parameter in parameters if parameter.ndim != 4], **settings)
         self.velocities = [torch.zeros_like(kernel) for kernel in self.kernels]
-        self.rate, self.momentum = settings["lr"] * constants["kernel_speed"], constants["kernel_momentum"]
-        self.decay = settings["lr"] * settings["weight_decay"]
+        self.rate, self.decay = settings["lr"] * constants["kernel_speed"], settings["lr"] * settings["weight_decay"]
+        self.momentum, self.unit_filters = constants["kernel_momentum"], constants["unit_filters"]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -100,8 +121,9 @@ class Muon(torch.optim.AdamW):
         super().step()
         for kernel, velocity in zip(self.kernels, self.velocities, strict=True):
             velocity.mul_(self.momentum).add_(kernel.grad)
+            kernel.mul_(len(kernel) ** 0.5 / kernel.norm() if self.unit_filters else 1 - self.decay)
             step = orthogonal((kernel.grad + self.momentum * velocity).flatten(1))
-            kernel.mul_(1 - self.decay).sub_(self.rate * step.view_as(kernel))
+            kernel.sub_(self.rate * step.view_as(kernel))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets all gradients."""
@@ -172,7 +194,7 @@ def main() -> None:
 
     def loss_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if described["loss"] == "mse":
-            return functional.mse_loss(network(x), y)
+            return functional.mse_loss(network(x), y) * described["loss_weight"]
         return functional.cross_entropy(network(x), y, label_smoothing=smoothing)
 
     step_loss = torch.compile(loss_of) if arguments.compile else loss_of

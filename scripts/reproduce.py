@@ -235,7 +235,7 @@ def speeds() -> Figure | None:
     if not records:
         return None
     figure = Figure(figsize=(9, 1.2 + 0.7 * len(records)), layout="constrained")
-    axes = figure.add_subplot(xlabel="examples per second, in those of the naive way", xscale="log")
+    axes = figure.add_subplot(xlabel="examples per second, in those of the naive way")
     for offset, way in ((0.25, "recipe"), (0.0, "PyTorch"), (-0.25, "naive")):
         places, widths = [], []
         for place, record in enumerate(reversed(records)):

@@ -1,8 +1,11 @@
 """Section by section: batch t from (seed, t) alone."""
 
+import itertools
+
 from common.batches import (
     BatchRandom,
     Split,
+    alternating_mirror,
     evaluation_batches,
     random_mirror,
     random_shift,
@@ -130,7 +133,8 @@ def test_steps_per_execution_divides_the_epoch():
 
 
 def batch_random(size: int) -> BatchRandom:
-    return BatchRandom(tf.constant([5, 7], tf.int64), tf.constant(size, tf.int64))
+    seed, batch, step = tf.constant([5, 7], tf.int64), tf.constant(size, tf.int64), tf.constant(0, tf.int64)
+    return BatchRandom(seed, batch, step, tf.range(size) % 2 == 0, itertools.count())
 
 
 def test_random_shift_equals_reflection_padding_and_cropping():
@@ -152,6 +156,24 @@ def test_random_mirror_mirrors_about_half():
     same = np.array([np.array_equal(*pair) for pair in zip(images, mirrored, strict=True)])
     np.testing.assert_array_equal(mirrored[~same], images[~same][:, :, ::-1])
     assert 150 < same.sum() < 250
+
+
+def test_alternating_mirror_shows_each_image_both_ways_in_any_two_epochs():
+    images = np.random.default_rng(0).integers(0, 256, (50, 4, 6, 3), np.uint8)
+    split = Split.of(images, np.arange(50, dtype=np.float32)[:, None])
+    batches = training_batches(
+        split, 20, 3, lambda images, labels, random: (alternating_mirror(images, random), labels)
+    )
+    mirrored = np.zeros([4, 50], bool)
+    for step, (some, numbers) in enumerate(batches.take(4 * 3)):
+        for image, number in zip(some.numpy(), numbers.numpy()[:, 0].astype(int), strict=True):
+            mirrored[step // 3, number] = not np.array_equal(image, images[number])
+            np.testing.assert_array_equal(
+                image, images[number][:, ::-1] if mirrored[step // 3, number] else images[number]
+            )
+    assert mirrored[0].sum() == 25
+    for epoch in range(3):
+        np.testing.assert_array_equal(mirrored[epoch], ~mirrored[epoch + 1])
 
 
 MEMORY = """

@@ -19,17 +19,22 @@ def test_orthogonal_keeps_the_directions_and_evens_out_the_lengths(shape):
     assert (after[before < 0.07] > 8 * before[before < 0.07]).all()
 
 
-def test_a_kernel_moves_by_an_orthogonal_matrix():
+@pytest.mark.parametrize("unit_filters", [False, True])
+def test_a_kernel_moves_by_an_orthogonal_matrix(unit_filters):
     random = np.random.default_rng(1)
     start, *gradients = random.normal(size=(3, 3, 3, 8, 16)).astype(np.float32)
     kernel = keras.Variable(start)
-    optimizer = Muon(0.01, 4.0, kernel_momentum=0.5, weight_decay=0.5)
+    optimizer = Muon(0.01, 4.0, kernel_momentum=0.5, unit_filters=unit_filters, weight_decay=0.5)
     expected, velocity = start.reshape(72, 16), 0.0
     for gradient in gradients:
         optimizer.apply([gradient], [kernel])
         velocity = 0.5 * velocity + gradient.reshape(72, 16)
+        if unit_filters:
+            expected = expected / np.sqrt(np.mean(np.sum(expected**2, axis=0)))
+        else:
+            expected = (1 - 0.01 * 0.5) * expected
         step = orthogonal(keras.ops.convert_to_tensor(gradient.reshape(72, 16) + 0.5 * velocity))
-        expected = (1 - 0.01 * 0.5) * expected - 0.04 * np.asarray(step)
+        expected = expected - 0.04 * np.asarray(step)
     np.testing.assert_allclose(kernel.numpy().reshape(72, 16), expected, atol=1e-5)
 
 
@@ -47,6 +52,7 @@ def test_all_but_kernels_is_left_to_adamw():
 
 
 def test_it_can_be_made_again_from_its_configuration():
-    again = Muon.from_config(Muon(0.02, 7.0, kernel_momentum=0.8, weight_decay=0.2).get_config())
-    assert (again.kernel_speed, again.kernel_momentum, again.weight_decay) == (7.0, 0.8, 0.2)
+    again = Muon.from_config(Muon(0.02, 7.0, kernel_momentum=0.8, unit_filters=True, weight_decay=0.2).get_config())
+    values = again.kernel_speed, again.kernel_momentum, again.unit_filters, again.weight_decay
+    assert values == (7.0, 0.8, True, 0.2)
     assert float(again.learning_rate) == pytest.approx(0.02)

@@ -14,6 +14,7 @@ from common.runs import Run
 
 import keras
 import numpy as np
+import pandas as pd
 import pytest
 import tensorflow as tf
 from conftest import ROOT, load_recipe, run_program, smoke_config, smoke_data
@@ -205,6 +206,26 @@ def test_linear_regression_finds_the_least_squares_weights(tmp_path):
     assert metrics["mse"] == pytest.approx(metrics["noise_floor_mse"], rel=0.1)
 
 
+@pytest.mark.parametrize(("spread", "offset"), [(1e-4, 0.0), (1.0, 40.0), (1e5, 3e6)])
+@pytest.mark.parametrize("name", ["linear_regression", "dense_regression"])
+def test_any_unit_of_columns_and_target_will_do(tmp_path, name, spread, offset):
+    random = np.random.default_rng(0)
+    columns = random.normal((1000, 0.003), (100, 0.001), (2000, 2))
+    target = spread * (columns @ (0.01, 1000) + random.normal(0, 0.1, 2000)) + offset
+    table = pd.DataFrame({"a": columns[:, 0], "b": columns[:, 1], "y": target})
+    table.to_csv(tmp_path / "table.csv", index=False)
+    recipe = load_recipe(name)
+    config = recipe.Config(
+        data=str(tmp_path / "table.csv"), target="y", quiet=True, threads=2, run_dir=str(tmp_path / "run")
+    )
+    metrics = recipe.train(config)
+    assert metrics["r2"] > 0.98
+    if name == "linear_regression":
+        assert metrics["mse"] == pytest.approx(metrics["lstsq_mse"], rel=0.05)
+        for part in ("weight_0", "weight_1"):
+            assert metrics[part] == pytest.approx(metrics[f"lstsq_{part}"], rel=0.02)
+
+
 def test_short_and_empty_texts_are_no_trouble(tmp_path):
     """A user may ask about a text of nothing that is known, or of nothing at all."""
     recipe = load_recipe("text_classifier")
@@ -289,13 +310,12 @@ def test_the_files_keep_the_common_order(recipe):
 
 
 def test_the_ridge_baseline_is_ridge_regression():
-    """Against the closed form: centred data, penalty 1."""
+    """Against the closed form: standardised columns, penalty 1."""
     recipe, data = load_recipe("dense_regression"), smoke_data("dense_regression")
     (x, y), (test_x, test_y) = (
         (s.inputs.numpy().astype(float), s.targets.numpy()[:, 0]) for s in (data.train, data.test)
     )
-    weights = np.linalg.solve(
-        (x - x.mean(0)).T @ (x - x.mean(0)) + np.eye(x.shape[1]), (x - x.mean(0)).T @ (y - y.mean())
-    )
-    expected = np.mean(((test_x - x.mean(0)) @ weights + y.mean() - test_y) ** 2)
+    x, test_x = ((each - x.mean(0)) / x.std(0) for each in (x, test_x))
+    weights = np.linalg.solve(x.T @ x + np.eye(x.shape[1]), x.T @ (y - y.mean()))
+    expected = np.mean((test_x @ weights + y.mean() - test_y) ** 2)
     assert recipe.ridge_mse(data) == pytest.approx(expected, rel=1e-2)
