@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from common.cli import UserError
+from common.upstream import distributed
 
 import numpy as np
 import tensorflow as tf
@@ -40,8 +41,12 @@ Augment = Callable[[tf.Tensor, tf.Tensor, "BatchRandom"], tuple[tf.Tensor, tf.Te
 
 
 def steps_per_epoch(split: Split, batch_size: int) -> int:
-    """The number of batches that deal `split` out evenly, none larger than `batch_size`."""
-    return -(-len(split) // batch_size)
+    """The number of batches that deal `split` out evenly, none larger than `batch_size`.
+
+    From 32 on a multiple of 8, so that there are executions of several steps: see `steps_per_execution`.
+    """
+    steps = -(-len(split) // batch_size)
+    return steps if steps <= 32 else -(-steps // 8) * 8
 
 
 def steps_per_execution(steps: int, strategy: tf.distribute.Strategy, at_most: int = 32) -> int:
@@ -61,7 +66,9 @@ class BatchRandom(NamedTuple):
     """What the random numbers of a batch follow from; given to an augmentation, which passes it to `uniform`.
 
     `step` is the number of the batch, int64, for an augmentation that changes in the course of training; `turns`
-    is True for half of the examples, bool [batch], and in the next epoch for the other half. `calls` counts.
+    is True for half of the examples, bool [batch], and in the next epoch for the other half: mirrored by it, two
+    epochs show each image both ways, which by chance they do for half of them only (Jordan, "94% on CIFAR-10 in 3.29
+    Seconds on a Single GPU", https://arxiv.org/abs/2404.00498). `calls` counts.
     """
 
     seed: tf.Tensor
@@ -87,30 +94,11 @@ def uniform(
     return tf.ensure_shape(drawn[random.replica :: random.replicas], [None, *shape])
 
 
-def random_mirror(images: tf.Tensor, random: BatchRandom) -> tf.Tensor:
-    """Mirrors each image left to right with probability one half; [batch, height, width, channels]."""
-    return _mirror(images, uniform(random, 0.0, 1.0) < 0.5)
-
-
-def alternating_mirror(images: tf.Tensor, random: BatchRandom) -> tf.Tensor:
-    """Mirrors half of the images left to right, and in the next epoch the other half.
-
-    So two epochs show each image both ways, which by chance they do for half of them only (Jordan, "94% on CIFAR-10
-    in 3.29 Seconds on a Single GPU", https://arxiv.org/abs/2404.00498).
-    """
-    return _mirror(images, random.turns)
-
-
-def _mirror(images: tf.Tensor, which: tf.Tensor) -> tf.Tensor:
-    # Picking columns is many times faster than `tf.where` on whole images.
-    columns = tf.range(images.shape[2])
-    return tf.gather(images, tf.where(which[:, None], columns[::-1], columns), axis=2, batch_dims=1)
-
-
-def random_shift(images: tf.Tensor, random: BatchRandom, pixels: int) -> tf.Tensor:
+def random_shift(images: tf.Tensor, random: BatchRandom, pixels: int, mirrored: tf.Tensor | None = None) -> tf.Tensor:
     """Moves each image by up to `pixels` along both axes; the edge is filled by reflection.
 
-    Whole pixels, so images stay uint8; [batch, height, width, channels].
+    Whole pixels, so images stay uint8; [batch, height, width, channels]. Those that are `mirrored`, bool [batch], are
+    turned left to right as well.
     """
     for axis in (1, 2):
         size = images.shape[axis]
@@ -119,6 +107,8 @@ def random_shift(images: tf.Tensor, random: BatchRandom, pixels: int) -> tf.Tens
         offsets = uniform(random, -pixels, pixels + 1, dtype=tf.int32)
         positions = tf.abs(tf.range(size) + offsets[:, None])
         positions = size - 1 - tf.abs(size - 1 - positions)
+        if axis == 2 and mirrored is not None:  # Columns are picked once, as that takes most of the time.
+            positions = tf.where(mirrored[:, None], positions[:, ::-1], positions)
         images = tf.gather(images, positions, axis=axis, batch_dims=1)
     return images
 
@@ -220,4 +210,4 @@ def _deal(
         batches = numbers.map(replica_slice, num_parallel_calls=tf.data.AUTOTUNE)
         return batches.prefetch(tf.data.AUTOTUNE).with_options(options)
 
-    return strategy.distribute_datasets_from_function(of_worker)
+    return distributed(of_worker, strategy)

@@ -56,6 +56,10 @@ def _tensors(checkpoint: pathlib.Path) -> dict[str, np.ndarray]:
         return {name: np.asarray(reader.get_tensor(name)) for name in names}
 
 
+# How much of the time checkpoints at the ends of epochs may take: where epochs are over in no time, not each has one.
+_SHARE = 0.01
+
+
 class Checkpoints(keras.callbacks.Callback):
     """Saves and restores a training, and ends it in time; the last in the list of callbacks.
 
@@ -63,8 +67,8 @@ class Checkpoints(keras.callbacks.Callback):
 
     A checkpoint is a folder `epoch-E-batch-B`: all variables of model and optimizer (the seeds of dropout are among
     them), the metrics of the epoch so far, the state of other callbacks, and the number of the step. It is
-    written as `part` and renamed. The last two stay, and the one with the lowest validation loss (without
-    validation: loss). Keras' own `BackupAndRestore` keeps neither seeds nor metrics nor callbacks.
+    written as `part` and renamed, after an epoch unless the last one is too short a time ago. The last two stay, and
+    the one with the lowest validation loss (without validation: loss). Keras' own `BackupAndRestore` keeps neither seeds nor metrics nor callbacks.
 
     Args:
         folder: where the checkpoints are.
@@ -96,7 +100,7 @@ class Checkpoints(keras.callbacks.Callback):
             self.model.optimizer.build(self.model.trainable_variables)
         if self.resumed:
             self._restore(*self.resumed)
-        self._saved = time.monotonic()
+        self._saved, self._took = time.monotonic(), 0.0
         if threading.current_thread() is threading.main_thread():  # Only there, Python allows it.
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._remember)
@@ -145,7 +149,9 @@ class Checkpoints(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self._passed_over = 0
-        self._save(epoch + 1, 0, [], logs.get("val_loss", logs["loss"]))
+        ended = epoch + 1 == self.params["epochs"] or self.model.stop_training or self._asked_to_stop()
+        if ended or time.monotonic() - self._saved >= self._took / _SHARE:
+            self._save(epoch + 1, 0, [], logs.get("val_loss", logs["loss"]))
         self._stop_if_asked()
 
     def on_train_end(self, logs=None):
@@ -187,7 +193,7 @@ class Checkpoints(keras.callbacks.Callback):
         """Writes a checkpoint; one that can't be written is warned of, and the one before stays."""
         if not self.cluster.chief:
             return
-        variables, step = self._variables(), epoch * self.params["steps"] + batch
+        began, variables, step = time.monotonic(), self._variables(), epoch * self.params["steps"] + batch
         for variable in variables:
             if "float" in variable.dtype and not tf.reduce_all(tf.math.is_finite(variable)):
                 self._fail(f"{variable.path} is not finite after step {step}")
@@ -240,6 +246,7 @@ class Checkpoints(keras.callbacks.Callback):
                 warn(f"{checkpoint}: can't be written ({error}); the checkpoint before it stays")
             self._failed = True
         self._saved = time.monotonic()
+        self._took = self._saved - began
 
     def _shapes(self) -> list[list]:
         return [[each.path, list(each.shape), str(each.dtype)] for each in self._variables()]

@@ -27,7 +27,7 @@ from common.data import Data, Dataset, DataUnavailableError
 from common.evaluation import _predict
 from common.records import file_sha256, sealed, weights_sha256, write_file
 from common.runs import with_class_names
-from common.upstream import cure_symbolic_build
+from common.upstream import cure_adam, cure_symbolic_build
 
 import keras
 import numpy as np
@@ -94,6 +94,7 @@ def choose_strategy(config: SharedConfig) -> tf.distribute.Strategy:
         newer = all((capability or (0, 0)) >= (8, 0) for capability in capabilities)
         precision = "float32" if not gpus else "mixed_bfloat16" if newer else "mixed_float16"
     keras.config.set_dtype_policy(precision)
+    cure_adam()
     if devices == 1 and config.strategy != "mirrored":
         return tf.distribute.get_strategy()
     if not gpus:
@@ -263,8 +264,13 @@ def training_batches(
 
 def evaluation_batches(split: Split, batch_size: int, strategy: tf.distribute.Strategy | None = None) -> Any:
     """Every example in order, again and again: pass the number of steps to Keras. None where the split is empty."""
-    batches = tf.data.Dataset.from_tensor_slices((split.inputs, split.targets)).batch(batch_size).repeat()
-    return _distributed(batches, strategy) if len(split) else None
+    steps = steps_per_epoch(split, batch_size)
+
+    def batch_of(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        first, stop = step * len(split) // steps, (step + 1) * len(split) // steps
+        return split.inputs[first:stop], split.targets[first:stop]
+
+    return _distributed(tf.data.Dataset.range(steps).repeat().map(batch_of), strategy) if len(split) else None
 
 
 def _distributed(batches: tf.data.Dataset, strategy: tf.distribute.Strategy | None) -> Any:

@@ -5,7 +5,7 @@
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from common.cli import UserError
@@ -19,6 +19,7 @@ from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.losses import loss as loss_module
 from tensorflow.python.data.ops import dataset_ops
+from tensorflow.python.distribute import input_lib, input_util
 
 
 def cure_replicas() -> None:
@@ -157,6 +158,62 @@ def cure_iterator_wait() -> None:
         return original(self.with_options(options))
 
     dataset_ops.DatasetV2._apply_debug_options = without_tuning
+
+
+@functools.cache
+def cure_adam() -> None:
+    """Lets a step of `Adam` and `AdamW` be one operation for each variable.
+
+    Keras 3.15 makes a dozen of them, each of which goes through all of the variable: a sixth of the time of
+    a step of dense_regression. TensorFlow has all in one.
+    """
+    original = keras.optimizers.Adam.update_step
+
+    def in_one_operation(self: keras.optimizers.Adam, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        if self.amsgrad or isinstance(gradient, tf.IndexedSlices):
+            original(self, gradient, variable, learning_rate)
+            return
+        index = self._get_variable_index(variable)
+        steps = tf.cast(self.iterations + 1, variable.dtype)
+        tf.raw_ops.ResourceApplyAdam(
+            var=(variable.value if isinstance(variable, keras.Variable) else variable).handle,
+            m=self._momentums[index].value.handle,
+            v=self._velocities[index].value.handle,
+            beta1_power=self.beta_1**steps,
+            beta2_power=self.beta_2**steps,
+            lr=tf.cast(learning_rate, variable.dtype),
+            beta1=self.beta_1,
+            beta2=self.beta_2,
+            epsilon=self.epsilon,
+            grad=tf.cast(gradient, variable.dtype),
+        )
+
+    keras.optimizers.Adam.update_step = in_one_operation
+
+
+def distributed(
+    dataset: Callable[[tf.distribute.InputContext], tf.data.Dataset], strategy: tf.distribute.Strategy
+) -> Any:
+    """`strategy.distribute_datasets_from_function`, with a pipeline for each replica.
+
+    In TensorFlow 2.21, one pipeline feeds all replicas of a worker ahead of time, by threads that may outlive it: one
+    deletion in some hundred ends the process by a segmentation fault, on a busy machine, and each validation
+    deletes an iterator. `MultiWorkerMirroredStrategy` refuses the option to have it otherwise.
+    """
+    if not isinstance(strategy, tf.distribute.MirroredStrategy | tf.distribute.MultiWorkerMirroredStrategy):
+        return strategy.distribute_datasets_from_function(dataset)
+    devices, replicas = strategy.extended.worker_devices, strategy.num_replicas_in_sync
+    first = getattr(strategy.cluster_resolver, "task_id", 0) * len(devices)
+    return input_util.get_distributed_datasets_from_function(
+        dataset,
+        input_lib.InputWorkers([("CPU:0", (device,)) for device in devices]),
+        [tf.distribute.InputContext(replicas, first + number, replicas) for number in range(len(devices))],
+        strategy,
+        tf.distribute.InputOptions(
+            experimental_fetch_to_device=False,
+            experimental_replication_mode=tf.distribute.InputReplicationMode.PER_REPLICA,
+        ),
+    )
 
 
 @functools.cache

@@ -8,14 +8,7 @@ Run       python recipes/cifar10_cnn.py
 
 import dataclasses
 
-from common.batches import (
-    evaluation_batches,
-    random_mirror,
-    random_shift,
-    steps_per_epoch,
-    steps_per_execution,
-    training_batches,
-)
+from common.batches import evaluation_batches, random_shift, steps_per_epoch, steps_per_execution, training_batches
 from common.cli import Count, Positive, Share, SharedConfig, run_recipe
 from common.data import CIFAR10, Data, load_images
 from common.evaluation import evaluate_classifier
@@ -63,8 +56,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     steps = steps_per_epoch(data.train, config.batch_size)
 
     def augment(images, labels, random):
-        images = random_shift(images, random, pixels=config.shift)
-        return random_mirror(images, random), labels
+        return random_shift(images, random, pixels=config.shift, mirrored=random.turns), labels
 
     # Up from zero in a straight line, then down to zero along a cosine.
     total_steps = config.epochs * steps

@@ -13,6 +13,7 @@ What the ways are, scripts/benchmark.py says. `describe` trains nothing: it writ
 import argparse
 import dataclasses
 import importlib.util
+import inspect
 import itertools
 import json
 import pathlib
@@ -100,7 +101,7 @@ def measure(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[str, An
 
     recipe.training_batches, keras.Model.fit = remember_split, measured_fit
     if way == "naive":
-        hardware.cure_iterator_wait = lambda: None  # Which a naive script would not know of.
+        hardware.cure_adam = hardware.cure_iterator_wait = lambda: None  # Which a naive script would not know of.
     try:
         recipe.train(config, data)
     except MeasuredError:
@@ -141,7 +142,6 @@ def describe(model: keras.Model, split: Split, data: Data, config: SharedConfig,
         layers.append({"kind": type(layer).__name__, "images": len(split.inputs.shape) == 4, **about})
         weights += [np.asarray(weight) for weight in layer.get_weights()]
     optimizer, loss = model.optimizer, model.loss
-    imported = set(vars(sys.modules[type(config).__module__]))  # What a recipe imports, it uses.
     constants = {
         setting: value for setting, value in optimizer.get_config().items() if isinstance(value, int | float | None)
     }
@@ -156,7 +156,7 @@ def describe(model: keras.Model, split: Split, data: Data, config: SharedConfig,
         "batch_size": config.batch_size,
         "epochs": config.epochs,
         "shift": getattr(config, "shift", 0),
-        "mirror": bool({"random_mirror", "alternating_mirror"} & imported),
+        "mirror": "mirrored=" in inspect.getsource(sys.modules[type(config).__module__]),
         "threads": describe_machine().cores,
         "precision": keras.config.dtype_policy().compute_dtype,
         "training_flops_per_example": training_flops(model, split.inputs.shape[1:]),

@@ -5,9 +5,7 @@ import itertools
 from common.batches import (
     BatchRandom,
     Split,
-    alternating_mirror,
     evaluation_batches,
-    random_mirror,
     random_shift,
     steps_per_epoch,
     steps_per_execution,
@@ -132,6 +130,13 @@ def test_steps_per_execution_divides_the_epoch():
     assert [steps_per_execution(steps, strategy) for steps in (1, 6, 37, 64, 176)] == [1, 6, 1, 32, 22]
 
 
+def test_there_are_executions_of_several_steps_whatever_the_number_of_examples():
+    for size in range(1, 3000, 7):
+        steps = steps_per_epoch(Split.of(np.zeros((size, 1)), np.zeros((size, 1))), 10)
+        assert size / 10 <= steps < size / 10 + 8
+        assert steps_per_execution(steps, tf.distribute.get_strategy()) >= min(8, steps)
+
+
 def batch_random(size: int) -> BatchRandom:
     seed, batch, step = tf.constant([5, 7], tf.int64), tf.constant(size, tf.int64), tf.constant(0, tf.int64)
     return BatchRandom(seed, batch, step, tf.range(size) % 2 == 0, itertools.count())
@@ -150,30 +155,27 @@ def test_random_shift_equals_reflection_padding_and_cropping():
     assert len(offsets) == 25
 
 
-def test_random_mirror_mirrors_about_half():
-    images = np.random.default_rng(0).integers(0, 256, (400, 4, 5, 1), np.uint8)
-    mirrored = random_mirror(tf.constant(images), batch_random(400)).numpy()
-    same = np.array([np.array_equal(*pair) for pair in zip(images, mirrored, strict=True)])
-    np.testing.assert_array_equal(mirrored[~same], images[~same][:, :, ::-1])
-    assert 150 < same.sum() < 250
-
-
-def test_alternating_mirror_shows_each_image_both_ways_in_any_two_epochs():
-    images = np.random.default_rng(0).integers(0, 256, (50, 4, 6, 3), np.uint8)
-    split = Split.of(images, np.arange(50, dtype=np.float32)[:, None])
-    batches = training_batches(
-        split, 20, 3, lambda images, labels, random: (alternating_mirror(images, random), labels)
+def test_mirrored_images_are_shifted_too():
+    images = np.random.default_rng(0).integers(0, 256, (50, 8, 6, 3), np.uint8)
+    mirrored = np.arange(50) % 3 == 0
+    shifted, both = (
+        random_shift(tf.constant(images), batch_random(50), 2, which).numpy() for which in (None, tf.constant(mirrored))
     )
-    mirrored = np.zeros([4, 50], bool)
-    for step, (some, numbers) in enumerate(batches.take(4 * 3)):
-        for image, number in zip(some.numpy(), numbers.numpy()[:, 0].astype(int), strict=True):
-            mirrored[step // 3, number] = not np.array_equal(image, images[number])
-            np.testing.assert_array_equal(
-                image, images[number][:, ::-1] if mirrored[step // 3, number] else images[number]
-            )
-    assert mirrored[0].sum() == 25
-    for epoch in range(3):
-        np.testing.assert_array_equal(mirrored[epoch], ~mirrored[epoch + 1])
+    np.testing.assert_array_equal(both[~mirrored], shifted[~mirrored])
+    np.testing.assert_array_equal(both[mirrored], shifted[mirrored][:, :, ::-1])
+
+
+def test_each_example_has_its_turn_once_in_any_two_epochs():
+    numbers = np.arange(50, dtype=np.float32)[:, None]
+
+    def turned(inputs, targets, random):
+        return random.turns, targets
+
+    had = np.zeros([4, 50], bool)
+    for step, (turns, targets) in enumerate(training_batches(Split.of(numbers, numbers), 20, 3, turned).take(4 * 3)):
+        had[step // 3, targets.numpy()[:, 0].astype(int)] = turns
+    assert had[0].sum() == 25
+    np.testing.assert_array_equal(had[:-1], ~had[1:])
 
 
 MEMORY = """

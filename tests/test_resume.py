@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import math
 import os
 import pathlib
 import random
@@ -224,7 +225,8 @@ def test_resume_starts_what_never_began(tmp_path, alone):
     assert torture.outcome(tmp_path / "run") == alone
 
 
-def test_the_last_two_checkpoints_and_the_best_are_kept(tmp_path):
+def test_the_last_two_checkpoints_and_the_best_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.checkpoints._SHARE", math.inf)  # After each epoch, however short.
     directory = tmp_path / "run"
     fit(directory, checkpoint_every="4")
     history = read_sealed(directory / "result.json")["history"]
@@ -253,6 +255,19 @@ def test_what_else_lies_beside_the_checkpoints_stays(tmp_path, alone, capsys):
     shutil.rmtree(checkpoints / "epoch-zzz")
     (checkpoints / "epoch-000009-batch-000000000").unlink()
     assert torture.outcome(tmp_path / "run") == alone
+
+
+def test_short_epochs_do_not_all_have_a_checkpoint(tmp_path, monkeypatch):
+    saved, write = [], Checkpoints._save
+
+    def slow(self, epoch, *others):
+        saved.append(epoch)
+        write(self, epoch, *others)
+        self._took = math.inf
+
+    monkeypatch.setattr(Checkpoints, "_save", slow)
+    fit(tmp_path / "run")
+    assert saved == [1, len(read_sealed(tmp_path / "run" / "result.json")["history"])]
 
 
 def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
@@ -558,6 +573,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, alo
         return write(self, path)
 
     with monkeypatch.context() as patch:
+        patch.setattr("common.checkpoints._SHARE", math.inf)
         patch.setattr(tf.train.Checkpoint, "write", full)
         with pytest.raises(KeyboardInterrupt):
             fit(tmp_path / "run", ("train", 3, 2))

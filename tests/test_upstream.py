@@ -1,5 +1,6 @@
 """Each test here fails when a bug is mended upstream: then delete the cure, and the test with it."""
 
+import functools
 import gc
 import json
 import subprocess
@@ -17,6 +18,8 @@ import tensorflow as tf
 from conftest import TWO_DEVICES, run_program
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from test_readme import load_script
+
+KERAS_ADAM_STEP = keras.optimizers.Adam.update_step
 
 MIRRORED_FIT = """
 import os, sys
@@ -214,6 +217,45 @@ def test_tensorflow_still_keeps_graphs_with_a_custom_gradient():
     del traced
     gc.collect()
     assert graph() is not None, "mended upstream: delete the cure"
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adam_in_one_operation_equals_keras(weight_decay):
+    """common/upstream.py: cure_adam."""
+    upstream.cure_adam()
+    inputs = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32)
+    outcomes, operations = [], []
+    for update_step in (keras.optimizers.Adam.update_step, KERAS_ADAM_STEP):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(7, activation="tanh"), keras.layers.Dense(1)])
+        optimizer = keras.optimizers.AdamW(0.01, weight_decay=weight_decay)
+        optimizer.update_step = functools.partial(update_step, optimizer)
+        model.compile(optimizer, "mse")
+        model.fit(inputs, inputs[:, :1], epochs=20, verbose=0)
+        outcomes.append([variable.numpy() for variable in (*model.variables, *optimizer.variables)])
+        gradients = [tf.ones(each.shape) for each in model.trainable_variables]
+        step = tf.function(functools.partial(optimizer.apply, gradients)).get_concrete_function()
+        operations.append({operation.type for operation in step.graph.get_operations()})
+    for cured, original in zip(*outcomes, strict=True):
+        np.testing.assert_allclose(cured, original, rtol=1e-4, atol=1e-6)
+    assert "ResourceApplyAdam" in operations[0]
+    assert "ResourceApplyAdam" not in operations[1], "mended upstream: delete the cure"
+
+
+OWN_PIPELINES = """
+import tensorflow as tf
+options = tf.distribute.InputOptions(
+    experimental_fetch_to_device=False, experimental_replication_mode=tf.distribute.InputReplicationMode.PER_REPLICA
+)
+strategy = tf.distribute.MultiWorkerMirroredStrategy()
+strategy.distribute_datasets_from_function(lambda context: tf.data.Dataset.range(3), options)
+"""
+
+
+def test_several_workers_still_refuse_pipelines_of_their_own():
+    """common/upstream.py: distributed. The crash itself comes too rarely to wait for it."""
+    run = run_program("-c", OWN_PIPELINES)
+    assert "NotImplementedError: InputReplicationMode.PER_REPLICA" in run.stderr, "mended upstream: pass the options"
 
 
 DELETED_ITERATORS = """
