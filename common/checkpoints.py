@@ -66,9 +66,10 @@ class Checkpoints(keras.callbacks.Callback):
     It ends on SIGTERM and SIGINT, when the running execution is done and saved, and on a loss that is not finite.
 
     A checkpoint is a folder `epoch-E-batch-B`: all variables of model and optimizer (the seeds of dropout are among
-    them), the metrics of the epoch so far, the state of other callbacks, and the number of the step. It is
-    written as `part` and renamed, after an epoch unless the last one is too short a time ago. The last two stay, and
-    the one with the lowest validation loss (without validation: loss). Keras' own `BackupAndRestore` keeps neither seeds nor metrics nor callbacks.
+    them), the metrics of the epoch so far, the state of other callbacks, and the number of the step. It is written
+    as `part` and renamed; after an epoch, unless the last one is too short a time ago. The last two stay, and the one
+    with the lowest validation loss (without validation: loss). Keras' own `BackupAndRestore` keeps neither seeds nor
+    metrics nor callbacks.
 
     Args:
         folder: where the checkpoints are.

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import inspect
 import json
 import subprocess
 import sys
@@ -18,8 +19,6 @@ import tensorflow as tf
 from conftest import TWO_DEVICES, run_program
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from test_readme import load_script
-
-KERAS_ADAM_STEP = keras.optimizers.Adam.update_step
 
 MIRRORED_FIT = """
 import os, sys
@@ -223,9 +222,11 @@ def test_tensorflow_still_keeps_graphs_with_a_custom_gradient():
 def test_adam_in_one_operation_equals_keras(weight_decay):
     """common/upstream.py: cure_adam."""
     upstream.cure_adam()
+    cured = keras.optimizers.Adam.update_step
+    original = inspect.getclosurevars(cured).nonlocals["original"]
     inputs = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32)
     outcomes, operations = [], []
-    for update_step in (keras.optimizers.Adam.update_step, KERAS_ADAM_STEP):
+    for update_step in (cured, original):
         keras.utils.set_random_seed(1)
         model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(7, activation="tanh"), keras.layers.Dense(1)])
         optimizer = keras.optimizers.AdamW(0.01, weight_decay=weight_decay)
@@ -236,8 +237,8 @@ def test_adam_in_one_operation_equals_keras(weight_decay):
         gradients = [tf.ones(each.shape) for each in model.trainable_variables]
         step = tf.function(functools.partial(optimizer.apply, gradients)).get_concrete_function()
         operations.append({operation.type for operation in step.graph.get_operations()})
-    for cured, original in zip(*outcomes, strict=True):
-        np.testing.assert_allclose(cured, original, rtol=1e-4, atol=1e-6)
+    for one, other in zip(*outcomes, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
     assert "ResourceApplyAdam" in operations[0]
     assert "ResourceApplyAdam" not in operations[1], "mended upstream: delete the cure"
 
