@@ -109,9 +109,8 @@ class Run(keras.callbacks.Callback):
     def __init__(self, recipe: str, config: SharedConfig, directory: pathlib.Path, strategy: tf.distribute.Strategy):
         super().__init__()
         self.recipe, self.config, self.directory, self.strategy = recipe, config, directory, strategy
-        self.started, self.traced = time.perf_counter(), False
-        self.verbose = 0 if config.quiet else 1 if sys.stdout.isatty() else 2
-        self.state = {"epoch": 0, "step": 0, "history": [], "steps": 0, "seconds": 0.0, "train_seconds": 0.0}
+        self.started, self.verbose = time.perf_counter(), 0 if config.quiet else 1 if sys.stdout.isatty() else 2
+        self.state = {"epoch": 0, "step": 0, "history": [], "seconds": 0.0}
         if (directory / "state.json").exists():
             self.state |= _read_json(directory / "state.json")
         self.start_step = self.state["step"]
@@ -136,39 +135,29 @@ class Run(keras.callbacks.Callback):
             counts = ", ".join(f"{count:,} {split}" for split, count in data.counts().items())
             print(f"data: {data.name} ({data.source}): {counts}\ndevices: {self.strategy.num_replicas_in_sync}")
         folder, steps = str(self.directory / "tensorboard"), (2, 4) if self.config.profile else 0
-        logs = keras.callbacks.TensorBoard(folder, int(self.config.histograms), profile_batch=steps)
-        return [logs, self]
+        return [keras.callbacks.TensorBoard(folder, int(self.config.histograms), profile_batch=steps), self]
 
     def on_train_begin(self, logs=None):
-        self.began = self.last = time.perf_counter()
+        self.began = time.perf_counter()
         self.model.optimizer.build(self.model.trainable_variables)
         self.checkpoint = tf.train.Checkpoint(variables=[*self.model.variables, *self.model.optimizer.variables])
         if self.start_step:
             self.checkpoint.read(str(self.directory / self.state["variables"])).assert_consumed()
             self.model._initial_epoch = self.state["epoch"]  # As Keras' own `BackupAndRestore` does it.
 
-    def on_epoch_begin(self, epoch, logs=None):
-        self.last, self.done = time.perf_counter(), 0
-
     def on_train_batch_end(self, batch, logs=None):
         if not math.isfinite(logs["loss"]):
             raise TrainingFailedError(f"the loss is {logs['loss']}; try a smaller --learning-rate")
-        now = time.perf_counter()
-        if self.traced:  # What the first execution takes is mostly the making of the graph.
-            self.state["steps"] += batch + 1 - self.done
-            self.state["seconds"] += now - self.last
-        self.traced, self.last, self.done = True, now, batch + 1
 
     def on_epoch_end(self, epoch, logs=None):
         now, step = time.perf_counter(), (epoch + 1) * self.params["steps"]
         self.state["history"].append({name: float(value) for name, value in logs.items()})
-        self.state["train_seconds"], self.began = self.state["train_seconds"] + now - self.began, now
+        self.state["seconds"], self.began = self.state["seconds"] + now - self.began, now
         self.state |= {"epoch": epoch + 1, "step": step, "variables": f"checkpoints/step-{step}"}
         self.checkpoint.write(str(self.directory / self.state["variables"]))
         write_file(self.directory / "state.json", json.dumps(self.state))  # From now on, this checkpoint counts.
-        for old in (self.directory / "checkpoints").glob("*"):
-            if old.stem != f"step-{step}":
-                old.unlink()
+        for old in set(self.directory.glob("checkpoints/*")) - set(self.directory.glob(f"checkpoints/step-{step}.*")):
+            old.unlink()
 
     def finish(self, model: keras.Model, data: Data, report: "Report", beside: dict[str, float]) -> dict[str, float]:
         """Saves the model, the plots and `result.json`, and prints the result."""
@@ -176,7 +165,6 @@ class Run(keras.callbacks.Callback):
         (with_class_names(model, data.class_names) if data.class_names else model).save(path)
         for name, figure in report.figures.items():
             figure.savefig(self.directory / "plots" / f"{name}.png")
-        batch, total = data.counts()["train"] / self.params["steps"], time.perf_counter() - self.started
         result = {
             "recipe": self.recipe,
             "data": self.data,
@@ -185,8 +173,8 @@ class Run(keras.callbacks.Callback):
             "seed": self.config.seed,
             "epochs": self.state["epoch"],
             "steps": self.state["step"],
-            "seconds": {"data": data.seconds, "train": self.state["train_seconds"], "total": total},
-            "examples_per_second": self.state["steps"] * batch / self.state["seconds"] if self.state["steps"] else None,
+            "seconds": {"train": self.state["seconds"], "total": time.perf_counter() - self.started},
+            "examples_per_second": data.counts()["train"] * self.state["epoch"] / self.state["seconds"],
             "weights_sha256": weights_sha256(model),
             "model_sha256": file_sha256(path),
             "class_names": data.class_names,
@@ -252,8 +240,7 @@ def training_batches(
         examples = shuffle(tf.range(first, stop), epoch_seed, tf.constant(len(split) - 1, tf.int64))
         inputs, targets = tf.gather(split.inputs, examples), tf.gather(split.targets, examples)
         if augment is not None:
-            batch_seed = fold_in(tf.constant([seed, 1], tf.int64), step)
-            turns = (examples + step // steps) % 2 == 0
+            batch_seed, turns = fold_in(tf.constant([seed, 1], tf.int64), step), (examples + step // steps) % 2 == 0
             random = BatchRandom(batch_seed, stop - first, step, turns, itertools.count())
             inputs, targets = augment(inputs, targets, random)
         return inputs, targets
@@ -298,14 +285,11 @@ def evaluate_classifier(
     loss = float(np.mean(keras.losses.get(model.loss)(one_hot, probabilities)))
     metrics = {"loss": loss, "accuracy": figures["accuracy"]}
     metrics |= {"precision": macro["precision"], "recall": macro["recall"], "f1": macro["f1-score"]}
-    mistakes = sorted(np.flatnonzero(true != predicted).tolist(), key=lambda example: -confidence[example])[:25]
-    worst = [
-        {"example": each, "true": class_names[true[each]], "predicted": class_names[predicted[each]]}
-        for each in mistakes
-    ]
-    if shown_inputs is not None and shown_inputs.dtype == tf.string:
-        for record in worst:
-            record["text"] = shown_inputs[record["example"]].numpy().decode(errors="replace")[:300]
+    worst = []
+    for each in sorted(np.flatnonzero(true != predicted).tolist(), key=lambda example: -confidence[example])[:25]:
+        worst.append({"example": each, "true": class_names[true[each]], "predicted": class_names[predicted[each]]})
+        if shown_inputs is not None and shown_inputs.dtype == tf.string:
+            worst[-1]["text"] = shown_inputs[each].numpy().decode(errors="replace")[:300]
     confusion = sklearn.metrics.confusion_matrix(true, predicted, labels=range(len(class_names)))
     figure = Figure(figsize=[max(4.0, 1.5 + 0.55 * len(class_names))] * 2, layout="constrained")
     display = sklearn.metrics.ConfusionMatrixDisplay(confusion, display_labels=class_names)
