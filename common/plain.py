@@ -173,7 +173,11 @@ class Run(keras.callbacks.Callback):
             "seed": self.config.seed,
             "epochs": self.state["epoch"],
             "steps": self.state["step"],
-            "seconds": {"train": self.state["seconds"], "total": time.perf_counter() - self.started},
+            "seconds": {
+                "data": data.seconds,
+                "train": self.state["seconds"],
+                "total": time.perf_counter() - self.started,
+            },
             "examples_per_second": data.counts()["train"] * self.state["epoch"] / self.state["seconds"],
             "weights_sha256": weights_sha256(model),
             "model_sha256": file_sha256(path),
