@@ -109,7 +109,7 @@ class Run(keras.callbacks.Callback):
     def __init__(self, recipe: str, config: SharedConfig, directory: pathlib.Path, strategy: tf.distribute.Strategy):
         super().__init__()
         self.recipe, self.config, self.directory, self.strategy = recipe, config, directory, strategy
-        self.started, self.verbose = time.perf_counter(), 0 if config.quiet else 1 if sys.stdout.isatty() else 2
+        self.started, self.verbose = time.time(), 0 if config.quiet else 1 if sys.stdout.isatty() else 2
         self.state = {"epoch": 0, "step": 0, "history": [], "seconds": 0.0}
         if (directory / "state.json").exists():
             self.state |= _read_json(directory / "state.json")
@@ -173,11 +173,7 @@ class Run(keras.callbacks.Callback):
             "seed": self.config.seed,
             "epochs": self.state["epoch"],
             "steps": self.state["step"],
-            "seconds": {
-                "data": data.seconds,
-                "train": self.state["seconds"],
-                "total": time.perf_counter() - self.started,
-            },
+            "seconds": {"data": data.seconds, "train": self.state["seconds"], "total": time.time() - self.started},
             "examples_per_second": data.counts()["train"] * self.state["epoch"] / self.state["seconds"],
             "weights_sha256": weights_sha256(model),
             "model_sha256": file_sha256(path),
