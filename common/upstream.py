@@ -176,8 +176,8 @@ def cure_adam() -> None:
         for name, each in changed.items():
             changed[name] = (each.value if isinstance(each, keras.Variable) else each).handle
         rates = {"lr": tf.cast(learning_rate, variable.dtype), "beta1": self.beta_1, "beta2": self.beta_2}
-        powers = {"beta1_power": self.beta_1**steps, "beta2_power": self.beta_2**steps}
-        return tf.raw_ops.ResourceApplyAdam(**changed, **rates, **powers, epsilon=self.epsilon, grad=gradient)
+        powers = {"beta1_power": self.beta_1**steps, "beta2_power": self.beta_2**steps, "epsilon": self.epsilon}
+        return tf.raw_ops.ResourceApplyAdam(**changed, **rates, **powers, grad=tf.cast(gradient, variable.dtype))
 
     keras.optimizers.Adam.update_step = in_one_operation
 
