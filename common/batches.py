@@ -80,18 +80,15 @@ class BatchRandom(NamedTuple):
     replicas: int = 1
 
 
-def uniform(
-    random: BatchRandom, minimum: float, maximum: float, shape: tuple[int, ...] = (), dtype: tf.DType = tf.float32
-) -> tf.Tensor:
-    """Uniform numbers in [minimum, maximum), one tensor of `shape` for each example.
+def uniform(random: BatchRandom, minimum: float, maximum: float, dtype: tf.DType = tf.float32) -> tf.Tensor:
+    """Uniform numbers in [minimum, maximum), one for each example.
 
     The same however the batch is sliced: drawn for the whole global batch, from (seed, step, number of the call), of
-    which the rows of this replica are returned. So two devices augment just as one would.
+    which those of this replica are returned. So two devices augment just as one would.
     """
     seed = tf.random.experimental.stateless_fold_in(random.seed, next(random.calls))
-    size = tf.concat([[random.batch], tf.constant(shape, tf.int64)], 0)
-    drawn = tf.random.stateless_uniform(size, seed, minimum, maximum, dtype)
-    return tf.ensure_shape(drawn[random.replica :: random.replicas], [None, *shape])
+    drawn = tf.random.stateless_uniform([random.batch], seed, minimum, maximum, dtype)
+    return drawn[random.replica :: random.replicas]
 
 
 def random_shift(images: tf.Tensor, random: BatchRandom, pixels: int, mirrored: tf.Tensor | None = None) -> tf.Tensor:

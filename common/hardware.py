@@ -10,7 +10,14 @@ from typing import Any
 
 from common.cli import SharedConfig, UserError
 from common.multiworker import Cluster
-from common.upstream import cure_adam, cure_gradient_leak, cure_iterator_wait, cure_replicas, cure_several_workers
+from common.upstream import (
+    cure_adam,
+    cure_fusion,
+    cure_gradient_leak,
+    cure_iterator_wait,
+    cure_replicas,
+    cure_several_workers,
+)
 
 import keras
 import tensorflow as tf
@@ -156,6 +163,7 @@ def apply(
         tf.config.experimental.enable_op_determinism()
     keras.config.set_dtype_policy(choices["precision"][0])
     cure_adam()
+    cure_fusion()
     cure_gradient_leak()
     cure_iterator_wait()
     if strategy == "none":

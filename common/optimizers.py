@@ -13,14 +13,7 @@ class Muon(keras.optimizers.AdamW):
     here a kernel counts as the matrix [height x width x channels, filters].
     """
 
-    def __init__(
-        self,
-        learning_rate: Any = 0.001,
-        kernel_speed: float = 2.0,
-        kernel_momentum: float = 0.9,
-        unit_filters: bool = False,
-        **settings: Any,
-    ):
+    def __init__(self, learning_rate: Any, kernel_speed=2.0, kernel_momentum=0.9, unit_filters=False, **settings: Any):
         """Sets the optimizer up.
 
         Args:

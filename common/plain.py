@@ -27,7 +27,7 @@ from common.data import Data, Dataset, DataUnavailableError
 from common.evaluation import _predict
 from common.records import file_sha256, sealed, weights_sha256, write_file
 from common.runs import with_class_names
-from common.upstream import cure_adam, cure_symbolic_build
+from common.upstream import cure_adam, cure_fusion, cure_symbolic_build
 
 import keras
 import numpy as np
@@ -95,6 +95,7 @@ def choose_strategy(config: SharedConfig) -> tf.distribute.Strategy:
         precision = "float32" if not gpus else "mixed_bfloat16" if newer else "mixed_float16"
     keras.config.set_dtype_policy(precision)
     cure_adam()
+    cure_fusion()
     if devices == 1 and config.strategy != "mirrored":
         return tf.distribute.get_strategy()
     if not gpus:
@@ -110,10 +111,10 @@ class Run(keras.callbacks.Callback):
         super().__init__()
         self.recipe, self.config, self.directory, self.strategy = recipe, config, directory, strategy
         self.started, self.verbose = time.time(), 0 if config.quiet else 1 if sys.stdout.isatty() else 2
-        self.state = {"epoch": 0, "step": 0, "history": [], "seconds": 0.0}
+        self.state = {"epochs": 0, "steps": 0, "history": [], "seconds": 0.0}
         if (directory / "state.json").exists():
             self.state |= _read_json(directory / "state.json")
-        self.start_step = self.state["step"]
+        self.start_step = self.state["steps"]
 
     def callbacks(self, data: Data, augment: Augment | None = None) -> list[keras.callbacks.Callback]:
         """Makes the run directory, and gives the callbacks for `fit`: this run, and TensorBoard."""
@@ -143,7 +144,7 @@ class Run(keras.callbacks.Callback):
         self.checkpoint = tf.train.Checkpoint(variables=[*self.model.variables, *self.model.optimizer.variables])
         if self.start_step:
             self.checkpoint.read(str(self.directory / self.state["variables"])).assert_consumed()
-            self.model._initial_epoch = self.state["epoch"]  # As Keras' own `BackupAndRestore` does it.
+            self.model._initial_epoch = self.state["epochs"]  # As Keras' own `BackupAndRestore` does it.
 
     def on_train_batch_end(self, batch, logs=None):
         if not math.isfinite(logs["loss"]):
@@ -153,7 +154,7 @@ class Run(keras.callbacks.Callback):
         now, step = time.perf_counter(), (epoch + 1) * self.params["steps"]
         self.state["history"].append({name: float(value) for name, value in logs.items()})
         self.state["seconds"], self.began = self.state["seconds"] + now - self.began, now
-        self.state |= {"epoch": epoch + 1, "step": step, "variables": f"checkpoints/step-{step}"}
+        self.state |= {"epochs": epoch + 1, "steps": step, "variables": f"checkpoints/step-{step}"}
         self.checkpoint.write(str(self.directory / self.state["variables"]))
         write_file(self.directory / "state.json", json.dumps(self.state))  # From now on, this checkpoint counts.
         for old in set(self.directory.glob("checkpoints/*")) - set(self.directory.glob(f"checkpoints/step-{step}.*")):
@@ -166,20 +167,18 @@ class Run(keras.callbacks.Callback):
         for name, figure in report.figures.items():
             figure.savefig(self.directory / "plots" / f"{name}.png")
         result = {
+            **self.state,
             "recipe": self.recipe,
             "data": self.data,
             "metrics": metrics,
             "parameters": sum(math.prod(weight.shape) for weight in model.trainable_weights),
             "seed": self.config.seed,
-            "epochs": self.state["epoch"],
-            "steps": self.state["step"],
             "seconds": {"data": data.seconds, "train": self.state["seconds"], "total": time.time() - self.started},
-            "examples_per_second": data.counts()["train"] * self.state["epoch"] / self.state["seconds"],
+            "examples_per_second": data.counts()["train"] * self.state["epochs"] / self.state["seconds"],
             "weights_sha256": weights_sha256(model),
             "model_sha256": file_sha256(path),
             "class_names": data.class_names,
             "columns": data.columns,
-            "history": self.state["history"],
             "evaluation": report.details,
             "versions": {"python": platform.python_version(), "keras": keras.__version__, "tensorflow": tf.__version__},
             "command": shlex.join(["python", *sys.argv]),
@@ -212,23 +211,13 @@ class Report:
 BatchRandom = collections.namedtuple("BatchRandom", ["seed", "batch", "step", "turns", "calls"])
 
 
-def uniform(
-    random: BatchRandom, minimum: float, maximum: float, shape: tuple = (), dtype: tf.DType = tf.float32
-) -> tf.Tensor:
-    """Uniform numbers in [minimum, maximum), one tensor of `shape` for each example."""
+def uniform(random: BatchRandom, minimum: float, maximum: float, dtype: tf.DType = tf.float32) -> tf.Tensor:
+    """Uniform numbers in [minimum, maximum), one for each example."""
     seed = tf.random.experimental.stateless_fold_in(random.seed, next(random.calls))
-    size = tf.concat([[random.batch], tf.constant(shape, tf.int64)], 0)
-    return tf.random.stateless_uniform(size, seed, minimum, maximum, dtype)
+    return tf.random.stateless_uniform([random.batch], seed, minimum, maximum, dtype)
 
 
-def training_batches(
-    split: Split,
-    batch_size: int,
-    seed: int,
-    augment: Augment | None = None,
-    strategy: tf.distribute.Strategy | None = None,
-    start_step: int = 0,
-) -> Any:
+def training_batches(split: Split, batch_size: int, seed: int | None, augment=None, strategy=None, start_step=0) -> Any:
     """An endless stream of shuffled batches: what is in number t, and how it is augmented, follows from (seed, t)."""
     shuffle, fold_in = tf.random.experimental.index_shuffle, tf.random.experimental.stateless_fold_in
     steps = steps_per_epoch(split, batch_size)
@@ -236,8 +225,10 @@ def training_batches(
     @tf.autograph.experimental.do_not_convert  # It would put its own traceback into the messages of errors.
     def batch_of(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         first, stop = step % steps * len(split) // steps, (step % steps + 1) * len(split) // steps
-        epoch_seed = fold_in(tf.constant([seed, 0], tf.int64), step // steps)
-        examples = shuffle(tf.range(first, stop), epoch_seed, tf.constant(len(split) - 1, tf.int64))
+        examples = tf.range(first, stop)
+        if seed is not None:
+            epoch_seed = fold_in(tf.constant([seed, 0], tf.int64), step // steps)
+            examples = shuffle(examples, epoch_seed, tf.constant(len(split) - 1, tf.int64))
         inputs, targets = tf.gather(split.inputs, examples), tf.gather(split.targets, examples)
         if augment is not None:
             batch_seed, turns = fold_in(tf.constant([seed, 1], tf.int64), step), (examples + step // steps) % 2 == 0
@@ -246,26 +237,17 @@ def training_batches(
         return inputs, targets
 
     batches = tf.data.Dataset.range(start_step, tf.int64.max).map(batch_of, num_parallel_calls=tf.data.AUTOTUNE)
-    return _distributed(batches.prefetch(tf.data.AUTOTUNE), strategy)
-
-
-def evaluation_batches(split: Split, batch_size: int, strategy: tf.distribute.Strategy | None = None) -> Any:
-    """Every example in order, again and again: pass the number of steps to Keras. None where the split is empty."""
-    steps = steps_per_epoch(split, batch_size)
-
-    def batch_of(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        first, stop = step * len(split) // steps, (step + 1) * len(split) // steps
-        return split.inputs[first:stop], split.targets[first:stop]
-
-    return _distributed(tf.data.Dataset.range(steps).repeat().map(batch_of), strategy) if len(split) else None
-
-
-def _distributed(batches: tf.data.Dataset, strategy: tf.distribute.Strategy | None) -> Any:
     options = tf.data.Options()
     # The rewriting of the graph would copy the tensors it captures: the whole data set.
     options.experimental_optimization.apply_default_optimizations = False
     options.autotune.enabled = False  # TensorFlow 2.21 may wait for it for up to a minute when all is done.
-    return (strategy or tf.distribute.get_strategy()).experimental_distribute_dataset(batches.with_options(options))
+    batches = batches.prefetch(tf.data.AUTOTUNE).with_options(options)
+    return (strategy or tf.distribute.get_strategy()).experimental_distribute_dataset(batches)
+
+
+def evaluation_batches(split: Split, batch_size: int, strategy: tf.distribute.Strategy | None = None) -> Any:
+    """Every example in order, again and again: pass the number of steps to Keras. None where the split is empty."""
+    return training_batches(split, batch_size, None, strategy=strategy) if len(split) else None
 
 
 def evaluate_classifier(

@@ -53,9 +53,8 @@ def _draw(label: str, random: np.random.Generator) -> np.ndarray:
     rows, columns = np.mgrid[-1:1:32j, -1:1:32j]
     # A background that runs from one colour to another, strewn with dots.
     dark, bright = random.uniform(20, 235, (2, 3))
-    picture = (
-        dark + (bright - dark) * ((1 + rows * random.uniform(-1, 1) + columns * random.uniform(-1, 1)) / 2)[..., None]
-    )
+    slope = 1 + rows * random.uniform(-1, 1) + columns * random.uniform(-1, 1)
+    picture = dark + (bright - dark) * (slope / 2)[..., None]
     for row, column, radius in random.uniform((-1, -1, 0.05), (1, 1, 0.2), (8, 3)):
         picture[np.hypot(rows - row, columns - column) < radius] = random.uniform(0, 255, 3)
     # The shape, moved, scaled and turned, in a colour that stands out from the middle of the background.

@@ -182,6 +182,32 @@ def cure_adam() -> None:
     keras.optimizers.Adam.update_step = in_one_operation
 
 
+@functools.cache
+def cure_fusion() -> None:
+    """Lets `BatchNormalization` of images be one operation forwards and one backwards, on a single replica.
+
+    In Keras 3.15 it is a dozen, each of which goes through all activations, in float32 whatever the precision: a
+    fifth of the time of a step of cifar10_fast in bfloat16. TensorFlow has all in one.
+    """
+    original = keras.layers.BatchNormalization.call
+
+    def fused(self: keras.layers.BatchNormalization, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+        others = mask is not None or self.renorm or tf.distribute.get_strategy().num_replicas_in_sync > 1
+        if others or not (training and self.trainable) or len(inputs.shape) != 4 or self.axis not in (-1, 3):
+            return original(self, inputs, training, mask)
+        scale = self.gamma if self.scale else tf.ones_like(self.moving_mean)
+        shift = self.beta if self.center else tf.zeros_like(self.moving_mean)
+        given = {"x": inputs, "scale": scale, "offset": shift, "mean": [], "variance": [], "epsilon": self.epsilon}
+        outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(**given, is_training=True)
+        size = tf.cast(tf.size(inputs) / inputs.shape[3], tf.float32)
+        # TensorFlow's variance is the estimate for all there is, Keras' that of the batch.
+        for moving, value in ((self.moving_mean, mean), (self.moving_variance, variance * (size - 1) / size)):
+            moving.assign(moving * self.momentum + value * (1 - self.momentum))
+        return outputs
+
+    keras.layers.BatchNormalization.call = fused
+
+
 def distributed(
     dataset: Callable[[tf.distribute.InputContext], tf.data.Dataset], strategy: tf.distribute.Strategy
 ) -> Any:

@@ -247,7 +247,8 @@ def as_file(path: pathlib.Path, name: str) -> str:
     guard = [chunk(bundle.recipe, bundle.recipe.tree.body[-1])]
     parts = [*(part for part in statements if part != guard[0])]
     for title, chunks in bundle.sections():
-        parts += [f"# {title}\n\n" + chunks[0], *chunks[1:]]
+        gap = "\n" if chunks[0].startswith("#") else ""  # The title is no part of a statement's own comment.
+        parts += [f"# ---- {title}\n{gap}{chunks[0]}", *chunks[1:]]
     code = "\n\n\n".join([*parts, *guard])
     docstring = f'"""{ast.get_docstring(bundle.recipe.tree, clean=False)}"""'
     docstring = docstring.replace(f"python recipes/{path.name}", f"python {name}")

@@ -30,6 +30,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 # Metrics beside a recipe's own, and how the table calls them; {} takes the figure.
 BESIDE = {
+    "one_view_accuracy": "without averaging over views: {}",
     "naive_accuracy": "the same network trained naively: {}",
     "logistic_regression_accuracy": "logistic regression: {}",
     "bag_of_words_accuracy": "bag-of-words logistic regression: {}",

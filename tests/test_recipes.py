@@ -309,6 +309,28 @@ def test_the_files_keep_the_common_order(recipe):
     assert len((ROOT / "recipes" / f"{recipe.__name__}.py").read_text().splitlines()) <= 200
 
 
+def test_whitening_makes_patches_uncorrelated_and_of_variance_1():
+    recipe, data = load_recipe("cifar10_fast"), smoke_data("cifar10_fast")
+    images = data.train.inputs.numpy()
+    outputs = recipe.whitening(images)(images.astype(np.float32) / 127.5 - 1).numpy()
+    np.testing.assert_allclose(outputs[..., 12:], -outputs[..., :12], atol=1e-5)
+    # Patches at even places are those that it was made from; the smallest variances are kept from being blown up.
+    covariance = np.cov(outputs[:, ::2, ::2, :12].reshape(-1, 12), rowvar=False)
+    np.testing.assert_allclose(covariance - np.diag(np.diag(covariance)), 0, atol=1e-2)
+    assert np.diag(covariance)[-1] == pytest.approx(1, rel=1e-2)
+
+
+def test_views_are_moved_by_a_pixel_and_mirrored():
+    recipe = load_recipe("cifar10_fast")
+    image = keras.Input((None, None, 3), dtype="uint8")
+    corner = keras.Model(image, keras.ops.cast(image[:, 0, 0, :1], "float32"))  # Says the red of one pixel.
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")[..., 0].astype(float)
+    expected = sum(padded[:, place, place] + padded[:, place, place + 31] for place in range(3)) / 6
+    views = recipe.with_views(corner, (32, 32, 3))
+    np.testing.assert_allclose(views(images)[:, 0], expected, rtol=1e-6)
+
+
 def test_the_ridge_baseline_is_ridge_regression():
     """Against the closed form: standardised columns, penalty 1."""
     recipe, data = load_recipe("dense_regression"), smoke_data("dense_regression")

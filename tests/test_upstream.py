@@ -243,6 +243,33 @@ def test_adam_in_one_operation_equals_keras(weight_decay):
     assert "ResourceApplyAdam" not in operations[1], "mended upstream: delete the cure"
 
 
+@pytest.mark.parametrize(("scale", "center"), [(True, True), (True, False), (False, True)])
+def test_fused_batch_normalization_equals_keras(scale, center):
+    """common/upstream.py: cure_fusion."""
+    upstream.cure_fusion()
+    cured = keras.layers.BatchNormalization.call
+    original = inspect.getclosurevars(cured).nonlocals["original"]
+    images = tf.constant(np.random.default_rng(0).normal(3, 2, (6, 5, 4, 7)), tf.float32)
+    outcomes, operations = [], []
+    for call in (cured, original):
+        layer = keras.layers.BatchNormalization(
+            momentum=0.6, scale=scale, center=center, gamma_initializer=keras.initializers.Constant(1.7)
+        )
+        layer.build(images.shape)
+        with tf.GradientTape() as tape:
+            tape.watch(images)
+            outputs = call(layer, images, training=True)
+            loss = tf.reduce_sum(outputs**3)
+        gradients = tape.gradient(loss, [images, *layer.trainable_variables])
+        outcomes.append([outputs, *gradients, *layer.variables, call(layer, images, training=False)])
+        step = tf.function(functools.partial(call, layer, training=True)).get_concrete_function(images)
+        operations.append({operation.type for operation in step.graph.get_operations()})
+    for one, other in zip(*outcomes, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    assert "FusedBatchNormV3" in operations[0]
+    assert "FusedBatchNormV3" not in operations[1], "mended upstream: delete the cure"
+
+
 OWN_PIPELINES = """
 import tensorflow as tf
 options = tf.distribute.InputOptions(

@@ -12,7 +12,7 @@ import keras
 ROOT = pathlib.Path(__file__).parent.parent
 EPOCHS = 3
 # What makes the networks of some recipes quicker to test.
-SMALL = {"text_classifier": {"vocabulary": 2000, "length": 60}}
+SMALL = {"text_classifier": {"vocabulary": 2000, "length": 60}, "cifar10_fast": {"width": 8}}
 
 
 def with_normalization_and_dropout(config, data):

@@ -1,0 +1,130 @@
+"""CIFAR-10 fast: nearly all of ten kinds of small colour pictures right, after minutes on a processor.
+
+Teaches   what makes training quick: whitened inputs, orthogonal steps, small pictures first, averaging over views
+Data      CIFAR-10: 45,000 train, 5,000 validation, 10,000 test; drawn shapes where there is no network
+Result    not yet measured
+Run       python recipes/cifar10_fast.py
+
+After Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (https://arxiv.org/abs/2404.00498).
+"""
+
+import dataclasses
+
+from common.batches import evaluation_batches, random_shift, steps_per_epoch, steps_per_execution, training_batches
+from common.cli import Count, Positive, Share, SharedConfig, run_recipe
+from common.data import CIFAR10, Data, load_images
+from common.evaluation import evaluate_classifier
+from common.optimizers import Muon
+from common.runs import start_run
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(SharedConfig):
+    epochs: Count = 12  # passes over the training images
+    batch_size: Count = 500  # images per step, over all devices together
+    learning_rate: Positive = 0.01  # peak of the schedule
+    kernel_speed: Positive = 12.0  # how many times faster convolutions learn
+    warmup: Share = 0.1  # share of the training in which the learning rate rises to its peak
+    label_smoothing: Share = 0.2  # share of each label that is spread over all classes
+    shift: int = 2  # pixels by which a training image may move along each axis
+    small_size: Count = 24  # height and width in pixels of the images in the first part of the training
+    small_share: Share = 0.6  # how much of the training that part is
+    width: Count = 64  # filters of the first block; the others have four times as many
+
+
+def load_data(config: Config) -> Data:
+    return load_images(CIFAR10, config, size=(32, 32))
+
+
+def build_model(config: Config, data: Data) -> keras.Model:
+    # Any height and width: what the network has learned from small images goes on with larger ones.
+    images = keras.Input((None, None, data.train.inputs.shape[3]), dtype="uint8", name="image")
+    x = keras.layers.Rescaling(1 / 127.5, offset=-1)(images)
+    x = whitening(data.train.inputs[:5000].numpy())(x)
+    x = keras.layers.Activation("silu")(x)
+    for filters in (config.width, 4 * config.width, 4 * config.width):
+        for pool_size in (2, 1):
+            x = keras.layers.Conv2D(filters, 3, padding="same", use_bias=False, kernel_initializer="orthogonal")(x)
+            x = keras.layers.MaxPooling2D(pool_size)(x) if pool_size > 1 else x
+            # The SiLU of 1.7 x is 1.7 times the GELU of x, nearly, and takes half of the time.
+            x = keras.layers.BatchNormalization(momentum=0.6, gamma_initializer=keras.initializers.Constant(1.7))(x)
+            x = keras.layers.Activation("silu")(x)
+    x = keras.layers.GlobalMaxPooling2D()(x)
+    x = keras.layers.Rescaling(1 / 9)(x)
+    # In float32 whatever the precision of the rest: probabilities need the digits.
+    probabilities = keras.layers.Dense(len(data.class_names), activation="softmax", dtype="float32")(x)
+    return keras.Model(images, probabilities, name="cifar10_fast")
+
+
+def whitening(images: np.ndarray) -> keras.layers.Layer:
+    """A convolution whose outputs are uncorrelated and of variance 1, each with its negative; it is not trained."""
+    patches = (images / 127.5 - 1).reshape(-1, 16, 2, 16, 2, images.shape[3]).swapaxes(2, 3)
+    variances, directions = np.linalg.eigh(np.cov(patches.reshape(-1, 4 * images.shape[3]), rowvar=False))
+    filters = (directions / np.sqrt(variances + 5e-4)).reshape(2, 2, images.shape[3], -1)
+    kernel = keras.initializers.Constant(np.concatenate([filters, -filters], axis=-1))
+    return keras.layers.Conv2D(2 * len(variances), 2, use_bias=False, kernel_initializer=kernel, trainable=False)
+
+
+def with_views(model: keras.Model, shape: tuple[int, int, int]) -> keras.Model:
+    """A model that gives the mean of what `model` says of six views: moved by a pixel or not, and mirrored or not."""
+    images, single = keras.Input(shape, dtype="uint8", name="image"), keras.Model(model.inputs, model.output)
+    padded = keras.ops.pad(images, [[0, 0], [1, 1], [1, 1], [0, 0]], "reflect")
+    views = [padded[:, place : place + shape[0], place : place + shape[1]] for place in range(3)]
+    views += [keras.ops.flip(view, axis=2) for view in views]
+    return keras.Model(images, keras.layers.average([single(view) for view in views]), name="cifar10_fast")
+
+
+def train(config: Config, data: Data | None = None) -> dict[str, float]:
+    run = start_run(config)
+    data = data or load_data(config)
+    steps = steps_per_epoch(data.train, config.batch_size)
+    total_steps = config.epochs * steps
+    small_steps = int(config.small_share * total_steps)
+
+    def augment(images, labels, random):
+        images = random_shift(images, random, pixels=config.shift, mirrored=random.turns)
+        size = tf.where(random.step < small_steps, config.small_size, images.shape[1])
+        return tf.cast(tf.round(tf.image.resize(images, [size, size], antialias=True)), tf.uint8), labels
+
+    # Up from zero in a straight line, then down to zero along a cosine.
+    warmup_steps = int(config.warmup * total_steps)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, total_steps - warmup_steps, warmup_target=config.learning_rate, warmup_steps=warmup_steps
+    )
+    loss = keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing)
+    with run.strategy.scope():
+        model = build_model(config, data)
+        model.compile(
+            optimizer=Muon(schedule, config.kernel_speed, kernel_momentum=0.6, unit_filters=True),
+            loss=loss,
+            metrics=["accuracy"],
+            steps_per_execution=steps_per_execution(steps, run.strategy),
+        )
+    model.fit(
+        training_batches(data.train, config.batch_size, config.seed, augment, run.strategy, run.start_step),
+        steps_per_epoch=steps,
+        shuffle=False,  # Shuffled already.
+        epochs=config.epochs,
+        validation_data=evaluation_batches(data.validation, config.batch_size, run.strategy),
+        validation_steps=steps_per_epoch(data.validation, config.batch_size),
+        callbacks=run.callbacks(data, augment),
+        verbose=run.verbose,
+    )
+    one_view = evaluate_classifier(model, data.test, data.class_names, config.batch_size, run.strategy)
+    with run.strategy.scope():
+        averaged = with_views(model, data.train.inputs.shape[1:])
+        averaged.compile(loss=loss)
+    report = evaluate_classifier(averaged, data.test, data.class_names, config.batch_size, run.strategy)
+    return run.finish(averaged, data, report, {"one_view_accuracy": one_view.metrics["accuracy"]})
+
+
+def main() -> None:
+    run_recipe(train, Config, __doc__)
+
+
+if __name__ == "__main__":
+    main()
