@@ -353,7 +353,7 @@ def never_so_often(folder):
         ("linear_regression", never_so_often, "--checkpoint-every 5 hours: give steps, as 500, or minutes, as 10min"),
         ("cifar10_cnn", link_out, "dog/canary.png: a link out of "),
         ("cifar10_cnn", no_images, "no folders of images (PNG, JPEG, BMP or GIF); make one for each class"),
-        ("cifar10_cnn", empty_class, "mouse: no images"),
+        ("cifar10_fast", empty_class, "mouse: no images"),
         ("mnist_cnn", one_class, "only one class"),
         ("cifar10_cnn", unreadable_image, "dog/broken.png: not a readable image; repair or remove it"),
         ("mnist_cnn", truncated_image, "dog/cut.jpg: not a readable image; repair or remove it"),
