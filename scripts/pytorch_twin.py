@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-ACTIVATIONS = {"linear": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU, "softmax": nn.Identity}
+ACTIVATIONS = {"linear": nn.Identity, "relu": nn.ReLU, "silu": nn.SiLU, "softmax": nn.Identity}
 
 
 class Lambda(nn.Module):
@@ -84,10 +84,9 @@ def build(layers: list[dict], weights: list[np.ndarray]) -> nn.Module:
                 module.bias = nn.Parameter(left.pop(0))
             modules += [module, ACTIVATIONS[layer["activation"]]()]
         elif kind == "BatchNormalization":
-            beta, mean, variance = left.pop(0), left.pop(0), left.pop(0)
+            gamma, beta, mean, variance = left.pop(0), left.pop(0), left.pop(0), left.pop(0)
             module = nn.BatchNorm2d(len(beta), eps=layer["epsilon"], momentum=1 - layer["momentum"])
-            module.weight.requires_grad_(False)
-            module.bias = nn.Parameter(beta)
+            module.weight, module.bias = nn.Parameter(gamma), nn.Parameter(beta)
             module.running_mean, module.running_var = mean, variance
             modules.append(module)
         elif kind == "MaxPooling2D":
