@@ -23,7 +23,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
-    epochs: Count = 13  # passes over the training images
+    epochs: Count = 12  # passes over the training images
     batch_size: Count = 500  # images per step, over all devices together
     learning_rate: Positive = 0.01  # peak of the schedule
     kernel_speed: Positive = 12.0  # how many times faster convolutions learn
