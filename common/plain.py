@@ -138,6 +138,9 @@ class Run(keras.callbacks.Callback):
         folder, steps = str(self.directory / "tensorboard"), (2, 4) if self.config.profile else 0
         return [keras.callbacks.TensorBoard(folder, int(self.config.histograms), profile_batch=steps), self]
 
+    def once(self, make: Callable[[], Any]) -> Any:
+        return make()
+
     def on_train_begin(self, logs=None):
         self.began = time.perf_counter()
         self.model.optimizer.build(self.model.trainable_variables)
@@ -229,7 +232,9 @@ def training_batches(split: Split, batch_size: int, seed: int | None, augment=No
         if seed is not None:
             epoch_seed = fold_in(tf.constant([seed, 0], tf.int64), step // steps)
             examples = shuffle(examples, epoch_seed, tf.constant(len(split) - 1, tf.int64))
-        inputs, targets = tf.gather(split.inputs, examples), tf.gather(split.targets, examples)
+        inputs, targets = tf.nest.map_structure(
+            lambda values: tf.gather(values, examples), (split.inputs, split.targets)
+        )
         if augment is not None:
             batch_seed, turns = fold_in(tf.constant([seed, 1], tf.int64), step), (examples + step // steps) % 2 == 0
             random = BatchRandom(batch_seed, stop - first, step, turns, itertools.count())
