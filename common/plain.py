@@ -116,7 +116,7 @@ class Run(keras.callbacks.Callback):
             self.state |= _read_json(directory / "state.json")
         self.start_step = self.state["steps"]
 
-    def callbacks(self, data: Data, augment: Augment | None = None) -> list[keras.callbacks.Callback]:
+    def callbacks(self, data: Data, augment: Augment | None = None, more=()) -> list[keras.callbacks.Callback]:
         """Makes the run directory, and gives the callbacks for `fit`: this run, and TensorBoard."""
         self.data = {"source": data.source, "name": data.name, "digest": data.digest(), **data.counts()}
         settings = {"recipe": self.recipe, "config": dataclasses.asdict(self.config), "data": self.data}
@@ -136,7 +136,7 @@ class Run(keras.callbacks.Callback):
             counts = ", ".join(f"{count:,} {split}" for split, count in data.counts().items())
             print(f"data: {data.name} ({data.source}): {counts}\ndevices: {self.strategy.num_replicas_in_sync}")
         folder, steps = str(self.directory / "tensorboard"), (2, 4) if self.config.profile else 0
-        return [keras.callbacks.TensorBoard(folder, int(self.config.histograms), profile_batch=steps), self]
+        return [keras.callbacks.TensorBoard(folder, int(self.config.histograms), profile_batch=steps), *more, self]
 
     def once(self, make: Callable[[], Any]) -> Any:
         return make()

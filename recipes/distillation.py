@@ -144,7 +144,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         warmup_steps=warmup_steps,
     )
 
-    def fit(model, training, validation, augment, callbacks):
+    def fit(model, training, validation, augment, callbacks, start_step):
         model.compile(
             optimizer=Muon(schedule, weight_decay=0.1, epsilon=1e-3),
             loss=keras.losses.CategoricalCrossentropy(from_logits=True),
@@ -152,7 +152,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             steps_per_execution=steps_per_execution(steps, run.strategy),
         )
         model.fit(
-            training_batches(training, config.batch_size, config.seed, augment, run.strategy, run.start_step),
+            training_batches(training, config.batch_size, config.seed, augment, run.strategy, start_step),
             steps_per_epoch=steps,
             shuffle=False,  # Shuffled already.
             epochs=config.epochs,
@@ -173,7 +173,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             distillation_losses=keras.distillation.LogitsDistillation(config.temperature, keras.losses.KLDivergence()),
             student_loss_weight=config.label_weight,
         )
-    fit(distiller, *with_logits, augment_image, callbacks)
+    fit(distiller, *with_logits, augment_image, callbacks, run.start_step)
 
     def evaluate(student):
         with run.strategy.scope():
@@ -185,7 +185,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     if config.baseline:  # The same student, with the labels alone.
         with run.strategy.scope():
             alone = build_student(data)
-        fit(alone, data.train, data.validation, augment, [])
+        fit(alone, data.train, data.validation, augment, [], start_step=0)
         beside["alone_accuracy"] = evaluate(alone)[1].metrics["accuracy"]
     model, report = evaluate(student)
     return run.finish(model, data, report, beside)
