@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from common.cli import UserError
+from common.records import file_sha256, read_run
 from common.upstream import free_of_tensors
 
 import keras
@@ -154,15 +155,18 @@ def _package(name: str) -> Any:
 
 
 def load(path: pathlib.Path, threads: int = 0) -> Artefact:
-    """Reads what `save` wrote.
+    """Reads what `save` wrote, or a finished run.
 
     Args:
-        path: the file or folder.
+        path: the file or folder; of a run its directory.
         threads: for LiteRT and ONNX; 0: one per core.
 
     Raises:
         UserError: `path` can't be read as an artefact, or a package is missing.
     """
+    if (path / "result.json").exists() or not path.exists():
+        result, model = load_run(path)
+        return Artefact(describe(result, model), keras_answer(model))
     readers = {".keras": _load_keras, "": _load_saved_model, ".tflite": _load_litert, ".onnx": _load_onnx}
     try:
         if path.suffix not in readers:
@@ -178,6 +182,21 @@ def load(path: pathlib.Path, threads: int = 0) -> Artefact:
         raise UserError(f"{path}: can't be read ({error}); export it again") from error
 
 
+def load_run(run_dir: pathlib.Path) -> tuple[dict[str, Any], keras.Model]:
+    """The result and the model of a finished run.
+
+    Raises:
+        UserError: the folder holds none, or another model than the training wrote.
+    """
+    result, path = read_run(run_dir), run_dir / "model.keras"
+    try:
+        if file_sha256(path) != result["model_sha256"]:
+            raise ValueError("it is not the file that the training wrote")
+        return result, load_keras(path)
+    except Exception as error:  # Keras refuses what could do harm with errors of many types.
+        raise UserError(f"{path}: can't be read ({error}); train again, or take another run") from error
+
+
 def load_keras(path: pathlib.Path) -> keras.Model:
     """A model from its archive, which must be no trap."""
     with zipfile.ZipFile(path) as archive:
@@ -187,13 +206,9 @@ def load_keras(path: pathlib.Path) -> keras.Model:
 
 
 def keras_answer(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
-    """What a model answers, in batches."""
+    """What a model answers, in batches, as numbers."""
     network = without_class_names(model)
-
-    def answer(inputs: np.ndarray) -> np.ndarray:
-        return network.predict(tf.data.Dataset.from_tensor_slices(inputs).batch(BATCH), verbose=0)
-
-    return answer
+    return _in_batches(lambda inputs: network(tf.constant(inputs), training=False).numpy())
 
 
 def _behind_tokenizer(tokenizer: bytes, answer: Callable) -> Callable[[np.ndarray], np.ndarray]:

@@ -9,7 +9,6 @@ exit code is 3.
 """
 
 import dataclasses
-import importlib.util
 import os
 import pathlib
 import shutil
@@ -24,8 +23,8 @@ from common.data import Data
 from common.records import load_run
 
 import numpy as np
+from measure import load_recipe
 
-ROOT = pathlib.Path(__file__).parent.parent
 COMPARED = 1000
 
 
@@ -37,7 +36,7 @@ def main() -> None:
     parser.add_argument("--data-dir", default="", help="folder of prepared TFDS data, where it is not the run's")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="largest difference allowed (default: 0.001)")
     arguments = parser.parse_args()
-    result, model = load_run(arguments.run_dir)
+    result, model = artefacts.load_run(arguments.run_dir)
     folder = arguments.run_dir / "exported"
     path = arguments.output or folder / (result["recipe"] + artefacts.SUFFIXES[arguments.format])
     inputs = first_inputs(run_data(result, arguments.data_dir), COMPARED)
@@ -114,18 +113,6 @@ def first_inputs(data: Data, count: int) -> np.ndarray:
     """The first inputs of test, and where these are too few of validation and train."""
     splits = (data.test, data.validation, data.train)
     return np.concatenate([split.inputs[:count].numpy() for split in splits])[:count]
-
-
-def load_recipe(name: str) -> Any:
-    """The module of a recipe."""
-    path = ROOT / "recipes" / f"{name}.py"
-    if not path.is_file():
-        raise UserError(f"{path}: no such recipe; the data are read as the recipe of the run says")
-    specification = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # Dataclasses look their module up.
-    specification.loader.exec_module(module)
-    return module
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import keras
 import numpy as np
 import pytest
 from conftest import load_recipe, run_program, smoke_config, smoke_data
-from predict import load_run
 
 CANARY = 42.0
 
