@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import pathlib
+import re
 import tempfile
 import warnings
 import zipfile
@@ -96,6 +97,15 @@ def save(model: keras.Model, description: dict[str, Any], form: str, path: pathl
                 archive.writestr(name, note)
 
 
+def in_float32(model: keras.Model) -> keras.Model:
+    """The model with the precision that its weights have; with fewer bits to calculate, few runtimes know how."""
+    if "mixed_" not in (described := model.to_json()):
+        return model
+    same = keras.models.model_from_json(re.sub("mixed_b?float16", "float32", described))
+    same.set_weights(model.get_weights())
+    return same
+
+
 def without_class_names(model: keras.Model) -> keras.Model:
     """The model with nothing but its probabilities, or its values, as output: numbers are what all formats know."""
     output = model.output["probabilities"] if isinstance(model.output, dict) else model.output
@@ -114,9 +124,10 @@ def _save_for_serving(model: keras.Model, path: pathlib.Path) -> None:
     Serving wants it for values in base64.
     """
     taken = model.inputs[0]
+    of_one = keras.Model(taken, model.output)  # Not of a list of one.
 
     def answer(inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-        outputs = model(inputs, training=False)
+        outputs = of_one(inputs, training=False)
         return outputs if isinstance(outputs, dict) else {"value": outputs}
 
     def pixels(file: tf.Tensor) -> tf.Tensor:
@@ -129,7 +140,7 @@ def _save_for_serving(model: keras.Model, path: pathlib.Path) -> None:
         return answer(tf.map_fn(pixels, files, fn_output_signature=tf.TensorSpec(taken.shape[1:], tf.uint8)))
 
     archive = keras.export.ExportArchive()
-    archive.track(model)
+    archive.track(of_one)
     archive.add_endpoint("inputs", answer, [_specification(model)])
     if taken.dtype == "uint8":
         archive.add_endpoint("serving_default", answer_files, [tf.TensorSpec([None], tf.string, "image_bytes")])
@@ -151,7 +162,7 @@ def _package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.split(".")[0].replace("_", "-")
-        raise UserError(f"the package {package} is missing; pip install -r requirements-export.txt") from error
+        raise UserError(f"the package {package} is missing; pip install -e '.[export]'") from error
 
 
 def load(path: pathlib.Path, threads: int = 0) -> Artefact:
@@ -164,14 +175,13 @@ def load(path: pathlib.Path, threads: int = 0) -> Artefact:
     Raises:
         UserError: `path` can't be read as an artefact, or a package is missing.
     """
-    if (path / "result.json").exists() or not path.exists():
+    readers = {".keras": _load_keras, ".tflite": _load_litert, ".onnx": _load_onnx}
+    read = _load_saved_model if (path / "saved_model.pb").exists() else readers.get(path.suffix)
+    if read is None or (path.is_dir() and read is not _load_saved_model):
         result, model = load_run(path)
         return Artefact(describe(result, model), keras_answer(model))
-    readers = {".keras": _load_keras, "": _load_saved_model, ".tflite": _load_litert, ".onnx": _load_onnx}
     try:
-        if path.suffix not in readers:
-            raise ValueError("its name does not end in .keras, .tflite or .onnx")
-        notes, answer = readers[path.suffix](path, threads)
+        notes, answer = read(path, threads)
         description = json.loads(notes[DESCRIPTION])
         if TOKENIZER in notes:
             return Artefact(description, _behind_tokenizer(notes[TOKENIZER], answer))

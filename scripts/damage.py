@@ -30,7 +30,6 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-
 ROOT = pathlib.Path(__file__).parent.parent
 
 

@@ -9,6 +9,7 @@ exit code is 3.
 """
 
 import dataclasses
+import json
 import os
 import pathlib
 import shutil
@@ -20,7 +21,7 @@ from typing import Any
 from common import artefacts
 from common.cli import Parser, UserError, run_script
 from common.data import Data
-from common.records import load_run
+from common.records import write_file
 
 import numpy as np
 from measure import load_recipe
@@ -40,7 +41,7 @@ def main() -> None:
     folder = arguments.run_dir / "exported"
     path = arguments.output or folder / (result["recipe"] + artefacts.SUFFIXES[arguments.format])
     inputs = first_inputs(run_data(result, arguments.data_dir), COMPARED)
-    parity = export(model, result, arguments.format, path, inputs, arguments.tolerance)
+    parity = export(artefacts.in_float32(model), result, arguments.format, path, inputs, arguments.tolerance)
     same = f"largest difference {parity['largest_difference']:.2g}, {parity['equal_answers']:.2%} equal answers"
     print(f"parity with the Keras model: {parity['inputs']:,} inputs, {same}")
     if not parity["passed"]:
@@ -52,21 +53,31 @@ def main() -> None:
 def export(
     model: Any, result: dict[str, Any], form: str, path: pathlib.Path, inputs: np.ndarray, tolerance: float
 ) -> dict[str, Any]:
-    """Writes a run's model to `path`, which is left as it was when the parity check fails.
+    """Writes a run's model to `path`, or leaves that as it was when the parity check fails.
 
     Returns:
-        What the check found; it also goes into `exported/parity.json` beside the run's model.
+        What the check found; it is also written beside the artefact, as `NAME.parity.json`.
+
+    Raises:
+        UserError: `path` can't be written, or does not suit the form.
     """
+    suffix = artefacts.SUFFIXES[form]
+    if suffix and path.suffix != suffix:
+        raise UserError(f"-o {path}: the name must end in {suffix}")
+    if not suffix and path.exists() and not (path / "saved_model.pb").exists():
+        raise UserError(f"-o {path}: is there, and no SavedModel; name a new folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             part = pathlib.Path(folder, path.name)
             artefacts.save(model, artefacts.describe(result, model), form, part)
-            parity = compare(artefacts.keras_answer(model), artefacts.load(part).answer, inputs, tolerance)
+            parity = {"format": form, "weights_sha256": result["weights_sha256"]}
+            parity |= compare(artefacts.keras_answer(model), artefacts.load(part).answer, inputs, tolerance)
             if parity["passed"]:
                 if path.is_dir():
                     shutil.rmtree(path)
                 os.replace(part, path)
+                write_file(path.with_name(path.name + ".parity.json"), json.dumps(parity, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{error.filename or path}: {error.strerror}; choose another place with -o") from error
     return parity

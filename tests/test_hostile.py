@@ -5,6 +5,7 @@ import json
 import pathlib
 import zipfile
 
+from common.artefacts import load_run
 from common.cli import UserError
 from common.records import file_sha256, sealed, unsealed
 
