@@ -185,8 +185,7 @@ def _deal(
                 examples = tf.range(first + replica, first + batch, replicas)
                 epoch_seed = fold_in(tf.constant([seed, 0], tf.int64), step // steps)
                 examples = shuffle(examples, epoch_seed, tf.constant(len(split) - 1, tf.int64))
-            of_split = (split.inputs, split.targets)
-            inputs, targets = tf.nest.map_structure(lambda values: tf.gather(values, examples), of_split)
+            inputs, targets = tf.gather(split.inputs, examples), tf.gather(split.targets, examples)
             if augment is not None:
                 batch_seed = fold_in(tf.constant([seed, 1], tf.int64), step)
                 turns = (examples + step // steps) % 2 == 0
