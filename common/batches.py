@@ -19,7 +19,8 @@ Arrays = dict[str, tuple[np.ndarray, np.ndarray]]
 class Split:
     """The examples of one split, as tensors in main memory.
 
-    `inputs` is uint8 [n, height, width, channels], string [n], float32 [n, columns] or int [n, tokens];
+    `inputs` is uint8 [n, height, width, channels], string [n], float32 [n, columns] or int [n, tokens], or a
+    dictionary of such;
     `targets` is float32: one-hot rows [n, classes], or [n, 1] for a number.
     """
 
@@ -185,7 +186,8 @@ def _deal(
                 examples = tf.range(first + replica, first + batch, replicas)
                 epoch_seed = fold_in(tf.constant([seed, 0], tf.int64), step // steps)
                 examples = shuffle(examples, epoch_seed, tf.constant(len(split) - 1, tf.int64))
-            inputs, targets = tf.gather(split.inputs, examples), tf.gather(split.targets, examples)
+            of_split = (split.inputs, split.targets)
+            inputs, targets = tf.nest.map_structure(lambda values: tf.gather(values, examples), of_split)
             if augment is not None:
                 batch_seed = fold_in(tf.constant([seed, 1], tf.int64), step)
                 turns = (examples + step // steps) % 2 == 0

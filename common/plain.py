@@ -116,7 +116,7 @@ class Run(keras.callbacks.Callback):
             self.state |= _read_json(directory / "state.json")
         self.start_step = self.state["steps"]
 
-    def callbacks(self, data: Data, augment: Augment | None = None) -> list[keras.callbacks.Callback]:
+    def callbacks(self, data: Data, augment: Augment | None = None, more=()) -> list[keras.callbacks.Callback]:
         """Makes the run directory, and gives the callbacks for `fit`: this run, and TensorBoard."""
         self.data = {"source": data.source, "name": data.name, "digest": data.digest(), **data.counts()}
         settings = {"recipe": self.recipe, "config": dataclasses.asdict(self.config), "data": self.data}
@@ -136,7 +136,11 @@ class Run(keras.callbacks.Callback):
             counts = ", ".join(f"{count:,} {split}" for split, count in data.counts().items())
             print(f"data: {data.name} ({data.source}): {counts}\ndevices: {self.strategy.num_replicas_in_sync}")
         folder, steps = str(self.directory / "tensorboard"), (2, 4) if self.config.profile else 0
-        return [keras.callbacks.TensorBoard(folder, int(self.config.histograms), profile_batch=steps), self]
+        return [keras.callbacks.TensorBoard(folder, int(self.config.histograms), profile_batch=steps), *more, self]
+
+    def once(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns; with several machines, one of them would call it."""
+        return make()
 
     def on_train_begin(self, logs=None):
         self.began = time.perf_counter()
@@ -229,7 +233,8 @@ def training_batches(split: Split, batch_size: int, seed: int | None, augment=No
         if seed is not None:
             epoch_seed = fold_in(tf.constant([seed, 0], tf.int64), step // steps)
             examples = shuffle(examples, epoch_seed, tf.constant(len(split) - 1, tf.int64))
-        inputs, targets = tf.gather(split.inputs, examples), tf.gather(split.targets, examples)
+        of_split = (split.inputs, split.targets)
+        inputs, targets = tf.nest.map_structure(lambda values: tf.gather(values, examples), of_split)
         if augment is not None:
             batch_seed, turns = fold_in(tf.constant([seed, 1], tf.int64), step), (examples + step // steps) % 2 == 0
             random = BatchRandom(batch_seed, stop - first, step, turns, itertools.count())

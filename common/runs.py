@@ -10,7 +10,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from common.batches import Augment
@@ -206,6 +206,10 @@ class Run:
                 raise
             problem = f"{error.filename or self.directory}: {error.strerror}"
             raise UserError(f"--run-dir {problem}; choose an empty or a new one") from error
+
+    def once(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns: of several workers, the chief alone calls it, and all have its answer."""
+        return self.cluster.from_chief(make() if self.cluster.chief else None)
 
     def finish(self, model: keras.Model, data: Data, report: Report, beside: dict[str, float]) -> dict[str, float]:
         """Saves the model, the plots and `result.json`, and prints the result.

@@ -1,0 +1,170 @@
+"""Pruning: remove nine of ten weights of a network, or half of its filters, and keep what it can.
+
+Teaches   gradual magnitude pruning (Zhu and Gupta 2017) whose mask is the zeros themselves, and smaller networks
+Data      MNIST: 54,000 train, 6,000 validation, 10,000 test; 5,000 of its digits where there is no network
+Result    not yet measured
+Run       python recipes/pruning.py
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from common.batches import evaluation_batches, random_shift, steps_per_epoch, steps_per_execution, training_batches
+from common.cli import Count, Positive, Share, SharedConfig, run_recipe
+from common.data import MNIST, Data, load_images
+from common.evaluation import evaluate_classifier
+from common.runs import start_run
+
+import keras
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(SharedConfig):
+    epochs: Count = 20  # passes over the training images
+    batch_size: Count = 128  # images per step, over all devices together
+    learning_rate: Positive = 0.006  # peak of the schedule
+    warmup: Share = 0.15  # share of the training in which the learning rate rises to its peak
+    weight_decay: float = 0.02  # pull of AdamW on the weights towards zero
+    label_smoothing: Share = 0.05  # share of each label that is spread over all classes
+    shift: int = 2  # pixels by which a training image may move along each axis
+    remove: Literal["weights", "filters"] = "weights"  # what is set to zero: single weights, or whole filters and units
+    sparsity: Share = 0.9  # share of them that is removed in the end
+    pruned_by: Share = 0.6  # share of the training in which that is reached; the rest mends what it did
+
+
+def load_data(config: Config) -> Data:
+    return load_images(MNIST, config, size=(28, 28))
+
+
+def build_model(data: Data, widths: tuple[int, int, int] = (32, 64, 128)) -> keras.Model:
+    """The network of mnist_cnn; its biases don't begin at zero, since zeros stay."""
+    start = keras.initializers.Constant(0.01)
+    images = keras.Input(data.train.inputs.shape[1:], dtype="uint8", name="image")
+    x = keras.layers.Rescaling(1 / 255)(images)
+    x = keras.layers.Conv2D(widths[0], 3, activation="relu", bias_initializer=start)(x)
+    x = keras.layers.MaxPooling2D()(x)
+    x = keras.layers.Conv2D(widths[1], 3, activation="relu", bias_initializer=start)(x)
+    x = keras.layers.MaxPooling2D()(x)
+    x = keras.layers.Flatten()(x)
+    x = keras.layers.Dense(widths[2], activation="relu", bias_initializer=start)(x)
+    # In float32 whatever the precision of the rest: probabilities need the digits.
+    x = keras.layers.Dense(len(data.class_names), activation="softmax", bias_initializer=start, dtype="float32")(x)
+    return keras.Model(images, x, name="pruning")
+
+
+class ZerosStay(keras.optimizers.AdamW):
+    """AdamW that leaves zeros alone: they are the mask, and every checkpoint and every saved model has it."""
+
+    def update_step(self, gradient: Any, variable: keras.Variable, learning_rate: Any) -> None:
+        kept = keras.ops.cast(keras.ops.not_equal(variable, 0), variable.dtype)
+        super().update_step(gradient, variable, learning_rate)
+        self.assign(variable, variable * kept)
+
+
+class Pruning(keras.callbacks.Callback):
+    """Before each epoch, sets the smallest weights or filters to zero: a share that rises along a cubic curve.
+
+    Done again it changes nothing, so that a training which goes on within an epoch goes on exactly.
+    """
+
+    def __init__(self, remove: str, sparsity: float, epochs: float):
+        super().__init__()
+        self.remove, self.sparsity, self.epochs = remove, sparsity, epochs
+
+    def on_epoch_begin(self, epoch, logs=None):
+        share = self.sparsity * (1 - max(0.0, 1 - epoch / max(1, self.epochs)) ** 3)
+        layers = [layer for layer in self.model.layers if layer.weights]
+        if self.remove == "weights":  # Of all layers together, so that a layer of few weights can keep more of them.
+            sizes = np.abs(np.concatenate([layer.get_weights()[0].ravel() for layer in layers]))
+            largest = np.sort(np.append(sizes, 0))[round(share * len(sizes))]
+            for layer in layers:
+                kernel, bias = layer.get_weights()
+                layer.set_weights([np.where(np.abs(kernel) <= largest, 0, kernel), bias])
+        else:  # Of each layer but the last, whose units are the classes.
+            for layer in layers[:-1]:
+                kernel, bias = layer.get_weights()
+                order = np.argsort(np.square(kernel).sum(axis=tuple(range(kernel.ndim - 1))), kind="stable")
+                removed = order[: min(round(share * len(order)), len(order) - 1)]
+                kernel[..., removed], bias[removed] = 0, 0
+                layer.set_weights([kernel, bias])
+
+
+def without_removed(model: keras.Model, data: Data) -> keras.Model:
+    """The same function as a smaller network: what is zero throughout adds nothing to the next layer."""
+    layers = [layer for layer in model.layers if layer.weights]
+    kept = [layer.get_weights()[1] != 0 for layer in layers[:-1]] + [np.full(len(data.class_names), True)]
+    smaller = build_model(data, [int(mask.sum()) for mask in kept[:-1]])
+    inputs = np.full(data.train.inputs.shape[3], True)
+    for layer, small, outputs in zip(layers, [each for each in smaller.layers if each.weights], kept, strict=True):
+        kernel, bias = layer.get_weights()
+        kernel = kernel.reshape(-1, len(inputs), len(outputs))[:, inputs][..., outputs]
+        small.set_weights([kernel.reshape(small.kernel.shape), bias[outputs]])
+        inputs = outputs
+    return smaller
+
+
+def train(config: Config, data: Data | None = None) -> dict[str, float]:
+    run = start_run(config)
+    data = data or load_data(config)
+    steps = steps_per_epoch(data.train, config.batch_size)
+
+    def augment(images, labels, random):
+        # Not mirrored: a mirrored digit is no digit.
+        return random_shift(images, random, pixels=config.shift), labels
+
+    # Up from zero in a straight line, then down to zero along a cosine.
+    total_steps = config.epochs * steps
+    warmup_steps = int(config.warmup * total_steps)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        initial_learning_rate=0.0,
+        decay_steps=total_steps - warmup_steps,
+        warmup_target=config.learning_rate,
+        warmup_steps=warmup_steps,
+    )
+
+    def fit(callbacks, start_step):
+        with run.strategy.scope():
+            model = build_model(data)
+            model.compile(
+                # The usual epsilon of 1e-7 would blow gradients of nearly zero, rounding errors among them, up to
+                # full steps.
+                optimizer=ZerosStay(schedule, weight_decay=config.weight_decay, epsilon=1e-3),
+                loss=keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing),
+                metrics=["accuracy"],
+                steps_per_execution=steps_per_execution(steps, run.strategy),
+            )
+        model.fit(
+            training_batches(data.train, config.batch_size, config.seed, augment, run.strategy, start_step),
+            steps_per_epoch=steps,
+            shuffle=False,  # Shuffled already.
+            epochs=config.epochs,
+            validation_data=evaluation_batches(data.validation, config.batch_size, run.strategy),
+            validation_steps=steps_per_epoch(data.validation, config.batch_size),
+            callbacks=callbacks,
+            verbose=run.verbose,
+        )
+        return model
+
+    def evaluate(model):
+        return evaluate_classifier(model, data.test, data.class_names, config.batch_size, run.strategy)
+
+    pruning = Pruning(config.remove, config.sparsity, epochs=config.pruned_by * config.epochs)
+    model = fit(run.callbacks(data, augment, [pruning]), run.start_step)
+    if config.remove == "filters":
+        with run.strategy.scope():
+            loss, model = model.loss, without_removed(model, data)
+            model.compile(loss=loss)
+    report = evaluate(model)
+    beside = {"nonzero_weights": float(sum(np.count_nonzero(weight) for weight in model.get_weights()))}
+    if config.baseline:
+        beside["unpruned_accuracy"] = evaluate(fit([], start_step=0)).metrics["accuracy"]
+    return run.finish(model, data, report, beside)
+
+
+def main() -> None:
+    run_recipe(train, Config, __doc__)
+
+
+if __name__ == "__main__":
+    main()
