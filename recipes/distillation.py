@@ -11,7 +11,6 @@ import os
 import pathlib
 
 from common.batches import (
-    Augment,
     Split,
     evaluation_batches,
     random_shift,
@@ -31,13 +30,12 @@ import tensorflow as tf
 
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
-    epochs: Count = 20  # passes of the student over the training images
+    epochs: Count = 20  # passes over the training images, of the teacher too
     batch_size: Count = 256  # images per step, over all devices together
     learning_rate: Positive = 0.006  # peak of the schedule
     warmup: Share = 0.3  # share of the training in which the learning rate rises to its peak
     shift: int = 2  # pixels by which a training image may move along each axis
     teacher: str = ""  # a saved Keras model that teaches, as model.keras of a run; empty: a wider network
-    teacher_epochs: Count = 10  # passes of that wider network
     temperature: Positive = 4.0  # divides the logits, so that the second and third guess of the teacher count
     label_weight: Share = 0.1  # what the true labels weigh in the loss; the teacher has the rest
 
@@ -73,45 +71,23 @@ def build_teacher(data: Data) -> keras.Model:
     return keras.Model(images, keras.layers.Dense(len(data.class_names), dtype="float32")(x), name="teacher")
 
 
-def with_softmax(model: keras.Model) -> keras.Model:
-    probabilities = keras.layers.Activation("softmax", dtype="float32")(model.output)
-    return keras.Model(model.inputs, probabilities, name=model.name)
-
-
-def teacher_logits(config: Config, data: Data, augment: Augment, folder: pathlib.Path) -> np.ndarray:
+def teacher_logits(path: pathlib.Path, data: Data) -> np.ndarray:
     """What the teacher says of the images of train, then of validation: [n, classes]. Kept beside its model."""
-    path = pathlib.Path(config.teacher or folder / "teacher.keras")
     kept = path.with_name(f"{path.stem}-{data.digest()[:16]}.npz")
     if not kept.exists():
-        if not config.teacher and not path.exists():
-            train_teacher(config, data, augment, path)
         try:
             teacher = keras.models.load_model(path, compile=False)
-            images = np.concatenate([data.train.inputs, data.validation.inputs])
-            probabilities = teacher.predict(images, config.batch_size, verbose=0)
+            answers = teacher.predict(np.concatenate([data.train.inputs, data.validation.inputs]), verbose=0)
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"--teacher {path}: no model of such images ({error}); give model.keras of a run"
-            ) from error
-        if isinstance(probabilities, dict):  # As a run saves it, with the names of the classes.
-            names, probabilities = teacher.get_layer("class_names").get_vocabulary(), probabilities["probabilities"]
-            if tuple(names) != data.class_names:
-                raise UserError(f"--teacher {path}: knows {', '.join(names)}; give one of the classes of this data")
+            raise UserError(f"--teacher {path}: no model of such images ({error}); give a run's model.keras") from error
+        # A run saves its model with the names of the classes.
+        probabilities = answers["probabilities"] if isinstance(answers, dict) else answers
+        if probabilities.shape[1] != len(data.class_names):
+            raise UserError(f"--teacher {path}: knows {probabilities.shape[1]} classes; give one of the same data")
         np.savez(path.with_name("part.npz"), logits=np.log(probabilities + 1e-7))
         os.replace(path.with_name("part.npz"), kept)
     with np.load(kept) as arrays:
         return arrays["logits"]
-
-
-def train_teacher(config: Config, data: Data, augment: Augment, path: pathlib.Path) -> None:
-    teacher, steps = build_teacher(data), steps_per_epoch(data.train, config.batch_size)
-    schedule = keras.optimizers.schedules.CosineDecay(0.003, config.teacher_epochs * steps)
-    loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1)
-    teacher.compile(keras.optimizers.AdamW(schedule, epsilon=1e-3), loss)
-    batches = training_batches(data.train, config.batch_size, config.seed, augment)
-    teacher.fit(batches, steps_per_epoch=steps, shuffle=False, epochs=config.teacher_epochs, verbose=0)
-    with_softmax(teacher).save(path.with_name("part.keras"))
-    os.replace(path.with_name("part.keras"), path)
 
 
 def train(config: Config, data: Data | None = None) -> dict[str, float]:
@@ -126,13 +102,6 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         images, labels = augment(inputs["image"], labels, random)
         return {**inputs, "image": images}, labels
 
-    callbacks = run.callbacks(data, augment)
-    logits = run.once(lambda: teacher_logits(config, data, augment, run.directory))
-    with_logits = [
-        Split({"image": split.inputs, "teacher_logits": tf.constant(part)}, split.targets)
-        for split, part in zip((data.train, data.validation), np.split(logits, [len(data.train)]), strict=True)
-    ]
-
     # Up from zero in a straight line, then down to zero along a cosine.
     total_steps = config.epochs * steps
     warmup_steps = int(config.warmup * total_steps)
@@ -143,7 +112,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         warmup_steps=warmup_steps,
     )
 
-    def fit(model, training, validation, augment, callbacks, start_step):
+    def fit(model, training, validation, augment, callbacks=(), start_step=0):
         model.compile(
             # The usual epsilon of 1e-7 would blow gradients of nearly zero up to full steps.
             optimizer=keras.optimizers.AdamW(schedule, weight_decay=0.02, epsilon=1e-3),
@@ -158,9 +127,29 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             epochs=config.epochs,
             validation_data=evaluation_batches(validation, config.batch_size, run.strategy),
             validation_steps=steps_per_epoch(validation, config.batch_size),
-            callbacks=callbacks,
+            callbacks=list(callbacks),
             verbose=run.verbose,
         )
+
+    def with_softmax(model):
+        with run.strategy.scope():
+            probabilities = keras.layers.Activation("softmax", dtype="float32")(model.output)
+            complete = keras.Model(model.inputs, probabilities, name=model.name)
+            complete.compile(loss="categorical_crossentropy")
+        return complete
+
+    def save_teacher():
+        with_softmax(teacher).save(path.with_name("part.keras"))
+        os.replace(path.with_name("part.keras"), path)
+
+    callbacks = run.callbacks(data, augment)
+    path = pathlib.Path(config.teacher or run.directory / "teacher.keras")
+    if not config.teacher and not run.once(path.exists):  # A resumed run may have it.
+        with run.strategy.scope():
+            teacher = build_teacher(data)
+        fit(teacher, data.train, data.validation, augment)
+        run.once(save_teacher)
+    logits = run.once(lambda: teacher_logits(path, data))
 
     with run.strategy.scope():
         student = build_student(data)
@@ -173,22 +162,23 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             distillation_losses=keras.distillation.LogitsDistillation(config.temperature, keras.losses.KLDivergence()),
             student_loss_weight=config.label_weight,
         )
-    fit(distiller, *with_logits, augment_image, callbacks, run.start_step)
+    taught = [
+        Split({"image": split.inputs, "teacher_logits": tf.constant(part)}, split.targets)
+        for split, part in zip((data.train, data.validation), np.split(logits, [len(data.train)]), strict=True)
+    ]
+    fit(distiller, *taught, augment_image, callbacks, run.start_step)
 
-    def evaluate(student):
-        with run.strategy.scope():
-            model = with_softmax(student)
-            model.compile(loss="categorical_crossentropy")
-        return model, evaluate_classifier(model, data.test, data.class_names, config.batch_size, run.strategy)
+    def evaluate(model):
+        return evaluate_classifier(model, data.test, data.class_names, config.batch_size, run.strategy)
 
     beside = {}
     if config.baseline:  # The same student, with the labels alone.
         with run.strategy.scope():
             alone = build_student(data)
-        fit(alone, data.train, data.validation, augment, [], start_step=0)
-        beside["alone_accuracy"] = evaluate(alone)[1].metrics["accuracy"]
-    model, report = evaluate(student)
-    return run.finish(model, data, report, beside)
+        fit(alone, data.train, data.validation, augment)
+        beside["alone_accuracy"] = evaluate(with_softmax(alone)).metrics["accuracy"]
+    model = with_softmax(student)
+    return run.finish(model, data, evaluate(model), beside)
 
 
 def main() -> None:

@@ -1,0 +1,46 @@
+"""Answers scripts/ship.py: how long a model takes in a process of its own.
+
+    python scripts/measure_artefact.py runs/my_run/exported/mnist_cnn.tflite inputs.npy --threads 1
+
+Loads the model, then reads batch sizes from standard input, a line each, and prints for each the median seconds of one
+call; after the last line, the bytes of memory that the model and its calls added to the process at most.
+"""
+
+import pathlib
+import resource
+import statistics
+import sys
+import time
+
+from common import artefacts
+from common.cli import Parser, run_script
+
+import numpy as np
+import tensorflow as tf
+
+CALLS = 30
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("model", type=pathlib.Path, help="folder of a run, or what scripts/export.py wrote")
+    parser.add_argument("inputs", type=pathlib.Path, help="what to answer, as numpy.save wrote it")
+    parser.add_argument("--threads", type=int, default=0, help="for one operation; 0: one per core")
+    arguments = parser.parse_args()
+    tf.config.threading.set_intra_op_parallelism_threads(arguments.threads)
+    tf.config.threading.set_inter_op_parallelism_threads(arguments.threads)
+    inputs = np.load(arguments.inputs)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    answer = artefacts.load(arguments.model, arguments.threads).answer
+    for line in sys.stdin:
+        batch, seconds = inputs[: int(line)], []
+        for _ in range(CALLS + 3):  # The first calls prepare what the others use.
+            began = time.perf_counter()
+            answer(batch)
+            seconds.append(time.perf_counter() - began)
+        print(statistics.median(seconds[3:]), flush=True)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024))
+
+
+if __name__ == "__main__":
+    run_script(main)
