@@ -97,6 +97,25 @@ def save(model: keras.Model, description: dict[str, Any], form: str, path: pathl
                 archive.writestr(name, note)
 
 
+def converter_settings(quantization: str, examples: np.ndarray) -> dict[str, Any]:
+    """What `tf.lite.TFLiteConverter` is told for LiteRT.
+
+    Args:
+        quantization: none; dynamic: weights in int8, calculations in float32; float16: weights in float16; int8: weights
+            and calculations in int8.
+        examples: inputs [n, *shape] that show how large activations become, for int8.
+    """
+    if quantization == "none":
+        return {}
+    settings: dict[str, Any] = {"optimizations": [tf.lite.Optimize.DEFAULT]}
+    if quantization == "float16":
+        settings["target_spec"] = {"supported_types": [tf.float16]}
+    if quantization == "int8":
+        settings["target_spec"] = {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]}
+        settings["representative_dataset"] = lambda: ([example[None]] for example in examples)
+    return settings
+
+
 def in_float32(model: keras.Model) -> keras.Model:
     """The model with the precision that its weights have; with fewer bits to calculate, few runtimes know how."""
     if "mixed_" not in (described := model.to_json()):

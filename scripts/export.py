@@ -51,7 +51,13 @@ def main() -> None:
 
 
 def export(
-    model: Any, result: dict[str, Any], form: str, path: pathlib.Path, inputs: np.ndarray, tolerance: float
+    model: Any,
+    result: dict[str, Any],
+    form: str,
+    path: pathlib.Path,
+    inputs: np.ndarray,
+    tolerance: float,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Writes a run's model to `path`, or leaves that as it was when the parity check fails.
 
@@ -70,7 +76,7 @@ def export(
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             part = pathlib.Path(folder, path.name)
-            artefacts.save(model, artefacts.describe(result, model), form, part)
+            artefacts.save(model, artefacts.describe(result, model), form, part, **settings)
             parity = {"format": form, "weights_sha256": result["weights_sha256"]}
             parity |= compare(artefacts.keras_answer(model), artefacts.load(part).answer, inputs, tolerance)
             if parity["passed"]:

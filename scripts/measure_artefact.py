@@ -30,6 +30,7 @@ def main() -> None:
     tf.config.threading.set_intra_op_parallelism_threads(arguments.threads)
     tf.config.threading.set_inter_op_parallelism_threads(arguments.threads)
     inputs = np.load(arguments.inputs)
+    inputs = inputs.astype(object) if inputs.dtype.kind == "S" else inputs
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     answer = artefacts.load(arguments.model, arguments.threads).answer
     for line in sys.stdin:

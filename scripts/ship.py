@@ -3,14 +3,14 @@
     python scripts/ship.py runs/my_run
     python scripts/ship.py runs/my_run --data-dir ~/tensorflow_datasets --rounds 5
 
-The model goes through scripts/export.py in every format, for LiteRT also with weights in int8 (dynamic), in float16, and
-with weights and calculations in int8; where it has no layers but Dense and Embedding, also through Keras' own
-`quantize`. For each: size on disk; parameters, and how many are not zero; accuracy, or mean squared error, on the whole
+The model goes through scripts/export.py in every format, for LiteRT also with weights in int8 (dynamic), with weights in
+float16, and with weights and calculations in int8. For each: size on disk; parameters, and how many are not zero; accuracy, or mean squared error, on the whole
 test split, as the artefact answers; the time of one call with one input and with 64, with one thread and with one per
 core, as the median over rounds in which the artefacts take turns, each in processes of their own; and the memory that
 it adds to a process at most. Written to results/ship-RECIPE.json, and from there to README.md.
 """
 
+import dataclasses
 import json
 import pathlib
 import statistics
@@ -20,6 +20,7 @@ import tempfile
 from typing import Any
 
 from common import artefacts
+from common.batches import Split
 from common.cli import Parser, run_script
 from common.hardware import describe_machine
 from common.records import provenance, write_file
@@ -27,10 +28,14 @@ from common.records import provenance, write_file
 import export
 import numpy as np
 import rich
+from reproduce import publish
 from rich.table import Table
 
 ROOT = pathlib.Path(__file__).parent.parent
 BATCHES = (1, 64)
+EXAMPLES = 500  # inputs that show int8 the ranges of the activations
+# How far the answers may be from the Keras model's: fewer bits, farther off.
+TOLERANCES = {"none": 1e-3, "float16": 1e-2, "dynamic": 0.2, "int8": 0.5}
 # As scripts/export.py calls them: format, and for LiteRT how it is quantized.
 VARIANTS = (
     ("keras", "none"),
@@ -57,6 +62,54 @@ def main() -> None:
     print(f"record: {path}")
 
 
+def ship(run_dir: pathlib.Path, data_dir: str, rounds: int) -> dict[str, Any]:
+    """The record: what was measured of each variant, on which machine, data and weights."""
+    result, model = artefacts.load_run(run_dir)
+    model = artefacts.in_float32(model)
+    data = export.run_data(result, data_dir)
+    compared, examples = export.first_inputs(data, export.COMPARED), data.train.inputs[:EXAMPLES].numpy()
+    weights = model.get_weights()
+    counts = {"parameters": sum(map(np.size, weights)), "nonzero": int(sum(map(np.count_nonzero, weights)))}
+    variants, paths = {}, {}
+    for form, quantization in VARIANTS:
+        name = form if quantization == "none" else f"{form} {quantization}"
+        folder = run_dir / "exported" / quantization
+        paths[name] = folder / (result["recipe"] + artefacts.SUFFIXES[form])
+        settings = artefacts.converter_settings(quantization, examples)
+        parity = export.export(model, result, form, paths[name], compared, TOLERANCES[quantization], **settings)
+        answers = artefacts.load(paths[name]).answer(data.test.inputs.numpy())
+        variants[name] = {"parity": parity, "bytes": size(paths[name]), **counts, **metric(answers, data.test)}
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = pathlib.Path(folder, "inputs.npy")
+        largest = data.test.inputs[: max(BATCHES)].numpy()
+        np.save(inputs, largest.astype("S") if largest.dtype == object else largest)
+        for name, found in latencies(paths, inputs, rounds).items():
+            variants[name] |= found
+    return {
+        "recipe": result["recipe"],
+        "data": result["data"],
+        "weights_sha256": result["weights_sha256"],
+        "seed": result["seed"],
+        "rounds": rounds,
+        "variants": variants,
+        "hardware": dataclasses.asdict(describe_machine()),
+        **provenance(),
+    }
+
+
+def size(path: pathlib.Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return sum(each.stat().st_size for each in [path, *path.rglob("*")] if each.is_file())
+
+
+def metric(answers: np.ndarray, test: Split) -> dict[str, float]:
+    """Accuracy, or of values the mean squared error."""
+    targets = test.targets.numpy()
+    if targets.shape[1] > 1:
+        return {"accuracy": float(np.mean(answers.argmax(axis=1) == targets.argmax(axis=1)))}
+    return {"mse": float(np.mean((answers - targets) ** 2))}
+
+
 def latencies(paths: dict[str, pathlib.Path], inputs: pathlib.Path, rounds: int) -> dict[str, dict[str, Any]]:
     """Median seconds of a call of each artefact, by threads and batch size, and the memory that it takes."""
     script = ROOT / "scripts" / "measure_artefact.py"
@@ -78,4 +131,37 @@ def latencies(paths: dict[str, pathlib.Path], inputs: pathlib.Path, rounds: int)
                 worker.stdin.flush()
                 found[key][batch].append(float(worker.stdout.readline()))
     memory = {key: int(worker.communicate()[0]) for key, worker in workers.items()}
-    ...
+    return {
+        name: {
+            "seconds": {
+                f"batch {batch}, {'one thread' if threads else 'all threads'}": statistics.median(
+                    found[name, threads][batch]
+                )
+                for threads in (1, 0)
+                for batch in BATCHES
+            },
+            "memory_bytes": memory[name, 0],
+        }
+        for name in paths
+    }
+
+
+def as_table(record: dict[str, Any]) -> Table:
+    """The record for people: times in milliseconds."""
+    variants = record["variants"]
+    score = "accuracy" if "accuracy" in next(iter(variants.values())) else "mse"
+    times = list(next(iter(variants.values()))["seconds"])
+    table = Table(
+        "variant", "KiB", "parameters", "not zero", score, *(f"ms, {each}" for each in times), "MiB of memory"
+    )
+    for name, found in variants.items():
+        milliseconds = (f"{1000 * found['seconds'][each]:.2f}" for each in times)
+        counts = (f"{found['parameters']:,}", f"{found['nonzero']:,}", f"{found[score]:.4f}")
+        table.add_row(
+            name, f"{found['bytes'] / 1024:,.0f}", *counts, *milliseconds, f"{found['memory_bytes'] / 2**20:,.0f}"
+        )
+    return table
+
+
+if __name__ == "__main__":
+    run_script(main)
