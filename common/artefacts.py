@@ -101,8 +101,8 @@ def converter_settings(quantization: str, examples: np.ndarray) -> dict[str, Any
     """What `tf.lite.TFLiteConverter` is told for LiteRT.
 
     Args:
-        quantization: none; dynamic: weights in int8, calculations in float32; float16: weights in float16; int8: weights
-            and calculations in int8.
+        quantization: none; dynamic: weights in int8, calculations in float32; float16: weights in float16; int8:
+            weights and calculations in int8.
         examples: inputs [n, *shape] that show how large activations become, for int8.
     """
     if quantization == "none":

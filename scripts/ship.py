@@ -3,11 +3,11 @@
     python scripts/ship.py runs/my_run
     python scripts/ship.py runs/my_run --data-dir ~/tensorflow_datasets --rounds 5
 
-The model goes through scripts/export.py in every format, for LiteRT also with weights in int8 (dynamic), with weights in
-float16, and with weights and calculations in int8. For each: size on disk; parameters, and how many are not zero; accuracy, or mean squared error, on the whole
-test split, as the artefact answers; the time of one call with one input and with 64, with one thread and with one per
-core, as the median over rounds in which the artefacts take turns, each in processes of their own; and the memory that
-it adds to a process at most. Written to results/ship-RECIPE.json, and from there to README.md.
+The model goes through scripts/export.py in every format, for LiteRT also with weights in int8 (dynamic), with weights
+in float16, and with weights and calculations in int8. For each: size on disk; parameters, and how many are not zero;
+accuracy, or mean squared error, on the whole test split, as the artefact answers; the time of one call with one input
+and with 64, with one thread and with one per core, as the median over rounds in which the artefacts take turns, each in
+a process of its own; and the memory that it adds to a process at most. Written to results/ship-RECIPE.json.
 """
 
 import dataclasses
