@@ -258,3 +258,13 @@ def with_vocabulary_in_config(layer: keras.layers.TextVectorization) -> keras.la
     at least one repeated term"). One that was given to the layer is saved in its configuration.
     """
     return keras.layers.TextVectorization.from_config({**layer.get_config(), "vocabulary": layer.get_vocabulary()})
+
+
+def free_of_tensors(model: keras.Model) -> None:
+    """Turns the constants of `Normalization` into arrays of numbers.
+
+    They are tensors, which tf2onnx 1.17 takes for inputs of the model when they come from outside its graph.
+    """
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Normalization):
+            layer.mean, layer.variance = map(keras.ops.convert_to_numpy, (layer.mean, layer.variance))

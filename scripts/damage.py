@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 
+from common.artefacts import load_run
 from common.checkpoints import newest_checkpoint
 from common.cli import Parser, SharedConfig, UserError, run_script
 from common.data import MNIST, load_images
@@ -28,7 +29,6 @@ from common.run_directory import lock
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from predict import load_run
 
 ROOT = pathlib.Path(__file__).parent.parent
 

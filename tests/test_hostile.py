@@ -5,6 +5,7 @@ import json
 import pathlib
 import zipfile
 
+from common.artefacts import load_run
 from common.cli import UserError
 from common.records import file_sha256, sealed, unsealed
 
@@ -13,7 +14,6 @@ import keras
 import numpy as np
 import pytest
 from conftest import load_recipe, run_program, smoke_config, smoke_data
-from predict import load_run
 
 CANARY = 42.0
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+PROGRAMS = [each for each in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "saved_model" in each]
 QUICK = ("--smoke", "--no-baseline")
 # What is appended to a command so that it takes seconds; the rest of it runs as it is written.
 SHORTENED = {
@@ -88,6 +89,15 @@ def test_commands_run(command, checkout):
     environment = {**os.environ, "TFDS_DATA_DIR": "/nowhere", "HTTPS_PROXY": "http://127.0.0.1:9"}
     run = subprocess.run(words, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="the tests do not run in a virtual environment")
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_run(program, checkout):
+    """After the commands, which make what these read."""
+    run = subprocess.run([".venv/bin/python", "-c", program], cwd=checkout, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout
 
 
 def test_every_recipe_is_in_the_table():

@@ -6,6 +6,7 @@ import inspect
 import json
 import subprocess
 import sys
+import warnings
 import weakref
 
 from common import upstream
@@ -331,3 +332,21 @@ def test_a_vocabulary_that_was_learned_is_not_read_back_as_it_was_saved(tmp_path
     np.testing.assert_array_equal(keras.models.load_model(tmp_path / "kept.keras")(text), words(text))
     adapted = keras.models.load_model(tmp_path / "adapted.keras")
     assert not np.array_equal(adapted(text), words(text)), "mended upstream: delete the cure"
+
+
+def test_tf2onnx_takes_the_constants_of_normalization_for_inputs(tmp_path):
+    onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
+    pytest.importorskip("tf2onnx", reason="the extra `export` is not installed")
+    columns = keras.Input([3])
+    normalized = keras.layers.Normalization(mean=[1.0, 2.0, 3.0], variance=[1.0, 4.0, 9.0])(columns)
+    model = keras.Model(columns, keras.layers.Dense(2)(normalized))
+    counts = []
+    for name in ("as_it_comes.onnx", "cured.onnx"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # tf2onnx 1.17 asks NumPy for names that went.
+            signature = [tf.TensorSpec([None, 3], tf.float32, "columns")]
+            model.export(tmp_path / name, format="onnx", verbose=False, input_signature=signature)
+        counts.append(len(onnx.load(tmp_path / name).graph.input))
+        upstream.free_of_tensors(model)
+    assert counts[1] == 1
+    assert counts[0] > 1, "mended upstream: delete the cure"

@@ -1,0 +1,290 @@
+"""Trained models as files for other programs: Keras, SavedModel, LiteRT and ONNX, each with its class names inside."""
+
+import base64
+import contextlib
+import importlib
+import io
+import json
+import pathlib
+import re
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from common.cli import UserError
+from common.records import file_sha256, read_run
+from common.upstream import free_of_tensors
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+SUFFIXES = {"keras": ".keras", "saved_model": "", "litert": ".tflite", "onnx": ".onnx"}
+BATCH = 512
+# A whole model hardly shrinks in its archive: weights are noise to a packer.
+LARGEST_EXPANSION = 100
+# What stands beside the model in its file: for a Keras archive and a LiteRT file members of the zip archive, which
+# for LiteRT begins where its own data end; for ONNX properties; for a SavedModel files in its folder assets.extra.
+DESCRIPTION, TOKENIZER = "description.json", "tokenizer.keras"
+
+
+class Artefact(NamedTuple):
+    """A model in a file.
+
+    `description` says what it takes and gives: `shape` and `dtype` of one input, `class_names` (empty for a
+    regression), `columns` and `text_column` of a CSV. `answer` turns inputs [n, *shape] into probabilities
+    [n, classes] or values [n, 1].
+    """
+
+    description: dict[str, Any]
+    answer: Callable[[np.ndarray], np.ndarray]
+
+
+def describe(result: dict[str, Any], model: keras.Model) -> dict[str, Any]:
+    """The description of a run's model, from the run's result."""
+    told = {name: result[name] for name in ("recipe", "class_names", "columns", "commit", "weights_sha256")}
+    taken = {"shape": list(model.input_shape[1:]), "dtype": model.inputs[0].dtype}
+    return {**told, **taken, "text_column": result["config"].get("text_column", "")}
+
+
+def save(model: keras.Model, description: dict[str, Any], form: str, path: pathlib.Path, **settings: Any) -> None:
+    """Writes a run's model.
+
+    In LiteRT and ONNX, which can't cut texts into words, the model of texts begins behind its tokenizer. That lies
+    beside it as a Keras model.
+
+    Args:
+        model: as the run saved it.
+        description: see `describe`.
+        form: keras, saved_model, litert or onnx.
+        path: a new file with the suffix of the form; for a SavedModel a new folder.
+        settings: attributes of `tf.lite.TFLiteConverter`, for LiteRT.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    notes = {DESCRIPTION: json.dumps(description).encode()}
+    if form == "keras":
+        model.save(path)
+    elif form == "saved_model":
+        _save_for_serving(model, path)
+    else:
+        network = without_class_names(model)
+        if description["dtype"] == "string":
+            _, tokenizer, network = network.layers
+            notes[TOKENIZER] = _keras_bytes(tokenizer)
+        # The converters tell of their progress, and tf2onnx 1.17 asks NumPy for names that it no longer has.
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if form == "onnx":
+                _package("tf2onnx")
+                free_of_tensors(network)
+            network.export(path, format=form, verbose=False, input_signature=[_specification(network)], **settings)
+    if form == "saved_model":
+        (path / "assets.extra").mkdir()
+        (path / "assets.extra" / DESCRIPTION).write_bytes(notes[DESCRIPTION])
+    elif form == "onnx":
+        onnx = _package("onnx")
+        graph = onnx.load(path)
+        for name, note in notes.items():
+            graph.metadata_props.add(key=name, value=base64.b64encode(note).decode())
+        onnx.save(graph, path)
+    else:
+        with zipfile.ZipFile(path, "a") as archive:
+            for name, note in notes.items():
+                archive.writestr(name, note)
+
+
+def in_float32(model: keras.Model) -> keras.Model:
+    """The model with the precision that its weights have; with fewer bits to calculate, few runtimes know how."""
+    if "mixed_" not in (described := model.to_json()):
+        return model
+    same = keras.models.model_from_json(re.sub("mixed_b?float16", "float32", described))
+    same.set_weights(model.get_weights())
+    return same
+
+
+def without_class_names(model: keras.Model) -> keras.Model:
+    """The model with nothing but its probabilities, or its values, as output: numbers are what all formats know."""
+    output = model.output["probabilities"] if isinstance(model.output, dict) else model.output
+    return keras.Model(model.inputs[0], output, name=model.name)
+
+
+def _specification(model: keras.Model) -> tf.TensorSpec:
+    taken = model.inputs[0]
+    return tf.TensorSpec(taken.shape, taken.dtype, taken.name)
+
+
+def _save_for_serving(model: keras.Model, path: pathlib.Path) -> None:
+    """A SavedModel with two signatures: `serving_default` takes what people send, `inputs` what the model takes.
+
+    They differ for pictures, which people send as files. The name of that input ends in `_bytes`, as TensorFlow
+    Serving wants it for values in base64.
+    """
+    taken = model.inputs[0]
+    of_one = keras.Model(taken, model.output)  # Not of a list of one.
+
+    def answer(inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+        outputs = of_one(inputs, training=False)
+        return outputs if isinstance(outputs, dict) else {"value": outputs}
+
+    def pixels(file: tf.Tensor) -> tf.Tensor:
+        height, width, channels = taken.shape[1:]
+        image = tf.io.decode_image(file, channels, expand_animations=False)
+        image = tf.image.resize_with_pad(image, height, width, tf.image.ResizeMethod.BICUBIC, antialias=True)
+        return tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)
+
+    def answer_files(files: tf.Tensor) -> dict[str, tf.Tensor]:
+        return answer(tf.map_fn(pixels, files, fn_output_signature=tf.TensorSpec(taken.shape[1:], tf.uint8)))
+
+    archive = keras.export.ExportArchive()
+    archive.track(of_one)
+    archive.add_endpoint("inputs", answer, [_specification(model)])
+    if taken.dtype == "uint8":
+        archive.add_endpoint("serving_default", answer_files, [tf.TensorSpec([None], tf.string, "image_bytes")])
+    else:
+        archive.add_endpoint("serving_default", answer, [_specification(model)])
+    archive.write_out(path, verbose=False)
+
+
+def _keras_bytes(model: keras.Model) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, TOKENIZER)
+        model.save(path)
+        return path.read_bytes()
+
+
+def _package(name: str) -> Any:
+    """An optional package."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.split(".")[0].replace("_", "-")
+        raise UserError(f"the package {package} is missing; pip install -e '.[export]'") from error
+
+
+def load(path: pathlib.Path, threads: int = 0) -> Artefact:
+    """Reads what `save` wrote, or a finished run.
+
+    Args:
+        path: the file or folder; of a run its directory.
+        threads: for LiteRT and ONNX; 0: one per core.
+
+    Raises:
+        UserError: `path` can't be read as an artefact, or a package is missing.
+    """
+    readers = {".keras": _load_keras, ".tflite": _load_litert, ".onnx": _load_onnx}
+    read = _load_saved_model if (path / "saved_model.pb").exists() else readers.get(path.suffix)
+    if read is None or (path.is_dir() and read is not _load_saved_model):
+        result, model = load_run(path)
+        return Artefact(describe(result, model), keras_answer(model))
+    try:
+        notes, answer = read(path, threads)
+        description = json.loads(notes[DESCRIPTION])
+        if TOKENIZER in notes:
+            return Artefact(description, _behind_tokenizer(notes[TOKENIZER], answer))
+        return Artefact(description, answer)
+    except UserError:
+        raise
+    except Exception as error:  # Each reader has errors of its own, and refuses what could do harm with some of them.
+        raise UserError(f"{path}: can't be read ({error}); export it again") from error
+
+
+def load_run(run_dir: pathlib.Path) -> tuple[dict[str, Any], keras.Model]:
+    """The result and the model of a finished run.
+
+    Raises:
+        UserError: the folder holds none, or another model than the training wrote.
+    """
+    result, path = read_run(run_dir), run_dir / "model.keras"
+    try:
+        if file_sha256(path) != result["model_sha256"]:
+            raise ValueError("it is not the file that the training wrote")
+        return result, load_keras(path)
+    except Exception as error:  # Keras refuses what could do harm with errors of many types.
+        raise UserError(f"{path}: can't be read ({error}); train again, or take another run") from error
+
+
+def load_keras(path: pathlib.Path) -> keras.Model:
+    """A model from its archive, which must be no trap."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > LARGEST_EXPANSION * path.stat().st_size:
+            raise ValueError("unpacked, it would fill memory and disk")
+    return keras.models.load_model(path, compile=False)
+
+
+def keras_answer(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
+    """What a model answers, in batches, as numbers."""
+    network = without_class_names(model)
+    return _in_batches(lambda inputs: network(tf.constant(inputs), training=False).numpy())
+
+
+def _behind_tokenizer(tokenizer: bytes, answer: Callable) -> Callable[[np.ndarray], np.ndarray]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, TOKENIZER)
+        path.write_bytes(tokenizer)
+        to_tokens = keras_answer(load_keras(path))
+    return lambda inputs: answer(to_tokens(inputs))
+
+
+def _in_batches(answer: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    def answer_all(inputs: np.ndarray) -> np.ndarray:
+        return np.concatenate([answer(inputs[start : start + BATCH]) for start in range(0, len(inputs), BATCH)])
+
+    return answer_all
+
+
+def _zip_notes(path: pathlib.Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in (DESCRIPTION, TOKENIZER) if name in archive.namelist()}
+
+
+def _load_keras(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Callable]:
+    return _zip_notes(path), keras_answer(load_keras(path))
+
+
+def _load_saved_model(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Callable]:
+    notes = {DESCRIPTION: (path / "assets.extra" / DESCRIPTION).read_bytes()}
+    loaded = tf.saved_model.load(path)  # Kept by the function below: with it, its variables would go.
+    signature = loaded.signatures["inputs"]
+    (name,) = signature.structured_input_signature[1]
+
+    def answer(inputs: np.ndarray) -> np.ndarray:
+        outputs = signature(**{name: tf.constant(inputs)})
+        return outputs.get("probabilities", outputs.get("value")).numpy()
+
+    answer.loaded = loaded
+    return notes, _in_batches(answer)
+
+
+def _load_litert(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Callable]:
+    litert = _package("ai_edge_litert.interpreter")
+    interpreter = litert.Interpreter(str(path), num_threads=threads or None)
+    (taken,), (given,) = interpreter.get_input_details(), interpreter.get_output_details()
+
+    def answer(inputs: np.ndarray) -> np.ndarray:
+        if tuple(interpreter.get_input_details()[0]["shape"]) != inputs.shape:
+            interpreter.resize_tensor_input(taken["index"], inputs.shape)
+            interpreter.allocate_tensors()
+        interpreter.set_tensor(taken["index"], inputs)
+        interpreter.invoke()
+        return interpreter.get_tensor(given["index"])
+
+    interpreter.allocate_tensors()
+    return _zip_notes(path), _in_batches(answer)
+
+
+def _load_onnx(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Callable]:
+    onnxruntime = _package("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    notes = session.get_modelmeta().custom_metadata_map
+    name = session.get_inputs()[0].name
+
+    def answer(inputs: np.ndarray) -> np.ndarray:
+        return session.run(None, {name: inputs})[0]
+
+    return {key: base64.b64decode(note) for key, note in notes.items()}, _in_batches(answer)

@@ -1,0 +1,130 @@
+"""Writes a trained model for another program, and proves that it answers there as it does here.
+
+    python scripts/export.py runs/my_run --format litert
+    python scripts/export.py runs/my_run --format saved_model -o /srv/models/digits/1
+
+Class names and the handling of raw inputs go along. At least 1,000 inputs of the run's own data go through the new
+file and through the Keras model; when their answers differ by more than the tolerance, the file is not kept and the
+exit code is 3.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from common import artefacts
+from common.cli import Parser, UserError, run_script
+from common.data import Data
+from common.records import write_file
+
+import numpy as np
+from measure import load_recipe
+
+COMPARED = 1000
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("run_dir", type=pathlib.Path, help="folder of a finished run")
+    parser.add_argument("--format", required=True, choices=artefacts.SUFFIXES, help="what to write")
+    parser.add_argument("-o", "--output", type=pathlib.Path, help="left out: in the folder exported of the run")
+    parser.add_argument("--data-dir", default="", help="folder of prepared TFDS data, where it is not the run's")
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="largest difference allowed (default: 0.001)")
+    arguments = parser.parse_args()
+    result, model = artefacts.load_run(arguments.run_dir)
+    folder = arguments.run_dir / "exported"
+    path = arguments.output or folder / (result["recipe"] + artefacts.SUFFIXES[arguments.format])
+    inputs = first_inputs(run_data(result, arguments.data_dir), COMPARED)
+    parity = export(artefacts.in_float32(model), result, arguments.format, path, inputs, arguments.tolerance)
+    same = f"largest difference {parity['largest_difference']:.2g}, {parity['equal_answers']:.2%} equal answers"
+    print(f"parity with the Keras model: {parity['inputs']:,} inputs, {same}")
+    if not parity["passed"]:
+        print(f"parity failed: {path} is not kept; tolerance {arguments.tolerance:g}", file=sys.stderr)
+        sys.exit(3)
+    print(f"exported: {path}")
+
+
+def export(
+    model: Any, result: dict[str, Any], form: str, path: pathlib.Path, inputs: np.ndarray, tolerance: float
+) -> dict[str, Any]:
+    """Writes a run's model to `path`, or leaves that as it was when the parity check fails.
+
+    Returns:
+        What the check found; it is also written beside the artefact, as `NAME.parity.json`.
+
+    Raises:
+        UserError: `path` can't be written, or does not suit the form.
+    """
+    suffix = artefacts.SUFFIXES[form]
+    if suffix and path.suffix != suffix:
+        raise UserError(f"-o {path}: the name must end in {suffix}")
+    if not suffix and path.exists() and not (path / "saved_model.pb").exists():
+        raise UserError(f"-o {path}: is there, and no SavedModel; name a new folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            part = pathlib.Path(folder, path.name)
+            artefacts.save(model, artefacts.describe(result, model), form, part)
+            parity = {"format": form, "weights_sha256": result["weights_sha256"]}
+            parity |= compare(artefacts.keras_answer(model), artefacts.load(part).answer, inputs, tolerance)
+            if parity["passed"]:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                os.replace(part, path)
+                write_file(path.with_name(path.name + ".parity.json"), json.dumps(parity, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: {error.strerror}; choose another place with -o") from error
+    return parity
+
+
+def compare(expected: Callable, answer: Callable, inputs: np.ndarray, tolerance: float) -> dict[str, Any]:
+    """How the answers of two models differ.
+
+    Values of a regression may be of any size, so that their difference counts in shares of the largest.
+    """
+    wanted, found = expected(inputs), answer(inputs)
+    difference = float(np.max(np.abs(found - wanted)) / max(1.0, np.abs(wanted).max()))
+    equal = np.argmax(found, axis=1) == np.argmax(wanted, axis=1) if wanted.shape[1] > 1 else np.isclose(found, wanted)
+    return {
+        "inputs": len(inputs),
+        "largest_difference": difference,
+        "equal_answers": float(np.mean(equal)),
+        "passed": difference <= tolerance,  # Not so where an answer is no number.
+    }
+
+
+def run_data(result: dict[str, Any], data_dir: str = "") -> Data:
+    """The data that a run was trained on.
+
+    Raises:
+        UserError: they are not to be had, or have changed.
+    """
+    recipe = load_recipe(result["recipe"])
+    source = result["data"]["source"]
+    config = recipe.Config(**result["config"])
+    config = dataclasses.replace(
+        config,
+        data=config.data if source == "files" else source.replace("generated", "auto"),
+        data_dir=data_dir or config.data_dir,
+        quiet=True,
+    )
+    data = recipe.load_data(config)
+    if data.digest() != result["data"]["digest"]:
+        raise UserError(f"{data.name}: not the data that the run was trained on; bring those back")
+    return data
+
+
+def first_inputs(data: Data, count: int) -> np.ndarray:
+    """The first inputs of test, and where these are too few of validation and train."""
+    splits = (data.test, data.validation, data.train)
+    return np.concatenate([split.inputs[:count].numpy() for split in splits])[:count]
+
+
+if __name__ == "__main__":
+    run_script(main)

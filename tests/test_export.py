@@ -1,0 +1,181 @@
+import io
+import json
+import pathlib
+
+from common import artefacts
+from common.cli import UserError
+
+import export
+import keras
+import numpy as np
+import predict
+import pytest
+import tensorflow as tf
+from conftest import RECIPES, load_recipe, run_program, smoke_config
+from PIL import Image
+
+pytest.importorskip("ai_edge_litert", reason="the extra `export` is not installed")
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory):
+    """A finished run of a recipe, trained when first asked for."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def trained(name: str) -> pathlib.Path:
+        if not (folder / name).exists():
+            recipe = load_recipe(name)
+            recipe.train(smoke_config(recipe, folder / name))
+        return folder / name
+
+    return trained
+
+
+def outputs_of(model: keras.Model, inputs: np.ndarray) -> dict[str, tf.Tensor]:
+    outputs = keras.Model(model.inputs[0], model.output)(tf.constant(inputs), training=False)
+    return outputs if isinstance(outputs, dict) else {"probabilities": outputs}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_format_answers_as_the_model(run_of, name, tmp_path):
+    result, model = artefacts.load_run(run_of(name))
+    data = export.run_data(result)
+    inputs = export.first_inputs(data, export.COMPARED)
+    assert len(inputs) == min(export.COMPARED, sum(data.counts().values()))
+    wanted = outputs_of(model, inputs)["probabilities"].numpy()
+    for form, suffix in artefacts.SUFFIXES.items():
+        path = tmp_path / (form + suffix)
+        parity = export.export(model, result, form, path, inputs, tolerance=1e-4)
+        assert parity["passed"], parity
+        assert json.loads(path.with_name(path.name + ".parity.json").read_text()) == parity
+        kept = artefacts.load(path, threads=1)
+        np.testing.assert_allclose(kept.answer(inputs), wanted, rtol=1e-3, atol=1e-4 * abs(wanted).max())
+        assert kept.description["class_names"] == result["class_names"] == list(data.class_names)
+        assert kept.description["columns"] == result["columns"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        each for form, suffix in artefacts.SUFFIXES.items() for each in (form + suffix, form + suffix + ".parity.json")
+    )
+
+
+@pytest.mark.parametrize("form", sorted(artefacts.SUFFIXES))
+def test_an_export_that_answers_otherwise_is_refused(run_of, form, tmp_path, monkeypatch, capsys):
+    """One weight of the exported model is another; what an earlier export left stays as it is."""
+    run, save, suffix = run_of("mnist_cnn"), artefacts.save, artefacts.SUFFIXES[form]
+    path = tmp_path / f"exported{suffix}"
+    words = ["export.py", str(run), "--format", form, "-o", str(path)]
+    monkeypatch.setattr("sys.argv", words)
+    export.main()
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert "1,000 inputs" not in capsys.readouterr().out  # The smoke run has fewer.
+
+    def save_perturbed(model, *others):
+        perturbed = keras.models.clone_model(model)
+        weights = model.get_weights()
+        weights[0][0, 0, 0, 0] += 3
+        perturbed.set_weights(weights)
+        save(perturbed, *others)
+
+    monkeypatch.setattr(artefacts, "save", save_perturbed)
+    with pytest.raises(SystemExit) as ended:
+        export.main()
+    assert ended.value.code == 3
+    assert "parity failed" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("form", sorted(artefacts.SUFFIXES))
+def test_predict_takes_an_artefact(run_of, form, tmp_path):
+    """Pictures, texts and rows: the answers are those of the run, by name."""
+    picture = tmp_path / "new.png"
+    Image.fromarray(np.arange(28 * 28, dtype=np.uint8).reshape(28, 28)).save(picture)
+    (tmp_path / "new.txt").write_text("a fine film\nnot a dull moment\n")
+    (tmp_path / "new.csv").write_text(",".join(f"c{n}" for n in range(20)) + "\n" + ",".join("1" * 20) + "\n")
+    for name, file in (("mnist_cnn", picture), ("text_classifier", tmp_path / "new.txt")):
+        run = run_of(name)
+        result, model = artefacts.load_run(run)
+        path = tmp_path / (name + artefacts.SUFFIXES[form])
+        artefacts.save(model, artefacts.describe(result, model), form, path)
+        answers, wanted = predict.predict(path, [str(file)]), predict.predict(run, [str(file)])
+        assert [answer["class"] for answer in answers] == [answer["class"] for answer in wanted]
+        for answer, other in zip(answers, wanted, strict=True):
+            assert answer["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
+
+
+def test_the_saved_model_serves_what_people_send(run_of, tmp_path):
+    """Bytes of picture files of any size, and raw texts; names and probabilities come back."""
+    for name in ("mnist_cnn", "text_classifier"):
+        result, model = artefacts.load_run(run_of(name))
+        artefacts.save(model, artefacts.describe(result, model), "saved_model", tmp_path / name)
+    digits = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 1)).astype(np.uint8)
+    served = tf.saved_model.load(tmp_path / "mnist_cnn")
+    files = [io.BytesIO() for _ in range(3)]
+    for digit, file in zip(digits, files, strict=False):
+        Image.fromarray(digit.squeeze()).save(file, "png")
+    Image.new("RGB", (60, 40), "grey").save(files[2], "jpeg")
+    answers = served.signatures["serving_default"](image_bytes=tf.constant([file.getvalue() for file in files]))
+    _, model = artefacts.load_run(run_of("mnist_cnn"))
+    wanted = outputs_of(model, digits)
+    np.testing.assert_allclose(answers["probabilities"][:2], wanted["probabilities"], atol=1e-6)
+    assert answers["class"].numpy()[:2].tolist() == wanted["class"].numpy().tolist()
+    assert answers["class"].shape == (3,)
+
+    texts, served = tf.constant(["a fine film", "not a dull moment"]), tf.saved_model.load(tmp_path / "text_classifier")
+    answers = served.signatures["serving_default"](text=texts)
+    result, model = artefacts.load_run(run_of("text_classifier"))
+    np.testing.assert_allclose(answers["probabilities"], outputs_of(model, texts)["probabilities"], atol=1e-6)
+    assert {name.decode() for name in answers["class"].numpy()} <= set(result["class_names"])
+
+
+def test_sixteen_bits_are_for_training_only():
+    policy = keras.DTypePolicy("mixed_bfloat16")
+    inputs = keras.Input([4])
+    model = keras.Model(inputs, keras.layers.Dense(3, dtype=policy)(inputs))
+    same = artefacts.in_float32(model)
+    assert same(np.ones([1, 4], np.float32)).dtype == tf.float32
+    expected = np.ones([1, 4]) @ model.get_weights()[0]
+    np.testing.assert_allclose(same(np.ones([1, 4], np.float32)), expected, rtol=1e-6)
+    assert abs(np.float32(model(np.ones([1, 4], np.float32))) - expected).max() > 1e-6
+    assert artefacts.in_float32(same) is same
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("--format", "litert", "-o", "model.onnx"), "-o model.onnx: the name must end in .tflite"),
+        (("--format", "saved_model", "-o", "full"), "-o full: is there, and no SavedModel; name a new folder"),
+        (("--format", "onnx", "-o", "full/x/model.onnx"), "full/x: File exists; choose another place with -o"),
+    ],
+)
+def test_places_that_can_not_be_written(run_of, words, line, tmp_path, monkeypatch):
+    run = run_of("mnist_cnn")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("mine")
+    monkeypatch.setattr("sys.argv", ["export.py", str(run), *words])
+    with pytest.raises(UserError) as refused:
+        export.main()
+    assert str(refused.value) == line
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "x"]
+
+
+def test_a_missing_package_is_named(run_of, tmp_path, monkeypatch):
+    result, model = artefacts.load_run(run_of("mnist_cnn"))
+    monkeypatch.setitem(__import__("sys").modules, "tf2onnx", None)
+    with pytest.raises(UserError, match=r"^the package tf2onnx is missing; pip install -e '\.\[export\]'$"):
+        artefacts.save(model, artefacts.describe(result, model), "onnx", tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_are_no_artefact(run_of, tmp_path):
+    for name in ("model.keras", "model.tflite", "model.onnx"):
+        (tmp_path / name).write_bytes(b"nothing of the kind")
+        with pytest.raises(UserError, match=rf"{name}: can't be read \(.*\); export it again"):
+            artefacts.load(tmp_path / name)
+
+
+def test_the_command(run_of, tmp_path):
+    run = run_program("scripts/export.py", str(run_of("linear_regression")), "--format", "onnx")
+    assert run.returncode == 0, run.stderr
+    path = run_of("linear_regression") / "exported" / "linear_regression.onnx"
+    assert run.stdout.splitlines()[-1] == f"exported: {path}"
+    assert path.exists()
