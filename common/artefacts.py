@@ -44,7 +44,7 @@ class Artefact(NamedTuple):
 
 def describe(result: dict[str, Any], model: keras.Model) -> dict[str, Any]:
     """The description of a run's model, from the run's result."""
-    told = {name: result[name] for name in ("recipe", "class_names", "columns", "commit", "weights_sha256")}
+    told = {name: result[name] for name in ("recipe", "class_names", "columns", "weights_sha256")}
     taken = {"shape": list(model.input_shape[1:]), "dtype": model.inputs[0].dtype}
     return {**told, **taken, "text_column": result["config"].get("text_column", "")}
 

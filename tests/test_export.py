@@ -85,11 +85,10 @@ def test_an_export_that_answers_otherwise_is_refused(run_of, form, tmp_path, mon
 
 @pytest.mark.parametrize("form", sorted(artefacts.SUFFIXES))
 def test_predict_takes_an_artefact(run_of, form, tmp_path):
-    """Pictures, texts and rows: the answers are those of the run, by name."""
+    """Pictures and texts: the answers are those of the run, by name."""
     picture = tmp_path / "new.png"
     Image.fromarray(np.arange(28 * 28, dtype=np.uint8).reshape(28, 28)).save(picture)
     (tmp_path / "new.txt").write_text("a fine film\nnot a dull moment\n")
-    (tmp_path / "new.csv").write_text(",".join(f"c{n}" for n in range(20)) + "\n" + ",".join("1" * 20) + "\n")
     for name, file in (("mnist_cnn", picture), ("text_classifier", tmp_path / "new.txt")):
         run = run_of(name)
         result, model = artefacts.load_run(run)

@@ -322,12 +322,12 @@ def test_whitening_makes_patches_uncorrelated_and_of_variance_1():
 
 def test_views_are_moved_by_a_pixel_and_mirrored():
     recipe = load_recipe("cifar10_fast")
-    image = keras.Input((None, None, 3), dtype="uint8")
+    image = keras.Input((32, 32, 3), dtype="uint8")
     corner = keras.Model(image, keras.ops.cast(image[:, 0, 0, :1], "float32"))  # Says the red of one pixel.
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")[..., 0].astype(float)
     expected = sum(padded[:, place, place] + padded[:, place, place + 31] for place in range(3)) / 6
-    views = recipe.with_views(corner, (32, 32, 3))
+    views = recipe.with_views(corner)
     np.testing.assert_allclose(views(images)[:, 0], expected, rtol=1e-6)
 
 
