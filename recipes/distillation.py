@@ -7,6 +7,7 @@ Run       python recipes/distillation.py
 """
 
 import dataclasses
+import hashlib
 import os
 import pathlib
 
@@ -21,21 +22,23 @@ from common.batches import (
 from common.cli import Count, Positive, Share, SharedConfig, UserError, run_recipe
 from common.data import CIFAR10, Data, load_images
 from common.evaluation import evaluate_classifier
+from common.optimizers import Muon
+from common.records import file_sha256
 from common.runs import start_run
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
-    epochs: Count = 20  # passes over the training images, of the teacher too
+    epochs: Count = 40  # passes over the training images, of the teacher too
     batch_size: Count = 256  # images per step, over all devices together
-    learning_rate: Positive = 0.006  # peak of the schedule
+    learning_rate: Positive = 0.015  # peak of the schedule
+    kernel_speed: Positive = 2.0  # how many times faster convolutions learn
     warmup: Share = 0.3  # share of the training in which the learning rate rises to its peak
     shift: int = 2  # pixels by which a training image may move along each axis
-    teacher: str = ""  # a saved Keras model that teaches, as model.keras of a run; empty: a wider network
+    teacher: str = ""  # the model.keras of a run, to teach; empty: a network four times as wide
     temperature: Positive = 4.0  # divides the logits, so that the second and third guess of the teacher count
     label_weight: Share = 0.1  # what the true labels weigh in the loss; the teacher has the rest
 
@@ -44,50 +47,40 @@ def load_data(config: Config) -> Data:
     return load_images(CIFAR10, config, size=(32, 32))
 
 
-def build_student(data: Data) -> keras.Model:
-    """The network of cifar10_cnn without its softmax, since logits are what is distilled."""
+def build_network(data: Data, width: int = 1) -> keras.Model:
+    """The network of cifar10_cnn, or one whose layers are `width` times as wide."""
     images = keras.Input(data.train.inputs.shape[1:], dtype="uint8", name="image")
     x = keras.layers.Rescaling(1 / 127.5, offset=-1)(images)
-    x = keras.layers.Conv2D(32, 3, activation="relu")(x)
+    x = keras.layers.Conv2D(32 * width, 3, activation="relu")(x)
     x = keras.layers.MaxPooling2D()(x)
-    x = keras.layers.Conv2D(64, 3, activation="relu")(x)
+    x = keras.layers.Conv2D(64 * width, 3, activation="relu")(x)
     x = keras.layers.MaxPooling2D()(x)
-    x = keras.layers.Conv2D(64, 3, activation="relu")(x)
+    x = keras.layers.Conv2D(64 * width, 3, activation="relu")(x)
     x = keras.layers.Flatten()(x)
-    x = keras.layers.Dense(64, activation="relu")(x)
+    x = keras.layers.Dense(64 * width, activation="relu")(x)
     # In float32 whatever the precision of the rest: probabilities need the digits.
-    return keras.Model(images, keras.layers.Dense(len(data.class_names), dtype="float32")(x), name="student")
-
-
-def build_teacher(data: Data) -> keras.Model:
-    images = keras.Input(data.train.inputs.shape[1:], dtype="uint8", name="image")
-    x = keras.layers.Rescaling(1 / 127.5, offset=-1)(images)
-    for filters in (64, 128, 256):
-        x = keras.layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
-        x = keras.layers.MaxPooling2D()(x)
-        x = keras.layers.BatchNormalization()(x)
-        x = keras.layers.Activation("relu")(x)
-    x = keras.layers.GlobalMaxPooling2D()(x)
-    return keras.Model(images, keras.layers.Dense(len(data.class_names), dtype="float32")(x), name="teacher")
+    logits = keras.layers.Dense(len(data.class_names), dtype="float32", name="logits")(x)
+    return keras.Model(images, keras.layers.Softmax(dtype="float32")(logits), name="distillation")
 
 
 def teacher_logits(path: pathlib.Path, data: Data) -> np.ndarray:
     """What the teacher says of the images of train, then of validation: [n, classes]. Kept beside its model."""
-    kept = path.with_name(f"{path.stem}-{data.digest()[:16]}.npz")
-    if not kept.exists():
-        try:
+    try:
+        origin = hashlib.sha256(f"{file_sha256(path)} {data.digest()}".encode()).hexdigest()[:16]
+        kept = path.with_name(f"logits-{origin}.npy")
+        if not kept.exists():
             teacher = keras.models.load_model(path, compile=False)
             answers = teacher.predict(np.concatenate([data.train.inputs, data.validation.inputs]), verbose=0)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--teacher {path}: no model of such images ({error}); give a run's model.keras") from error
-        # A run saves its model with the names of the classes.
-        probabilities = answers["probabilities"] if isinstance(answers, dict) else answers
-        if probabilities.shape[1] != len(data.class_names):
-            raise UserError(f"--teacher {path}: knows {probabilities.shape[1]} classes; give one of the same data")
-        np.savez(path.with_name("part.npz"), logits=np.log(probabilities + 1e-7))
-        os.replace(path.with_name("part.npz"), kept)
-    with np.load(kept) as arrays:
-        return arrays["logits"]
+            # A run saves its model with the names of the classes.
+            probabilities = answers["probabilities"] if isinstance(answers, dict) else answers
+            np.save(path.with_name("part.npy"), np.log(probabilities + 1e-7))
+            os.replace(path.with_name("part.npy"), kept)
+        logits = np.load(kept)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--teacher {path}: no model for these images ({error}); give a run's model.keras") from error
+    if logits.shape[1:] != (len(data.class_names),):
+        raise UserError(f"--teacher {path}: knows other classes; give the model.keras of a run on the same data")
+    return logits
 
 
 def train(config: Config, data: Data | None = None) -> dict[str, float]:
@@ -98,7 +91,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     def augment(images, labels, random):
         return random_shift(images, random, pixels=config.shift, mirrored=random.turns), labels
 
-    def augment_image(inputs, labels, random):
+    def augment_taught(inputs, labels, random):
         images, labels = augment(inputs["image"], labels, random)
         return {**inputs, "image": images}, labels
 
@@ -112,14 +105,16 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         warmup_steps=warmup_steps,
     )
 
-    def fit(model, training, validation, augment, callbacks=(), start_step=0):
-        model.compile(
-            # The usual epsilon of 1e-7 would blow gradients of nearly zero up to full steps.
-            optimizer=keras.optimizers.AdamW(schedule, weight_decay=0.02, epsilon=1e-3),
-            loss=keras.losses.CategoricalCrossentropy(from_logits=True),
-            metrics=["accuracy"],
-            steps_per_execution=steps_per_execution(steps, run.strategy),
-        )
+    def fit(model, training, validation, augment, loss, callbacks=(), start_step=0):
+        with run.strategy.scope():
+            model.compile(
+                # AdamW for biases and dense layers; the usual epsilon of 1e-7 would blow gradients of nearly zero up to
+                # full steps.
+                optimizer=Muon(schedule, config.kernel_speed, weight_decay=0.1, epsilon=1e-3),
+                loss=loss,
+                metrics=["accuracy"],
+                steps_per_execution=steps_per_execution(steps, run.strategy),
+            )
         model.fit(
             training_batches(training, config.batch_size, config.seed, augment, run.strategy, start_step),
             steps_per_epoch=steps,
@@ -131,54 +126,43 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             verbose=run.verbose,
         )
 
-    def with_softmax(model):
+    def trained_alone(width):
         with run.strategy.scope():
-            probabilities = keras.layers.Activation("softmax", dtype="float32")(model.output)
-            complete = keras.Model(model.inputs, probabilities, name=model.name)
-            complete.compile(loss="categorical_crossentropy")
-        return complete
+            model = build_network(data, width)
+        loss = keras.losses.CategoricalCrossentropy(label_smoothing=0.05)
+        fit(model, data.train, data.validation, augment, loss)
+        return model
 
-    def save_teacher():
-        with_softmax(teacher).save(path.with_name("part.keras"))
-        os.replace(path.with_name("part.keras"), path)
+    def evaluate(model):
+        return evaluate_classifier(model, data.test, data.class_names, config.batch_size, run.strategy)
 
     callbacks = run.callbacks(data, augment)
     path = pathlib.Path(config.teacher or run.directory / "teacher.keras")
     if not config.teacher and not run.once(path.exists):  # A resumed run may have it.
-        with run.strategy.scope():
-            teacher = build_teacher(data)
-        fit(teacher, data.train, data.validation, augment)
-        run.once(save_teacher)
+        teacher = trained_alone(width=4)
+        run.once(lambda: teacher.save(path))
     logits = run.once(lambda: teacher_logits(path, data))
 
     with run.strategy.scope():
-        student = build_student(data)
+        student = build_network(data)
+        student.compile(loss="categorical_crossentropy")
         inputs = {"image": student.input, "teacher_logits": keras.Input(logits.shape[1:], name="teacher_logits")}
         distiller = keras.distillation.Distiller(
-            # The teacher has spoken already; what it said comes along with the image.
+            # The teacher has spoken already: what it said comes along with the image.
             teacher=keras.Model(inputs, keras.layers.Identity()(inputs["teacher_logits"])),
-            student=keras.Model(inputs, student.output),
+            student=keras.Model(inputs, student.get_layer("logits").output),
             # Given by name, as it is by default, Keras 3.15 takes the loss of the logits, not of probabilities.
             distillation_losses=keras.distillation.LogitsDistillation(config.temperature, keras.losses.KLDivergence()),
             student_loss_weight=config.label_weight,
         )
     taught = [
-        Split({"image": split.inputs, "teacher_logits": tf.constant(part)}, split.targets)
+        Split({"image": split.inputs, "teacher_logits": part}, split.targets)
         for split, part in zip((data.train, data.validation), np.split(logits, [len(data.train)]), strict=True)
     ]
-    fit(distiller, *taught, augment_image, callbacks, run.start_step)
-
-    def evaluate(model):
-        return evaluate_classifier(model, data.test, data.class_names, config.batch_size, run.strategy)
-
-    beside = {}
-    if config.baseline:  # The same student, with the labels alone.
-        with run.strategy.scope():
-            alone = build_student(data)
-        fit(alone, data.train, data.validation, augment)
-        beside["alone_accuracy"] = evaluate(with_softmax(alone)).metrics["accuracy"]
-    model = with_softmax(student)
-    return run.finish(model, data, evaluate(model), beside)
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+    fit(distiller, *taught, augment_taught, loss, callbacks, run.start_step)
+    beside = {"alone_accuracy": evaluate(trained_alone(width=1)).metrics["accuracy"]} if config.baseline else {}
+    return run.finish(student, data, evaluate(student), beside)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 
 from common.cli import Parser, UserError, run_script
 from common.records import commit
@@ -25,6 +26,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 SHARED, OWN = "SharedConfig", "Config"  # The two dataclasses of flags, which become one.
 # The module of common/ whose definitions stand in for their namesakes, and the flags that it does without.
 PLAIN, LEFT_OUT = "plain", ("cluster_timeout", "checkpoint_every")
+# What a recipe must name to be in need of a cure.
+CURED = {"cure_adam": {"Adam", "AdamW", "Muon"}, "cure_fusion": {"BatchNormalization"}}
 
 
 @dataclasses.dataclass
@@ -84,6 +87,9 @@ class Bundle:
         self.modules: dict[str, Module] = {}  # Those that are called before those that call.
         self.needed: dict[str, set[int]] = {}  # Positions of the statements that are used, by module.
         self._found: dict[str, str] = {}
+        attributes = {each.attr for each in ast.walk(self.recipe.tree) if isinstance(each, ast.Attribute)}
+        named = attributes | set(self.recipe.from_common)
+        self.needless = {cure for cure, names in CURED.items() if not names & named}
         if not ({OWN, "train", "main"} <= self.recipe.definitions.keys() and self.recipe.from_common):
             problem = f"no recipe, which would define {OWN}, train and main, and import from common/"
             raise UserError(f"{path}: {problem}; give one such as recipes/mnist_cnn.py")
@@ -114,7 +120,7 @@ class Bundle:
         if self._found.setdefault(name, module.name) != module.name:
             raise UserError(f"{name!r} stands in common/{module.name}.py and common/{self._found[name]}.py; rename one")
         self.needed[module.name].add(node.lineno)
-        for inner in sorted(used_names(node)):
+        for inner in sorted(used_names(node) - self.needless):
             self._need(module, inner)
 
     def _module(self, name: str) -> Module:
@@ -164,7 +170,7 @@ class Bundle:
                 title = ast.get_docstring(module.tree).splitlines()[0]
                 chunks = []
                 for before, node in zip([None, *nodes], nodes, strict=False):
-                    text = chunk(module, node, {SHARED: OWN}, shorten=True)
+                    text = chunk(module, node, {SHARED: OWN}, shorten=True, without_calls=self.needless)
                     if isinstance(before, ast.Assign) and isinstance(node, ast.Assign):
                         chunks[-1] += f"\n{text}"
                     else:
@@ -173,8 +179,14 @@ class Bundle:
         return sections
 
 
-def chunk(module: Module, node: ast.stmt, renamed: dict[str, str] | None = None, shorten: bool = False) -> str:
-    """The source of a statement with the comments above it, names replaced, docstrings made short."""
+def chunk(
+    module: Module,
+    node: ast.stmt,
+    renamed: dict[str, str] | None = None,
+    shorten: bool = False,
+    without_calls: Iterable[str] = (),
+) -> str:
+    """The source of a statement with the comments above it, names replaced, docstrings made short, calls left out."""
     first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))]) - 1
     while first and module.lines[first - 1].startswith("#"):
         first -= 1
@@ -187,11 +199,13 @@ def chunk(module: Module, node: ast.stmt, renamed: dict[str, str] | None = None,
             literal = each.body[0].value
             paragraph = literal.value.split("\n\n")[0].rstrip()
             edits.append((literal, f'"""{paragraph}"""'))
+        if isinstance(each, ast.Expr) and ast.unparse(each).removesuffix("()") in without_calls:
+            edits.append((each, "# left out"))
     for place, text in sorted(edits, key=lambda edit: (-edit[0].lineno, -edit[0].col_offset)):
         begin, end = place.lineno - 1 - first, place.end_lineno - 1 - first
         before, after = lines[begin].encode()[: place.col_offset], lines[end].encode()[place.end_col_offset :]
         lines[begin : end + 1] = [before.decode() + text + after.decode()]
-    return "\n".join(lines)
+    return "\n".join(line for line in lines if line.strip() != "# left out")
 
 
 def environment() -> str:
