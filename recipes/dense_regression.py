@@ -79,6 +79,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             loss_weights=1 / max(float(np.var(data.train.targets)), 1e-30),
             metrics=["mse", "mae"],
             steps_per_execution=steps_per_execution(steps, run.strategy),
+            # XLA joins a step's many small operations. Left to itself, Keras leaves it off on a CPU.
+            jit_compile=run.strategy.num_replicas_in_sync == 1 and not config.deterministic,
         )
     model.fit(
         training_batches(data.train, config.batch_size, config.seed, strategy=run.strategy, start_step=run.start_step),

@@ -2,7 +2,7 @@
 
 Teaches   a convolutional network from pixels to probabilities, and how far careful training takes it
 Data      MNIST: 54,000 train, 6,000 validation, 10,000 test; 5,000 of its digits where there is no network
-Result    test accuracy 99.58 ± 0.03 % over 5 seeds, 1.9 min, 2 cores of Intel(R) Xeon(R) Processor
+Result    test accuracy 99.59 ± 0.02 % over 5 seeds, 1.6 min, 2 cores of AMD EPYC
 Run       python recipes/mnist_cnn.py
 """
 

@@ -65,6 +65,20 @@ def test_smoke_run_from_a_foreign_directory(recipe, finished):
     assert not list(directory.glob("*part*"))
 
 
+@pytest.mark.parametrize("name", ["dense_classifier", "dense_regression"])
+def test_compiled_by_xla_it_learns_the_same(name, finished, tmp_path):
+    """XLA, which --deterministic excludes, may round in another way, and no more."""
+    _, directory = finished(load_recipe(name))
+    recipe = ROOT / "recipes" / f"{name}.py"
+    printed = run_program(recipe, "--smoke", "--run-dir", "xla", cwd=tmp_path)
+    assert (printed.returncode, printed.stderr) == (0, "")
+    deterministic, compiled = (
+        json.loads((folder / "result.json").read_text()) for folder in (directory, tmp_path / "xla")
+    )
+    assert compiled["metrics"] == pytest.approx(deterministic["metrics"], rel=1e-4)
+    assert compiled["weights_sha256"] != deterministic["weights_sha256"], "XLA was not at work"
+
+
 def test_result_says_what_was_run(recipe, finished):
     printed, directory = finished(recipe)
     result = json.loads((directory / "result.json").read_text())
@@ -216,7 +230,12 @@ def test_any_unit_of_columns_and_target_will_do(tmp_path, name, spread, offset):
     table.to_csv(tmp_path / "table.csv", index=False)
     recipe = load_recipe(name)
     config = recipe.Config(
-        data=str(tmp_path / "table.csv"), target="y", quiet=True, threads=2, run_dir=str(tmp_path / "run")
+        data=str(tmp_path / "table.csv"),
+        target="y",
+        quiet=True,
+        threads=2,
+        deterministic=True,
+        run_dir=str(tmp_path / "run"),
     )
     metrics = recipe.train(config)
     assert metrics["r2"] > 0.98
@@ -282,7 +301,7 @@ def test_log_count_ratios_are_those_of_naive_bayes():
 @pytest.mark.parametrize("name", ["dense_classifier", "dense_regression"])
 def test_dense_recipes_beat_their_linear_baseline(tmp_path, name):
     recipe = load_recipe(name)
-    config = recipe.Config(threads=2, quiet=True, epochs=12, run_dir=str(tmp_path))
+    config = recipe.Config(threads=2, deterministic=True, quiet=True, epochs=12, run_dir=str(tmp_path))
     metrics = recipe.train(config)
     if name == "dense_classifier":
         assert metrics["accuracy"] > metrics["logistic_regression_accuracy"] + 0.05
