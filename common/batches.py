@@ -66,15 +66,13 @@ def steps_per_execution(steps: int, strategy: tf.distribute.Strategy, at_most: i
 class BatchRandom(NamedTuple):
     """What the random numbers of a batch follow from; given to an augmentation, which passes it to `uniform`.
 
-    `step` is the number of the batch, int64, for an augmentation that changes in the course of training; `turns`
-    is True for half of the examples, bool [batch], and in the next epoch for the other half: mirrored by it, two
-    epochs show each image both ways, which by chance they do for half of them only (Jordan, "94% on CIFAR-10 in 3.29
-    Seconds on a Single GPU", https://arxiv.org/abs/2404.00498). `calls` counts.
+    `turns` is True for half of the examples, bool [batch], and in the next epoch for the other half: mirrored by it,
+    two epochs show each image both ways, which by chance they do for half of them only (Jordan, "94% on CIFAR-10 in
+    3.29 Seconds on a Single GPU", https://arxiv.org/abs/2404.00498). `calls` counts.
     """
 
     seed: tf.Tensor
     batch: tf.Tensor
-    step: tf.Tensor
     turns: tf.Tensor
     calls: Iterator[int]
     replica: tf.Tensor | int = 0
@@ -186,12 +184,12 @@ def _deal(
                 examples = tf.range(first + replica, first + batch, replicas)
                 epoch_seed = fold_in(tf.constant([seed, 0], tf.int64), step // steps)
                 examples = shuffle(examples, epoch_seed, tf.constant(len(split) - 1, tf.int64))
-            of_split = (split.inputs, split.targets)
-            inputs, targets = tf.nest.map_structure(lambda values: tf.gather(values, examples), of_split)
+            parts = (split.inputs, split.targets)
+            inputs, targets = tf.nest.map_structure(lambda part: tf.gather(part, examples), parts)
             if augment is not None:
                 batch_seed = fold_in(tf.constant([seed, 1], tf.int64), step)
                 turns = (examples + step // steps) % 2 == 0
-                random = BatchRandom(batch_seed, batch, step, turns, itertools.count(), replica, replicas)
+                random = BatchRandom(batch_seed, batch, turns, itertools.count(), replica, replicas)
                 inputs, targets = augment(inputs, targets, random)
             if replicas == 1 or seed is None:
                 return inputs, targets

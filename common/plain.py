@@ -138,10 +138,6 @@ class Run(keras.callbacks.Callback):
         folder, steps = str(self.directory / "tensorboard"), (2, 4) if self.config.profile else 0
         return [keras.callbacks.TensorBoard(folder, int(self.config.histograms), profile_batch=steps), *more, self]
 
-    def once(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns; with several machines, one of them would call it."""
-        return make()
-
     def on_train_begin(self, logs=None):
         self.began = time.perf_counter()
         self.model.optimizer.build(self.model.trainable_variables)
@@ -195,6 +191,11 @@ class Run(keras.callbacks.Callback):
         return metrics
 
 
+def once(run: Run, make: Callable[[], Any]) -> Any:
+    """What `make` returns; with several machines, one of them would call it."""
+    return make()
+
+
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
@@ -202,17 +203,10 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"--resume: {path} is damaged; start a new run") from error
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """Test metrics, and what is behind them: `details` for JSON, `figures` for people."""
-
-    metrics: dict[str, float]
-    details: dict[str, Any] = dataclasses.field(default_factory=dict)
-    figures: dict[str, Figure] = dataclasses.field(default_factory=dict)
-
-
+# Test metrics, and what is behind them: `details` for JSON, `figures` for people.
+Report = collections.namedtuple("Report", ["metrics", "details", "figures"], defaults=[{}, {}])
 # What the random numbers of a batch follow from; `turns` are True for half of its examples, then for the other half.
-BatchRandom = collections.namedtuple("BatchRandom", ["seed", "batch", "step", "turns", "calls"])
+BatchRandom = collections.namedtuple("BatchRandom", ["seed", "batch", "turns", "calls"])
 
 
 def uniform(random: BatchRandom, minimum: float, maximum: float, dtype: tf.DType = tf.float32) -> tf.Tensor:
@@ -233,11 +227,10 @@ def training_batches(split: Split, batch_size: int, seed: int | None, augment=No
         if seed is not None:
             epoch_seed = fold_in(tf.constant([seed, 0], tf.int64), step // steps)
             examples = shuffle(examples, epoch_seed, tf.constant(len(split) - 1, tf.int64))
-        of_split = (split.inputs, split.targets)
-        inputs, targets = tf.nest.map_structure(lambda values: tf.gather(values, examples), of_split)
+        inputs, targets = tf.nest.map_structure(lambda part: tf.gather(part, examples), (split.inputs, split.targets))
         if augment is not None:
             batch_seed, turns = fold_in(tf.constant([seed, 1], tf.int64), step), (examples + step // steps) % 2 == 0
-            random = BatchRandom(batch_seed, stop - first, step, turns, itertools.count())
+            random = BatchRandom(batch_seed, stop - first, turns, itertools.count())
             inputs, targets = augment(inputs, targets, random)
         return inputs, targets
 
@@ -256,12 +249,7 @@ def evaluation_batches(split: Split, batch_size: int, strategy: tf.distribute.St
 
 
 def evaluate_classifier(
-    model: keras.Model,
-    split: Split,
-    class_names: tuple[str, ...],
-    batch_size: int,
-    strategy: tf.distribute.Strategy,
-    shown_inputs: tf.Tensor | None = None,
+    model: keras.Model, split: Split, class_names: tuple[str, ...], batch_size: int, strategy: Any, shown_inputs=None
 ) -> Report:
     """Loss and accuracy, macro precision, recall and F1, the confusion matrix, and the mistakes made most surely."""
     probabilities = _predict(model, split, batch_size, strategy)
@@ -272,11 +260,8 @@ def evaluate_classifier(
     loss = float(np.mean(keras.losses.get(model.loss)(one_hot, probabilities)))
     metrics = {"loss": loss, "accuracy": figures["accuracy"]}
     metrics |= {"precision": macro["precision"], "recall": macro["recall"], "f1": macro["f1-score"]}
-    worst = []
-    for each in sorted(np.flatnonzero(true != predicted).tolist(), key=lambda example: -confidence[example])[:25]:
-        worst.append({"example": each, "true": class_names[true[each]], "predicted": class_names[predicted[each]]})
-        if shown_inputs is not None and shown_inputs.dtype == tf.string:
-            worst[-1]["text"] = shown_inputs[each].numpy().decode(errors="replace")[:300]
+    surest = sorted(np.flatnonzero(true != predicted).tolist(), key=lambda example: -confidence[example])[:25]
+    worst = [{"example": n, "true": class_names[true[n]], "predicted": class_names[predicted[n]]} for n in surest]
     confusion = sklearn.metrics.confusion_matrix(true, predicted, labels=range(len(class_names)))
     figure = Figure(figsize=[max(4.0, 1.5 + 0.55 * len(class_names))] * 2, layout="constrained")
     display = sklearn.metrics.ConfusionMatrixDisplay(confusion, display_labels=class_names)

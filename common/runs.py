@@ -207,10 +207,6 @@ class Run:
             problem = f"{error.filename or self.directory}: {error.strerror}"
             raise UserError(f"--run-dir {problem}; choose an empty or a new one") from error
 
-    def once(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns: of several workers, the chief alone calls it, and all have its answer."""
-        return self.cluster.from_chief(make() if self.cluster.chief else None)
-
     def finish(self, model: keras.Model, data: Data, report: Report, beside: dict[str, float]) -> dict[str, float]:
         """Saves the model, the plots and `result.json`, and prints the result.
 
@@ -280,6 +276,11 @@ class Run:
             print(f"run directory: {self.directory}")
             print(f"watch it: tensorboard --logdir {shlex.quote(str(self.directory))}")
         return metrics
+
+
+def once(run: Run, make: Callable[[], Any]) -> Any:
+    """What `make` returns: of several workers, the chief alone calls it, and all have its answer."""
+    return run.cluster.from_chief(make() if run.cluster.chief else None)
 
 
 def with_class_names(model: keras.Model, class_names: tuple[str, ...]) -> keras.Model:

@@ -35,7 +35,6 @@ SHAPES = {
     "star": lambda angle: 0.3 / np.cos(np.pi / 5 + abs(angle % (2 * np.pi / 5) - np.pi / 5)),
     "triangle": lambda angle: 0.5 / np.cos(angle % (2 * np.pi / 3) - np.pi / 3),
 }
-HOLLOW = {"ring", "frame"}
 
 
 def drawn_shapes(count: int = 6000) -> Arrays:
@@ -61,7 +60,7 @@ def _draw(label: str, random: np.random.Generator) -> np.ndarray:
     row, column, size = random.uniform((-0.3, -0.3, 0.4), (0.3, 0.3, 0.7))
     distance = np.hypot(rows - row, columns - column) / size
     reach = SHAPES[label](np.arctan2(rows - row, columns - column) + random.uniform(0, 2 * np.pi))
-    inside = (distance < reach) & (distance > reach * (0.55 if label in HOLLOW else 0))
+    inside = (distance < reach) & (distance > reach * (0.55 if label in ("ring", "frame") else 0))
     middle = (dark + bright) / 2
     contrast = random.permutation(random.uniform((90, 0, 0), (120, 100, 100)))
     picture[inside] = middle + np.where(middle > 128, -1, 1) * contrast

@@ -112,7 +112,7 @@ def _show_examples(data: Data, augment: Augment | None) -> None:
         if augment:
             count = tf.constant(len(names), tf.int64)
             none, turns = tf.constant(0, tf.int64), tf.range(count) % 2 == 0
-            first_draw = BatchRandom(tf.stack([none, none]), count, none, turns, itertools.count())
+            first_draw = BatchRandom(tf.stack([none, none]), count, turns, itertools.count())
             shown["examples_augmented"], _ = augment(inputs, targets, first_draw)
         for tag, images in shown.items():
             _write_picture(tag, figure_png(picture_figure(np.asarray(images), names)))

@@ -28,6 +28,7 @@ def cure_replicas() -> None:
     cure_loss_average()
     cure_batch_normalization()
     cure_dropout()
+    cure_distiller()
 
 
 @functools.cache
@@ -116,6 +117,21 @@ def cure_dropout() -> None:
         return inputs * tf.reshape(mask[context.replica_id_in_sync_group :: replicas], tf.shape(inputs))
 
     tensorflow_random.dropout = of_whole_batch
+
+
+@functools.cache
+def cure_distiller() -> None:
+    """Lets `Distiller` heed the sample weights that `training_batches` gives under several replicas.
+
+    In Keras 3.15 its loss leaves them out. They are equal throughout a replica's slice, and the loss is a mean over it.
+    """
+    original = keras.distillation.Distiller.compute_loss
+
+    def weighted(self: Any, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, **named: Any):
+        loss = original(self, x, y, y_pred, **named)
+        return loss if sample_weight is None else loss * tf.cast(sample_weight[0], loss.dtype)
+
+    keras.distillation.Distiller.compute_loss = weighted
 
 
 @functools.cache

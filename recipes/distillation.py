@@ -24,7 +24,7 @@ from common.data import CIFAR10, Data, load_images
 from common.evaluation import evaluate_classifier
 from common.optimizers import Muon
 from common.records import file_sha256
-from common.runs import start_run
+from common.runs import once, start_run
 
 import keras
 import numpy as np
@@ -35,8 +35,6 @@ class Config(SharedConfig):
     epochs: Count = 40  # passes over the training images, of the teacher too
     batch_size: Count = 256  # images per step, over all devices together
     learning_rate: Positive = 0.015  # peak of the schedule
-    kernel_speed: Positive = 2.0  # how many times faster convolutions learn
-    warmup: Share = 0.3  # share of the training in which the learning rate rises to its peak
     shift: int = 2  # pixels by which a training image may move along each axis
     teacher: str = ""  # the model.keras of a run, to teach; empty: a network four times as wide
     temperature: Positive = 4.0  # divides the logits, so that the second and third guess of the teacher count
@@ -73,14 +71,26 @@ def teacher_logits(path: pathlib.Path, data: Data) -> np.ndarray:
             answers = teacher.predict(np.concatenate([data.train.inputs, data.validation.inputs]), verbose=0)
             # A run saves its model with the names of the classes.
             probabilities = answers["probabilities"] if isinstance(answers, dict) else answers
+            if probabilities.shape[1:] != (len(data.class_names),) or np.min(probabilities) < 0:
+                raise ValueError("it gives no probabilities of these classes")
             np.save(path.with_name("part.npy"), np.log(probabilities + 1e-7))
             os.replace(path.with_name("part.npy"), kept)
-        logits = np.load(kept)
+        return np.load(kept)
     except (OSError, ValueError) as error:
         raise UserError(f"--teacher {path}: no model for these images ({error}); give a run's model.keras") from error
-    if logits.shape[1:] != (len(data.class_names),):
-        raise UserError(f"--teacher {path}: knows other classes; give the model.keras of a run on the same data")
-    return logits
+
+
+def with_teacher(student: keras.Model, config: Config) -> keras.distillation.Distiller:
+    """The student as it learns; the teacher has spoken already, and what it said comes along with the image."""
+    logits = student.get_layer("logits").output
+    inputs = {"image": student.input, "teacher_logits": keras.Input(logits.shape[1:], name="teacher_logits")}
+    return keras.distillation.Distiller(
+        teacher=keras.Model(inputs, keras.layers.Identity()(inputs["teacher_logits"])),
+        student=keras.Model(inputs, logits),
+        # Given by name, as it is by default, Keras 3.15 takes the loss of the logits, not of probabilities.
+        distillation_losses=keras.distillation.LogitsDistillation(config.temperature, keras.losses.KLDivergence()),
+        student_loss_weight=config.label_weight,
+    )
 
 
 def train(config: Config, data: Data | None = None) -> dict[str, float]:
@@ -97,7 +107,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
 
     # Up from zero in a straight line, then down to zero along a cosine.
     total_steps = config.epochs * steps
-    warmup_steps = int(config.warmup * total_steps)
+    warmup_steps = int(0.3 * total_steps)
     schedule = keras.optimizers.schedules.CosineDecay(
         initial_learning_rate=0.0,
         decay_steps=total_steps - warmup_steps,
@@ -105,13 +115,13 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         warmup_steps=warmup_steps,
     )
 
-    def fit(model, training, validation, augment, loss, callbacks=(), start_step=0):
+    def fit(build, training, validation, augment, from_logits=False, callbacks=(), start_step=0):
         with run.strategy.scope():
+            model = build()
             model.compile(
-                # AdamW for biases and dense layers; the usual epsilon of 1e-7 would blow gradients of nearly zero up to
-                # full steps.
-                optimizer=Muon(schedule, config.kernel_speed, weight_decay=0.1, epsilon=1e-3),
-                loss=loss,
+                # The usual epsilon of 1e-7 would blow gradients of nearly zero up to full steps.
+                optimizer=Muon(schedule, weight_decay=0.1, epsilon=1e-3),
+                loss=keras.losses.CategoricalCrossentropy(from_logits, label_smoothing=0.05),
                 metrics=["accuracy"],
                 steps_per_execution=steps_per_execution(steps, run.strategy),
             )
@@ -125,43 +135,33 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             callbacks=list(callbacks),
             verbose=run.verbose,
         )
-
-    def trained_alone(width):
-        with run.strategy.scope():
-            model = build_network(data, width)
-        loss = keras.losses.CategoricalCrossentropy(label_smoothing=0.05)
-        fit(model, data.train, data.validation, augment, loss)
         return model
 
     def evaluate(model):
         return evaluate_classifier(model, data.test, data.class_names, config.batch_size, run.strategy)
 
+    def save_teacher():
+        teacher.save(path.with_name("part.keras"))
+        os.replace(path.with_name("part.keras"), path)
+
     callbacks = run.callbacks(data, augment)
     path = pathlib.Path(config.teacher or run.directory / "teacher.keras")
-    if not config.teacher and not run.once(path.exists):  # A resumed run may have it.
-        teacher = trained_alone(width=4)
-        run.once(lambda: teacher.save(path))
-    logits = run.once(lambda: teacher_logits(path, data))
-
-    with run.strategy.scope():
-        student = build_network(data)
-        student.compile(loss="categorical_crossentropy")
-        inputs = {"image": student.input, "teacher_logits": keras.Input(logits.shape[1:], name="teacher_logits")}
-        distiller = keras.distillation.Distiller(
-            # The teacher has spoken already: what it said comes along with the image.
-            teacher=keras.Model(inputs, keras.layers.Identity()(inputs["teacher_logits"])),
-            student=keras.Model(inputs, student.get_layer("logits").output),
-            # Given by name, as it is by default, Keras 3.15 takes the loss of the logits, not of probabilities.
-            distillation_losses=keras.distillation.LogitsDistillation(config.temperature, keras.losses.KLDivergence()),
-            student_loss_weight=config.label_weight,
-        )
+    if not config.teacher and not once(run, path.exists):  # A resumed run may have it.
+        teacher = fit(lambda: build_network(data, width=4), data.train, data.validation, augment)
+        once(run, save_teacher)
+    logits = once(run, lambda: teacher_logits(path, data))
     taught = [
         Split({"image": split.inputs, "teacher_logits": part}, split.targets)
         for split, part in zip((data.train, data.validation), np.split(logits, [len(data.train)]), strict=True)
     ]
-    loss = keras.losses.CategoricalCrossentropy(from_logits=True)
-    fit(distiller, *taught, augment_taught, loss, callbacks, run.start_step)
-    beside = {"alone_accuracy": evaluate(trained_alone(width=1)).metrics["accuracy"]} if config.baseline else {}
+    with run.strategy.scope():
+        student = build_network(data)
+        student.compile(loss="categorical_crossentropy")
+    fit(lambda: with_teacher(student, config), *taught, augment_taught, True, callbacks, run.start_step)
+    beside = {}
+    if config.baseline:
+        alone = fit(lambda: build_network(data), data.train, data.validation, augment)
+        beside["alone_accuracy"] = evaluate(alone).metrics["accuracy"]
     return run.finish(student, data, evaluate(student), beside)
 
 

@@ -73,7 +73,8 @@ class Pruning(keras.callbacks.Callback):
         self.remove, self.sparsity, self.epochs = remove, sparsity, epochs
 
     def on_epoch_begin(self, epoch, logs=None):
-        share = self.sparsity * (1 - max(0.0, 1 - epoch / max(1, self.epochs)) ** 3)
+        progress = min(1.0, epoch / self.epochs) if self.epochs else 1.0
+        share = self.sparsity * (1 - (1 - progress) ** 3)
         layers = [layer for layer in self.model.layers if layer.weights]
         if self.remove == "weights":  # Of all layers together, so that a layer of few weights can keep more of them.
             sizes = np.abs(np.concatenate([layer.get_weights()[0].ravel() for layer in layers]))
@@ -149,7 +150,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     def evaluate(model):
         return evaluate_classifier(model, data.test, data.class_names, config.batch_size, run.strategy)
 
-    pruning = Pruning(config.remove, config.sparsity, epochs=config.pruned_by * config.epochs)
+    # At the latest before the last epoch.
+    pruning = Pruning(config.remove, config.sparsity, min(config.pruned_by * config.epochs, config.epochs - 1))
     model = fit(run.callbacks(data, augment, [pruning]), run.start_step)
     if config.remove == "filters":
         with run.strategy.scope():

@@ -31,6 +31,11 @@ RESULTS = ROOT / "results"
 # Metrics beside a recipe's own, and how the table calls them; {} takes the figure.
 BESIDE = {
     "one_view_accuracy": "without averaging over views: {}",
+    "alone_accuracy": "the same network without a teacher: {}",
+    "unpruned_accuracy": "nothing removed: {}",
+    "dynamic_litert_accuracy": "weights in eight bits: {}",
+    "float16_litert_accuracy": "weights in sixteen bits: {}",
+    "int8_litert_accuracy": "all in eight bits: {}",
     "naive_accuracy": "the same network trained naively: {}",
     "logistic_regression_accuracy": "logistic regression: {}",
     "bag_of_words_accuracy": "bag-of-words logistic regression: {}",

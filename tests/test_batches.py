@@ -138,8 +138,8 @@ def test_there_are_executions_of_several_steps_whatever_the_number_of_examples()
 
 
 def batch_random(size: int) -> BatchRandom:
-    seed, batch, step = tf.constant([5, 7], tf.int64), tf.constant(size, tf.int64), tf.constant(0, tf.int64)
-    return BatchRandom(seed, batch, step, tf.range(size) % 2 == 0, itertools.count())
+    seed, batch = tf.constant([5, 7], tf.int64), tf.constant(size, tf.int64)
+    return BatchRandom(seed, batch, tf.range(size) % 2 == 0, itertools.count())
 
 
 def test_random_shift_equals_reflection_padding_and_cropping():

@@ -350,3 +350,37 @@ def test_tf2onnx_takes_the_constants_of_normalization_for_inputs(tmp_path):
         upstream.free_of_tensors(model)
     assert counts[1] == 1
     assert counts[0] > 1, "mended upstream: delete the cure"
+
+
+def test_distillation_by_name_takes_the_loss_of_logits():
+    """recipes/distillation.py gives the loss as an object: an object alone is given probabilities."""
+    teacher, student = (tf.constant(logits) for logits in ([[2.0, 0.0, -1.0]], [[0.0, 1.0, 0.5]]))
+    right = float(keras.losses.kl_divergence(*(tf.nn.softmax(logits / 3) for logits in (teacher, student)))[0]) * 9
+    by_object = keras.distillation.LogitsDistillation(3.0, keras.losses.KLDivergence())
+    assert float(by_object.compute_loss(teacher, student)) == pytest.approx(right, rel=1e-5)
+    by_name = keras.distillation.LogitsDistillation(3.0)
+    assert float(by_name.compute_loss(teacher, student)) != pytest.approx(right, rel=0.1), "mended: leave the loss out"
+
+
+DISTILLER_LOSS = """
+import sys
+from common.upstream import cure_distiller
+import keras, numpy as np
+if "cured" in sys.argv:
+    cure_distiller()
+inputs = keras.Input([2])
+teacher, student = (keras.Model(inputs, keras.layers.Dense(3)(inputs)) for _ in range(2))
+distiller = keras.distillation.Distiller(
+    teacher, student, keras.distillation.LogitsDistillation(2.0, keras.losses.KLDivergence())
+)
+distiller.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))
+x, y = np.ones([4, 2], np.float32), np.eye(3, dtype=np.float32)[[0, 1, 2, 0]]
+once, twice = (float(distiller.compute_loss(x, y, distiller(x), np.full(4, weight))) for weight in (1.0, 2.0))
+print(twice / once)
+"""
+
+
+@pytest.mark.parametrize("cured", ["cured", "as it comes"])
+def test_distiller_leaves_sample_weights_out(cured):
+    ratio = float(run_program("-c", DISTILLER_LOSS, cured).stdout)
+    assert ratio == pytest.approx(2 if cured == "cured" else 1, rel=1e-5), "mended upstream: delete the cure"

@@ -1,0 +1,154 @@
+"""Quantization: a network in eight bits instead of thirty-two, and what that costs.
+
+Teaches   three ways to fewer bits after training (dynamic, float16, int8), each measured on the test split with LiteRT
+Data      CIFAR-10: 45,000 train, 5,000 validation, 10,000 test; drawn shapes where there is no network
+Result    not yet measured
+Run       python recipes/quantization.py
+"""
+
+import contextlib
+import dataclasses
+import io
+import pathlib
+
+from common.batches import (
+    Split,
+    evaluation_batches,
+    random_shift,
+    steps_per_epoch,
+    steps_per_execution,
+    training_batches,
+)
+from common.cli import Count, Positive, Share, SharedConfig, run_recipe
+from common.data import CIFAR10, Data, load_images
+from common.evaluation import evaluate_classifier
+from common.optimizers import Muon
+from common.runs import once, start_run
+
+import keras
+import numpy as np
+import tensorflow as tf
+from ai_edge_litert.interpreter import Interpreter
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(SharedConfig):
+    epochs: Count = 40  # passes over the training images
+    batch_size: Count = 256  # images per step, over all devices together
+    learning_rate: Positive = 0.015  # peak of the schedule
+    label_smoothing: Share = 0.05  # share of each label that is spread over all classes
+    shift: int = 2  # pixels by which a training image may move along each axis
+    representative_images: Count = 500  # training images that show int8 how large the activations become
+
+
+def load_data(config: Config) -> Data:
+    return load_images(CIFAR10, config, size=(32, 32))
+
+
+def build_model(config: Config, data: Data) -> keras.Model:
+    """The network of cifar10_cnn."""
+    images = keras.Input(data.train.inputs.shape[1:], dtype="uint8", name="image")
+    x = keras.layers.Rescaling(1 / 127.5, offset=-1)(images)
+    x = keras.layers.Conv2D(32, 3, activation="relu")(x)
+    x = keras.layers.MaxPooling2D()(x)
+    x = keras.layers.Conv2D(64, 3, activation="relu")(x)
+    x = keras.layers.MaxPooling2D()(x)
+    x = keras.layers.Conv2D(64, 3, activation="relu")(x)
+    x = keras.layers.Flatten()(x)
+    x = keras.layers.Dense(64, activation="relu")(x)
+    # In float32 whatever the precision of the rest: probabilities need the digits.
+    probabilities = keras.layers.Dense(len(data.class_names), activation="softmax", dtype="float32")(x)
+    return keras.Model(images, probabilities, name="quantization")
+
+
+def quantized(model: keras.Model, kind: str, path: pathlib.Path, images: np.ndarray) -> pathlib.Path:
+    """Writes a LiteRT model, and returns its path.
+
+    dynamic: weights in int8, from which each calculation makes float32 again; float16: weights in float16; int8:
+    weights and calculations in int8, for which the range of every activation must be known: `images` show it.
+    """
+    settings = {} if kind == "float32" else {"optimizations": [tf.lite.Optimize.DEFAULT]}
+    if kind == "float16":
+        settings["target_spec"] = {"supported_types": [tf.float16]}
+    if kind == "int8":
+        settings["target_spec"] = {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]}
+        settings["representative_dataset"] = lambda: ([image[None]] for image in images)
+    with contextlib.redirect_stdout(io.StringIO()):  # The converter tells of its progress.
+        model.export(path, format="litert", verbose=False, **settings)
+    return path
+
+
+def litert_accuracy(path: pathlib.Path, split: Split) -> float:
+    """The share of right answers that a LiteRT model gives."""
+    interpreter = Interpreter(str(path))
+    (taken,), (given,) = interpreter.get_input_details(), interpreter.get_output_details()
+    images, labels, right = split.inputs.numpy(), split.targets.numpy().argmax(axis=1), 0
+    for start in range(0, len(images), 500):
+        batch = images[start : start + 500]
+        interpreter.resize_tensor_input(taken["index"], batch.shape)
+        interpreter.allocate_tensors()
+        interpreter.set_tensor(taken["index"], batch)
+        interpreter.invoke()
+        right += np.sum(interpreter.get_tensor(given["index"]).argmax(axis=1) == labels[start : start + 500])
+    return float(right / len(images))
+
+
+def train(config: Config, data: Data | None = None) -> dict[str, float]:
+    run = start_run(config)
+    data = data or load_data(config)
+    steps = steps_per_epoch(data.train, config.batch_size)
+
+    def augment(images, labels, random):
+        return random_shift(images, random, pixels=config.shift, mirrored=random.turns), labels
+
+    # Up from zero in a straight line, then down to zero along a cosine.
+    total_steps = config.epochs * steps
+    warmup_steps = int(0.3 * total_steps)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        initial_learning_rate=0.0,
+        decay_steps=total_steps - warmup_steps,
+        warmup_target=config.learning_rate,
+        warmup_steps=warmup_steps,
+    )
+    with run.strategy.scope():
+        model = build_model(config, data)
+        model.compile(
+            # The usual epsilon of 1e-7 would blow gradients of nearly zero, rounding errors among them, up to full
+            # steps.
+            optimizer=Muon(schedule, weight_decay=0.1, epsilon=1e-3),
+            loss=keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing),
+            metrics=["accuracy"],
+            steps_per_execution=steps_per_execution(steps, run.strategy),
+        )
+    model.fit(
+        training_batches(data.train, config.batch_size, config.seed, augment, run.strategy, run.start_step),
+        steps_per_epoch=steps,
+        shuffle=False,  # Shuffled already.
+        epochs=config.epochs,
+        validation_data=evaluation_batches(data.validation, config.batch_size, run.strategy),
+        validation_steps=steps_per_epoch(data.validation, config.batch_size),
+        callbacks=run.callbacks(data, augment),
+        verbose=run.verbose,
+    )
+    report = evaluate_classifier(model, data.test, data.class_names, config.batch_size, run.strategy)
+
+    def quantize() -> dict[str, float]:
+        keras.config.set_dtype_policy("float32")  # Whatever the training was in.
+        network = build_model(config, data)  # On one device, wherever it was trained.
+        network.set_weights(model.get_weights())
+        images, beside, sizes = data.train.inputs[: config.representative_images].numpy(), {}, {}
+        for kind in ("float32", "dynamic", "float16", "int8"):
+            path = quantized(network, kind, run.directory / f"{kind}.tflite", images)
+            beside[f"{kind}_litert_accuracy"] = litert_accuracy(path, data.test)
+            sizes[kind] = path.stat().st_size
+        return beside | {"int8_share_of_bytes": sizes["int8"] / sizes["float32"]}
+
+    return run.finish(model, data, report, once(run, quantize))
+
+
+def main() -> None:
+    run_recipe(train, Config, __doc__)
+
+
+if __name__ == "__main__":
+    main()
