@@ -6,6 +6,7 @@ checkpoints within an epoch, locks and checks of what was written before, and th
 """
 
 import collections
+import contextlib
 import dataclasses
 import datetime
 import itertools
@@ -18,7 +19,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from common.batches import Arrays, Augment, Split, steps_per_epoch
@@ -189,6 +190,17 @@ class Run(keras.callbacks.Callback):
             print(f"test split of {data.name} ({data.source}):\n{rows}")
             print(f"run directory: {self.directory}\nwatch it: tensorboard --logdir {shlex.quote(str(self.directory))}")
         return metrics
+
+
+@contextlib.contextmanager
+def quiet_native_stderr() -> Iterator[None]:
+    """Keeps what native code writes to file descriptor 2 from the terminal."""
+    saved = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
 
 
 def once(run: Run, make: Callable[[], Any]) -> Any:

@@ -41,5 +41,7 @@ def quiet_native_stderr() -> Iterator[None]:
 with quiet_native_stderr():
     import tensorflow as tf
 
+    # In Python, it warns of several models in one process ("retracing").
+    tf.get_logger().setLevel("ERROR")
     # The first look for GPUs prints lines of its own.
     tf.config.list_physical_devices()

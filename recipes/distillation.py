@@ -45,7 +45,7 @@ def load_data(config: Config) -> Data:
     return load_images(CIFAR10, config, size=(32, 32))
 
 
-def build_network(data: Data, width: int = 1) -> keras.Model:
+def build_model(config: Config, data: Data, width: int = 1) -> keras.Model:
     """The network of cifar10_cnn, or one whose layers are `width` times as wide."""
     images = keras.Input(data.train.inputs.shape[1:], dtype="uint8", name="image")
     x = keras.layers.Rescaling(1 / 127.5, offset=-1)(images)
@@ -85,7 +85,7 @@ def with_teacher(student: keras.Model, config: Config) -> keras.distillation.Dis
     logits = student.get_layer("logits").output
     inputs = {"image": student.input, "teacher_logits": keras.Input(logits.shape[1:], name="teacher_logits")}
     return keras.distillation.Distiller(
-        teacher=keras.Model(inputs, keras.layers.Identity()(inputs["teacher_logits"])),
+        teacher=keras.Model(inputs, keras.layers.Identity(dtype="float32")(inputs["teacher_logits"])),
         student=keras.Model(inputs, logits),
         # Given by name, as it is by default, Keras 3.15 takes the loss of the logits, not of probabilities.
         distillation_losses=keras.distillation.LogitsDistillation(config.temperature, keras.losses.KLDivergence()),
@@ -147,7 +147,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     callbacks = run.callbacks(data, augment)
     path = pathlib.Path(config.teacher or run.directory / "teacher.keras")
     if not config.teacher and not once(run, path.exists):  # A resumed run may have it.
-        teacher = fit(lambda: build_network(data, width=4), data.train, data.validation, augment)
+        teacher = fit(lambda: build_model(config, data, width=4), data.train, data.validation, augment)
         once(run, save_teacher)
     logits = once(run, lambda: teacher_logits(path, data))
     taught = [
@@ -155,12 +155,12 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         for split, part in zip((data.train, data.validation), np.split(logits, [len(data.train)]), strict=True)
     ]
     with run.strategy.scope():
-        student = build_network(data)
+        student = build_model(config, data)
         student.compile(loss="categorical_crossentropy")
     fit(lambda: with_teacher(student, config), *taught, augment_taught, True, callbacks, run.start_step)
     beside = {}
     if config.baseline:
-        alone = fit(lambda: build_network(data), data.train, data.validation, augment)
+        alone = fit(lambda: build_model(config, data), data.train, data.validation, augment)
         beside["alone_accuracy"] = evaluate(alone).metrics["accuracy"]
     return run.finish(student, data, evaluate(student), beside)
 

@@ -37,7 +37,7 @@ def load_data(config: Config) -> Data:
     return load_images(MNIST, config, size=(28, 28))
 
 
-def build_model(data: Data, widths: tuple[int, int, int] = (32, 64, 128)) -> keras.Model:
+def build_model(config: Config, data: Data, widths: tuple[int, int, int] = (32, 64, 128)) -> keras.Model:
     """The network of mnist_cnn; its biases don't begin at zero, since zeros stay."""
     start = keras.initializers.Constant(0.01)
     images = keras.Input(data.train.inputs.shape[1:], dtype="uint8", name="image")
@@ -91,11 +91,11 @@ class Pruning(keras.callbacks.Callback):
                 layer.set_weights([kernel, bias])
 
 
-def without_removed(model: keras.Model, data: Data) -> keras.Model:
+def without_removed(model: keras.Model, config: Config, data: Data) -> keras.Model:
     """The same function as a smaller network: what is zero throughout adds nothing to the next layer."""
     layers = [layer for layer in model.layers if layer.weights]
     kept = [layer.get_weights()[1] != 0 for layer in layers[:-1]] + [np.full(len(data.class_names), True)]
-    smaller = build_model(data, [int(mask.sum()) for mask in kept[:-1]])
+    smaller = build_model(config, data, [int(mask.sum()) for mask in kept[:-1]])
     inputs = np.full(data.train.inputs.shape[3], True)
     for layer, small, outputs in zip(layers, [each for each in smaller.layers if each.weights], kept, strict=True):
         kernel, bias = layer.get_weights()
@@ -126,7 +126,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
 
     def fit(callbacks, start_step):
         with run.strategy.scope():
-            model = build_model(data)
+            model = build_model(config, data)
             model.compile(
                 # The usual epsilon of 1e-7 would blow gradients of nearly zero, rounding errors among them, up to
                 # full steps.
@@ -155,7 +155,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     model = fit(run.callbacks(data, augment, [pruning]), run.start_step)
     if config.remove == "filters":
         with run.strategy.scope():
-            loss, model = model.loss, without_removed(model, data)
+            loss, model = model.loss, without_removed(model, config, data)
             model.compile(loss=loss)
     report = evaluate(model)
     beside = {"nonzero_weights": float(sum(np.count_nonzero(weight) for weight in model.get_weights()))}

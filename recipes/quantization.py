@@ -24,6 +24,7 @@ from common.data import CIFAR10, Data, load_images
 from common.evaluation import evaluate_classifier
 from common.optimizers import Muon
 from common.runs import once, start_run
+from common.startup import quiet_native_stderr
 
 import keras
 import numpy as np
@@ -143,7 +144,9 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             sizes[kind] = path.stat().st_size
         return beside | {"int8_share_of_bytes": sizes["int8"] / sizes["float32"]}
 
-    return run.finish(model, data, report, once(run, quantize))
+    with quiet_native_stderr():  # The converter tells of its progress there too.
+        beside = once(run, quantize)
+    return run.finish(model, data, report, beside)
 
 
 def main() -> None:

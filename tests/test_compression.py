@@ -73,7 +73,7 @@ def test_zeros_stay_zero_and_all_else_learns_as_with_adamw():
 @pytest.mark.parametrize(("epoch", "share"), [(0, 0.0), (2, 0.8 * (1 - 0.5**3)), (4, 0.8), (9, 0.8)])
 def test_the_share_rises_along_a_cubic_curve(epoch, share):
     recipe = load_recipe("pruning")
-    model = recipe.build_model(smoke_data("pruning"))
+    model = recipe.build_model(recipe.Config(), smoke_data("pruning"))
     before = [kernel for kernel, _ in weight_matrices(model)]
     callback = recipe.Pruning("weights", 0.8, epochs=4)
     callback.set_model(model)
@@ -95,11 +95,11 @@ def test_without_its_filters_the_network_is_smaller_and_answers_the_same(pruned)
     assert [bias.size for _, bias in weight_matrices(model)] == [16, 32, 64, 10]
     assert share_of_zeros(model) < 0.01
     assert metrics["nonzero_weights"] < 225_034 / 3
-    whole = recipe.build_model(data)
+    whole = recipe.build_model(recipe.Config(), data)
     callback = recipe.Pruning("filters", 0.7, epochs=0)
     callback.set_model(whole)
     callback.on_epoch_begin(0)
-    smaller = recipe.without_removed(whole, data)
+    smaller = recipe.without_removed(whole, recipe.Config(), data)
     images = data.test.inputs.numpy()
     np.testing.assert_allclose(smaller(images), whole(images), atol=1e-6)
     assert smaller.count_params() < whole.count_params() / 3
@@ -107,7 +107,7 @@ def test_without_its_filters_the_network_is_smaller_and_answers_the_same(pruned)
 
 def test_what_the_teacher_says_is_kept_and_tied_to_teacher_and_data(tmp_path):
     recipe, data = load_recipe("distillation"), smoke_data("distillation")
-    teacher = recipe.build_network(data)
+    teacher = recipe.build_model(recipe.Config(), data)
     path = tmp_path / "teacher.keras"
     teacher.save(path)
     logits = recipe.teacher_logits(path, data)
@@ -116,7 +116,7 @@ def test_what_the_teacher_says_is_kept_and_tied_to_teacher_and_data(tmp_path):
     (kept,) = tmp_path.glob("logits-*.npy")
     np.save(kept, logits + 1)
     np.testing.assert_array_equal(recipe.teacher_logits(path, data), logits + 1)
-    recipe.build_network(data).save(path)
+    recipe.build_model(recipe.Config(), data).save(path)
     assert not np.array_equal(recipe.teacher_logits(path, data), logits + 1)
     assert len(list(tmp_path.glob("*"))) == 3, "the model and what either teacher said"
 
@@ -124,7 +124,7 @@ def test_what_the_teacher_says_is_kept_and_tied_to_teacher_and_data(tmp_path):
 def test_a_student_of_the_teacher_alone_comes_to_answer_as_it_does(tmp_path):
     """With a teacher that is sure of one class whatever the image, a student says nothing else."""
     recipe, data = load_recipe("distillation"), smoke_data("distillation")
-    teacher = recipe.build_network(data)
+    teacher = recipe.build_model(recipe.Config(), data)
     kernel, bias = teacher.get_layer("logits").get_weights()
     bias[3] = 9.0
     teacher.get_layer("logits").set_weights([0 * kernel, bias])
