@@ -261,7 +261,7 @@ def evaluation_batches(split: Split, batch_size: int, strategy: tf.distribute.St
 
 
 def evaluate_classifier(
-    model: keras.Model, split: Split, class_names: tuple[str, ...], batch_size: int, strategy: Any, shown_inputs=None
+    model: keras.Model, split: Split, class_names: tuple[str, ...], batch_size: int, strategy: Any, _: Any = None
 ) -> Report:
     """Loss and accuracy, macro precision, recall and F1, the confusion matrix, and the mistakes made most surely."""
     probabilities = _predict(model, split, batch_size, strategy)

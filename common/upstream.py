@@ -121,14 +121,25 @@ def cure_dropout() -> None:
 
 @functools.cache
 def cure_distiller() -> None:
-    """Lets `Distiller` heed the sample weights that `training_batches` gives under several replicas.
+    """Lets `Distiller` compute and report under several replicas what it does on one.
 
-    In Keras 3.15 its loss leaves them out. They are equal throughout a replica's slice, and the loss is a mean over it.
+    In Keras 3.15 its loss leaves out the sample weights that `training_batches` gives; they are equal throughout a
+    replica's slice, over which the loss is a mean. And it reports the parts of its loss as divided by the number of
+    replicas, each slice as if it were of the same size.
     """
     original = keras.distillation.Distiller.compute_loss
 
+    def over_all_examples(update: Callable, examples: tf.Tensor, part: Any) -> None:
+        update(part * tf.distribute.get_strategy().num_replicas_in_sync, sample_weight=examples)
+
     def weighted(self: Any, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, **named: Any):
+        trackers = (self.student_loss_tracker, self.distillation_loss_tracker, self.total_loss_tracker)
+        for tracker in trackers:
+            update = functools.partial(over_all_examples, tracker.update_state, tf.shape(y)[0])
+            object.__setattr__(tracker, "update_state", update)
         loss = original(self, x, y, y_pred, **named)
+        for tracker in trackers:
+            object.__delattr__(tracker, "update_state")
         return loss if sample_weight is None else loss * tf.cast(sample_weight[0], loss.dtype)
 
     keras.distillation.Distiller.compute_loss = weighted

@@ -31,7 +31,7 @@ bundle_script = load_script("bundle")
 SMOKE = ("--smoke", "--data", "sample", "--deterministic", "--no-baseline", "--quiet", "--threads", "2")
 # Called by Keras, argparse or TensorFlow, or read by name: vulture can't see that.
 CALLED_FROM_OUTSIDE = {
-    *("on_train_begin", "on_train_batch_end", "on_epoch_end", "epoch", "error", "_initial_epoch"),
+    *("on_train_begin", "on_train_batch_end", "on_epoch_begin", "on_epoch_end", "epoch", "error", "_initial_epoch"),
     *("apply_default_optimizations", "enabled"),
     *BatchRandom._fields,  # Which of them matter, the augmentation decides.
 }
