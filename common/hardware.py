@@ -12,6 +12,7 @@ from common.cli import SharedConfig, UserError
 from common.multiworker import Cluster
 from common.upstream import (
     cure_adam,
+    cure_distiller,
     cure_fusion,
     cure_gradient_leak,
     cure_iterator_wait,
@@ -163,6 +164,7 @@ def apply(
         tf.config.experimental.enable_op_determinism()
     keras.config.set_dtype_policy(choices["precision"][0])
     cure_adam()
+    cure_distiller()
     cure_fusion()
     cure_gradient_leak()
     cure_iterator_wait()

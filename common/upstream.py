@@ -28,7 +28,6 @@ def cure_replicas() -> None:
     cure_loss_average()
     cure_batch_normalization()
     cure_dropout()
-    cure_distiller()
 
 
 @functools.cache
@@ -121,11 +120,11 @@ def cure_dropout() -> None:
 
 @functools.cache
 def cure_distiller() -> None:
-    """Lets `Distiller` compute and report under several replicas what it does on one.
+    """Lets `Distiller` compute and report on several replicas what it does on one.
 
     In Keras 3.15 its loss leaves out the sample weights that `training_batches` gives; they are equal throughout a
-    replica's slice, over which the loss is a mean. And it reports the parts of its loss as divided by the number of
-    replicas, each slice as if it were of the same size.
+    replica's slice, over which the loss is a mean. And of the parts of its loss it reports the mean over slices of
+    whatever size, divided by the number of replicas; here, as of the loss itself, the mean over examples.
     """
     original = keras.distillation.Distiller.compute_loss
 
