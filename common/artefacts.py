@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import pathlib
 import re
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 from common.cli import UserError
 from common.records import file_sha256, read_run
+from common.startup import quiet_native_stderr
 from common.upstream import free_of_tensors
 
 import keras
@@ -22,6 +24,12 @@ import numpy as np
 import tensorflow as tf
 
 SUFFIXES = {"keras": ".keras", "saved_model": "", "litert": ".tflite", "onnx": ".onnx"}
+QUANTIZATIONS = {
+    "keras": ("none", "int8"),
+    "saved_model": ("none",),
+    "litert": ("none", "dynamic", "float16", "int8"),
+    "onnx": ("none",),
+}
 BATCH = 512
 # A whole model hardly shrinks in its archive: weights are noise to a packer.
 LARGEST_EXPANSION = 100
@@ -49,7 +57,14 @@ def describe(result: dict[str, Any], model: keras.Model) -> dict[str, Any]:
     return {**told, **taken, "text_column": result["config"].get("text_column", "")}
 
 
-def save(model: keras.Model, description: dict[str, Any], form: str, path: pathlib.Path, **settings: Any) -> None:
+def save(
+    model: keras.Model,
+    description: dict[str, Any],
+    form: str,
+    path: pathlib.Path,
+    quantization: str = "none",
+    examples: np.ndarray | None = None,
+) -> None:
     """Writes a run's model.
 
     In LiteRT and ONNX, which can't cut texts into words, the model of texts begins behind its tokenizer. That lies
@@ -60,14 +75,17 @@ def save(model: keras.Model, description: dict[str, Any], form: str, path: pathl
         description: see `describe`.
         form: keras, saved_model, litert or onnx.
         path: a new file with the suffix of the form; for a SavedModel a new folder.
-        settings: attributes of `tf.lite.TFLiteConverter`, for LiteRT.
+        quantization: one of `QUANTIZATIONS` of the form. dynamic: weights in int8, from which each calculation makes
+            float32 again; float16: weights in float16; int8: weights and calculations in int8. In Keras, int8 is for
+            dense and embedding layers, whose inputs it scales as they come.
+        examples: inputs [n, *shape] of the model that show how large the numbers inside become: for int8 in LiteRT.
 
     Raises:
         UserError: a package is missing.
     """
     notes = {DESCRIPTION: json.dumps(description).encode()}
     if form == "keras":
-        model.save(path)
+        (_with_int8_weights(model) if quantization == "int8" else model).save(path)
     elif form == "saved_model":
         _save_for_serving(model, path)
     else:
@@ -75,12 +93,14 @@ def save(model: keras.Model, description: dict[str, Any], form: str, path: pathl
         if description["dtype"] == "string":
             _, tokenizer, network = network.layers
             notes[TOKENIZER] = _keras_bytes(tokenizer)
+            examples = examples if examples is None else keras_answer(tokenizer)(examples)
         # The converters tell of their progress, and tf2onnx 1.17 asks NumPy for names that it no longer has.
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), quiet_native_stderr():
             warnings.simplefilter("ignore")
             if form == "onnx":
                 _package("tf2onnx")
                 free_of_tensors(network)
+            settings = _converter_settings(quantization, examples)
             network.export(path, format=form, verbose=False, input_signature=[_specification(network)], **settings)
     if form == "saved_model":
         (path / "assets.extra").mkdir()
@@ -97,14 +117,7 @@ def save(model: keras.Model, description: dict[str, Any], form: str, path: pathl
                 archive.writestr(name, note)
 
 
-def converter_settings(quantization: str, examples: np.ndarray) -> dict[str, Any]:
-    """What `tf.lite.TFLiteConverter` is told for LiteRT.
-
-    Args:
-        quantization: none; dynamic: weights in int8, calculations in float32; float16: weights in float16; int8:
-            weights and calculations in int8.
-        examples: inputs [n, *shape] that show how large activations become, for int8.
-    """
+def _converter_settings(quantization: str, examples: np.ndarray) -> dict[str, Any]:
     if quantization == "none":
         return {}
     settings: dict[str, Any] = {"optimizations": [tf.lite.Optimize.DEFAULT]}
@@ -114,6 +127,19 @@ def converter_settings(quantization: str, examples: np.ndarray) -> dict[str, Any
         settings["target_spec"] = {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]}
         settings["representative_dataset"] = lambda: ([example[None]] for example in examples)
     return settings
+
+
+def _with_int8_weights(model: keras.Model) -> keras.Model:
+    """A copy whose dense and embedding layers keep their weights in int8, with a scale for each column."""
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    layers = list(copy.layers)
+    for layer in layers:
+        if isinstance(layer, keras.Model):
+            layers += layer.layers
+        elif isinstance(layer, keras.layers.Dense | keras.layers.Embedding):
+            layer.quantize("int8")
+    return copy
 
 
 def in_float32(model: keras.Model) -> keras.Model:
@@ -280,7 +306,7 @@ def _load_saved_model(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes
 
 def _load_litert(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Callable]:
     litert = _package("ai_edge_litert.interpreter")
-    interpreter = litert.Interpreter(str(path), num_threads=threads or None)
+    interpreter = litert.Interpreter(str(path), num_threads=threads or os.cpu_count())
     (taken,), (given,) = interpreter.get_input_details(), interpreter.get_output_details()
 
     def answer(inputs: np.ndarray) -> np.ndarray:
@@ -291,7 +317,8 @@ def _load_litert(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Ca
         interpreter.invoke()
         return interpreter.get_tensor(given["index"])
 
-    interpreter.allocate_tensors()
+    with quiet_native_stderr():
+        interpreter.allocate_tensors()
     return _zip_notes(path), _in_batches(answer)
 
 

@@ -1,6 +1,7 @@
 """Writes a trained model for another program, and proves that it answers there as it does here.
 
     python scripts/export.py runs/my_run --format litert
+    python scripts/export.py runs/my_run --format litert --quantize int8
     python scripts/export.py runs/my_run --format saved_model -o /srv/models/digits/1
 
 Class names and the handling of raw inputs go along. At least 1,000 inputs of the run's own data go through the new
@@ -26,7 +27,9 @@ from common.records import write_file
 import numpy as np
 from measure import load_recipe
 
-COMPARED = 1000
+COMPARED, EXAMPLES = 1000, 500  # inputs that are compared; inputs that show int8 how large the numbers inside become
+# How far answers may be from the Keras model's, by quantization: fewer bits, farther off.
+TOLERANCES = {"none": 1e-3, "float16": 1e-2, "dynamic": 0.2, "int8": 0.5}
 
 
 def main() -> None:
@@ -35,17 +38,24 @@ def main() -> None:
     parser.add_argument("--format", required=True, choices=artefacts.SUFFIXES, help="what to write")
     parser.add_argument("-o", "--output", type=pathlib.Path, help="left out: in the folder exported of the run")
     parser.add_argument("--data-dir", default="", help="folder of prepared TFDS data, where it is not the run's")
-    parser.add_argument("--tolerance", type=float, default=1e-3, help="largest difference allowed (default: 0.001)")
+    parser.add_argument("--quantize", choices=TOLERANCES, default="none", help="fewer bits; int8 also of keras")
+    parser.add_argument("--tolerance", type=float, help=f"largest difference allowed (default: {TOLERANCES})")
     arguments = parser.parse_args()
     result, model = artefacts.load_run(arguments.run_dir)
     folder = arguments.run_dir / "exported"
-    path = arguments.output or folder / (result["recipe"] + artefacts.SUFFIXES[arguments.format])
-    inputs = first_inputs(run_data(result, arguments.data_dir), COMPARED)
-    parity = export(artefacts.in_float32(model), result, arguments.format, path, inputs, arguments.tolerance)
+    form, quantization = arguments.format, arguments.quantize
+    if quantization not in artefacts.QUANTIZATIONS[form]:
+        raise UserError(f"--quantize {quantization}: not for {form}; give --format litert")
+    name = result["recipe"] if quantization == "none" else f"{result['recipe']}-{quantization}"
+    path = arguments.output or folder / (name + artefacts.SUFFIXES[form])
+    data = run_data(result, arguments.data_dir)
+    inputs, examples = first_inputs(data, COMPARED), data.train.inputs[:EXAMPLES].numpy()
+    tolerance = TOLERANCES[quantization] if arguments.tolerance is None else arguments.tolerance
+    parity = export(artefacts.in_float32(model), result, form, path, inputs, tolerance, quantization, examples)
     same = f"largest difference {parity['largest_difference']:.2g}, {parity['equal_answers']:.2%} equal answers"
     print(f"parity with the Keras model: {parity['inputs']:,} inputs, {same}")
     if not parity["passed"]:
-        print(f"parity failed: {path} is not kept; tolerance {arguments.tolerance:g}", file=sys.stderr)
+        print(f"parity failed: {path} is not kept; tolerance {tolerance:g}", file=sys.stderr)
         sys.exit(3)
     print(f"exported: {path}")
 
@@ -57,7 +67,8 @@ def export(
     path: pathlib.Path,
     inputs: np.ndarray,
     tolerance: float,
-    **settings: Any,
+    quantization: str = "none",
+    examples: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Writes a run's model to `path`, or leaves that as it was when the parity check fails.
 
@@ -76,8 +87,8 @@ def export(
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             part = pathlib.Path(folder, path.name)
-            artefacts.save(model, artefacts.describe(result, model), form, part, **settings)
-            parity = {"format": form, "weights_sha256": result["weights_sha256"]}
+            artefacts.save(model, artefacts.describe(result, model), form, part, quantization, examples)
+            parity = {"format": form, "quantization": quantization, "weights_sha256": result["weights_sha256"]}
             parity |= compare(artefacts.keras_answer(model), artefacts.load(part).answer, inputs, tolerance)
             if parity["passed"]:
                 if path.is_dir():

@@ -1,12 +1,13 @@
 """Trains a recipe with several seeds and publishes the outcome.
 
     python scripts/reproduce.py cifar10_cnn --seeds 0 1 2 --data tfds
+    python scripts/reproduce.py pruning --variant half --sparsity 0.5 --data tfds
     python scripts/reproduce.py
 
-The first form writes results/cifar10_cnn.json; both bring the tables in README.md and the Result lines of
-the recipes' docstrings in step with results/. Flags that are not its own go to the recipe. Interrupted, the
-same command goes on where it was. A record of other code than the recipe has now is shown as stale; its comments
-and docstrings may change.
+The first form writes results/cifar10_cnn.json, the second results/pruning-half.json; all bring the tables in README.md
+and the Result lines of the recipes' docstrings in step with results/. Flags that are not its own go to the recipe.
+Interrupted, the same command goes on where it was. A record of other code than the recipe has now is shown as stale;
+its comments and docstrings may change.
 """
 
 import ast
@@ -50,14 +51,17 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("recipe", nargs="?", help="its runs are replaced; left out: only the texts are brought in step")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (default: 0 1 2)")
+    parser.add_argument("--variant", default="", help="a name for runs with other flags than those of the table")
     arguments, flags = parser.parse_known_args()
+    if not re.fullmatch(r"[\w-]*", arguments.variant):
+        raise UserError(f"--variant {arguments.variant}: give letters, digits, - and _")
     if arguments.recipe:
-        reproduce(arguments.recipe, arguments.seeds, flags)
+        reproduce(arguments.recipe, arguments.seeds, flags, arguments.variant)
     publish()
 
 
-def reproduce(recipe: str, seeds: list[int], flags: list[str]) -> None:
-    """Trains once per seed, in fresh processes, and writes results/<recipe>.json when all are done."""
+def reproduce(recipe: str, seeds: list[int], flags: list[str], variant: str = "") -> None:
+    """Trains once per seed, in fresh processes, and writes results/<recipe>[-<variant>].json when all are done."""
     path = ROOT / "recipes" / f"{recipe}.py"
     if not path.exists():
         names = ", ".join(sorted(found.stem for found in path.parent.glob("*.py")))
@@ -76,7 +80,8 @@ def reproduce(recipe: str, seeds: list[int], flags: list[str]) -> None:
         runs.append(result)
     RESULTS.mkdir(exist_ok=True)
     record = {"recipe": recipe, "code_sha256": code, "runs": runs}
-    write_file(RESULTS / f"{recipe}.json", json.dumps(record, indent=2) + "\n")
+    name = f"{recipe}-{variant}" if variant else recipe
+    write_file(RESULTS / f"{name}.json", json.dumps(record, indent=2) + "\n")
     shutil.rmtree(unfinished)
 
 
@@ -108,8 +113,9 @@ def publish() -> None:
     readme = ROOT / "README.md"
     text = with_part(readme.read_text(), "results", results_table())
     text = with_part(text, "benchmark", benchmark_table())
+    text = with_part(text, "shipped", shipped_tables())
     readme.write_text(with_part(text, "distributed", distributed_table()))
-    for name, picture in (("curves", curves()), ("benchmark", speeds())):
+    for name, picture in (("curves", curves()), ("benchmark", speeds()), ("pruning", pruning_curve())):
         if picture:
             (RESULTS / f"{name}.png").write_bytes(figure_png(picture))
     for path in sorted((ROOT / "recipes").glob("*.py")):
@@ -261,6 +267,62 @@ def speeds() -> Figure | None:
 def spread(interval: dict[str, float]) -> str:
     """A median with its lowest and highest."""
     return f"{interval['median']:.2f} ({interval['lowest']:.2f} to {interval['highest']:.2f})"
+
+
+def shipped_rows(record: dict) -> list[list[str]]:
+    """A record of scripts/ship.py as a table, the header first: times in milliseconds."""
+    variants = record["variants"]
+    first = next(iter(variants.values()))
+    score = "accuracy" if "accuracy" in first else "mse"
+    header = ["variant", "KiB", "parameters", "not zero", score, *(f"ms, {each}" for each in first["seconds"]), "MiB"]
+    rows = [header]
+    for name, found in variants.items():
+        quality = f"{100 * found[score]:.2f} %" if score == "accuracy" else f"{found[score]:.4f}"
+        row = [name, f"{found['bytes'] / 1024:,.0f}", f"{found['parameters']:,}", f"{found['nonzero']:,}", quality]
+        times = [f"{1000 * seconds:.2f}" for seconds in found["seconds"].values()]
+        rows.append([*row, *times, f"{found['memory_bytes'] / 2**20:,.0f}"])
+    return rows
+
+
+def shipped_tables() -> str:
+    """The records of scripts/ship.py, a table each, and the curve of pruning, in Markdown."""
+    lines = []
+    for path in sorted(RESULTS.glob("ship-*.json")):
+        record = json.loads(path.read_text())
+        header, *rows = shipped_rows(record)
+        data, machine = record["data"], record["hardware"]
+        lines += [
+            f"`{record['recipe']}`, seed {record['seed']}, {data['test']:,} test examples of {data['name']} "
+            f"({data['source']}), {machine['cores']} cores of {machine['processor']}:",
+            "",
+            *(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)),
+            "",
+        ]
+    if load_runs("pruning"):
+        lines += ["![Test accuracy by the number of weights that are left](results/pruning.png)", ""]
+    return "\n".join(lines).strip() or "Not yet measured."
+
+
+def pruning_curve() -> Figure | None:
+    """Test accuracy by the number of weights that are left, with single weights removed and with filters."""
+    if not load_runs("pruning"):
+        return None
+    points: dict[str, list[tuple[float, float, float]]] = {}
+    for path in sorted(RESULTS.glob("pruning*.json")):
+        runs = json.loads(path.read_text())["runs"]
+        kind = "filters" if "--remove filters" in runs[0]["command"] else "weights"
+        left, accuracies = ([run["metrics"][name] for run in runs] for name in ("nonzero_weights", "accuracy"))
+        spread = statistics.stdev(accuracies) if len(runs) > 1 else 0.0
+        points.setdefault(kind, []).append((statistics.mean(left), statistics.mean(accuracies), spread))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="weights that are left", ylabel="test accuracy", xscale="log")
+    for kind, found in sorted(points.items()):
+        left, accuracies, spreads = zip(*sorted(found), strict=True)
+        axes.errorbar(left, accuracies, spreads, marker="o", capsize=3, label=f"{kind} removed")
+    whole = [run["metrics"]["unpruned_accuracy"] for run in load_runs("pruning")]
+    axes.axhline(statistics.mean(whole), color="black", linewidth=0.8, label="nothing removed")
+    axes.legend(fontsize=8)
+    return figure
 
 
 def distributed_table() -> str:

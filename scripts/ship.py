@@ -3,8 +3,9 @@
     python scripts/ship.py runs/my_run
     python scripts/ship.py runs/my_run --data-dir ~/tensorflow_datasets --rounds 5
 
-The model goes through scripts/export.py in every format, for LiteRT also with weights in int8 (dynamic), with weights
-in float16, and with weights and calculations in int8. For each: size on disk; parameters, and how many are not zero;
+The model goes through scripts/export.py in every format and with every quantization: for LiteRT weights in int8
+(dynamic), weights in float16, or weights and calculations in int8; for networks of dense and embedding layers alone
+also Keras' own int8. For each: size on disk; parameters, and how many are not zero;
 accuracy, or mean squared error, on the whole test split, as the artefact answers; the time of one call with one input
 and with 64, with one thread and with one per core, as the median over rounds in which the artefacts take turns, each in
 a process of its own; and the memory that it adds to a process at most. Written to results/ship-RECIPE.json.
@@ -26,26 +27,14 @@ from common.hardware import describe_machine
 from common.records import provenance, write_file
 
 import export
+import keras
 import numpy as np
 import rich
-from reproduce import publish
+from reproduce import publish, shipped_rows
 from rich.table import Table
 
 ROOT = pathlib.Path(__file__).parent.parent
 BATCHES = (1, 64)
-EXAMPLES = 500  # inputs that show int8 the ranges of the activations
-# How far the answers may be from the Keras model's: fewer bits, farther off.
-TOLERANCES = {"none": 1e-3, "float16": 1e-2, "dynamic": 0.2, "int8": 0.5}
-# As scripts/export.py calls them: format, and for LiteRT how it is quantized.
-VARIANTS = (
-    ("keras", "none"),
-    ("saved_model", "none"),
-    ("onnx", "none"),
-    ("litert", "none"),
-    ("litert", "dynamic"),
-    ("litert", "float16"),
-    ("litert", "int8"),
-)
 
 
 def main() -> None:
@@ -57,6 +46,7 @@ def main() -> None:
     record = ship(arguments.run_dir, arguments.data_dir, arguments.rounds)
     rich.print(as_table(record))
     path = ROOT / "results" / f"ship-{record['recipe']}.json"
+    path.parent.mkdir(exist_ok=True)
     write_file(path, json.dumps(record, indent=2) + "\n")
     publish()
     print(f"record: {path}")
@@ -67,16 +57,18 @@ def ship(run_dir: pathlib.Path, data_dir: str, rounds: int) -> dict[str, Any]:
     result, model = artefacts.load_run(run_dir)
     model = artefacts.in_float32(model)
     data = export.run_data(result, data_dir)
-    compared, examples = export.first_inputs(data, export.COMPARED), data.train.inputs[:EXAMPLES].numpy()
+    compared, examples = export.first_inputs(data, export.COMPARED), data.train.inputs[: export.EXAMPLES].numpy()
     weights = model.get_weights()
     counts = {"parameters": sum(map(np.size, weights)), "nonzero": int(sum(map(np.count_nonzero, weights)))}
     variants, paths = {}, {}
-    for form, quantization in VARIANTS:
+    for form, quantization in variants_of(model):
         name = form if quantization == "none" else f"{form} {quantization}"
-        folder = run_dir / "exported" / quantization
-        paths[name] = folder / (result["recipe"] + artefacts.SUFFIXES[form])
-        settings = artefacts.converter_settings(quantization, examples)
-        parity = export.export(model, result, form, paths[name], compared, TOLERANCES[quantization], **settings)
+        paths[name] = run_dir / "exported" / quantization / (result["recipe"] + artefacts.SUFFIXES[form])
+        tolerance = export.TOLERANCES[quantization]
+        parity = export.export(model, result, form, paths[name], compared, tolerance, quantization, examples)
+        if not parity["passed"]:
+            print(f"parity failed: {name} answers otherwise than the model: {parity}", file=sys.stderr)
+            sys.exit(3)
         answers = artefacts.load(paths[name]).answer(data.test.inputs.numpy())
         variants[name] = {"parity": parity, "bytes": size(paths[name]), **counts, **metric(answers, data.test)}
     with tempfile.TemporaryDirectory() as folder:
@@ -95,6 +87,13 @@ def ship(run_dir: pathlib.Path, data_dir: str, rounds: int) -> dict[str, Any]:
         "hardware": dataclasses.asdict(describe_machine()),
         **provenance(),
     }
+
+
+def variants_of(model: keras.Model) -> list[tuple[str, str]]:
+    """Formats and quantizations, as scripts/export.py calls them, that suit a model."""
+    convolutions = any(isinstance(layer, keras.layers.Conv2D) for layer in model.layers)
+    variants = [(form, each) for form, kinds in artefacts.QUANTIZATIONS.items() for each in kinds]
+    return [variant for variant in variants if not (convolutions and variant == ("keras", "int8"))]
 
 
 def size(path: pathlib.Path) -> int:
@@ -147,19 +146,11 @@ def latencies(paths: dict[str, pathlib.Path], inputs: pathlib.Path, rounds: int)
 
 
 def as_table(record: dict[str, Any]) -> Table:
-    """The record for people: times in milliseconds."""
-    variants = record["variants"]
-    score = "accuracy" if "accuracy" in next(iter(variants.values())) else "mse"
-    times = list(next(iter(variants.values()))["seconds"])
-    table = Table(
-        "variant", "KiB", "parameters", "not zero", score, *(f"ms, {each}" for each in times), "MiB of memory"
-    )
-    for name, found in variants.items():
-        milliseconds = (f"{1000 * found['seconds'][each]:.2f}" for each in times)
-        counts = (f"{found['parameters']:,}", f"{found['nonzero']:,}", f"{found[score]:.4f}")
-        table.add_row(
-            name, f"{found['bytes'] / 1024:,.0f}", *counts, *milliseconds, f"{found['memory_bytes'] / 2**20:,.0f}"
-        )
+    """The record for people."""
+    header, *rows = shipped_rows(record)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

@@ -57,6 +57,30 @@ def test_each_format_answers_as_the_model(run_of, name, tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["dense_regression", "mnist_cnn", "text_classifier"])
+def test_fewer_bits_are_smaller_files_of_nearly_the_same_answers(run_of, name, tmp_path):
+    result, model = artefacts.load_run(run_of(name))
+    data, sizes = export.run_data(result), {}
+    inputs, examples = export.first_inputs(data, 200), data.train.inputs[: export.EXAMPLES].numpy()
+    kinds = [("keras", "int8")] * (name != "mnist_cnn") + [
+        ("litert", each) for each in artefacts.QUANTIZATIONS["litert"]
+    ]
+    for form, kind in kinds:
+        path = tmp_path / (form + kind + artefacts.SUFFIXES[form])
+        parity = export.export(model, result, form, path, inputs, 0.2, kind, examples)
+        assert parity["passed"], (form, parity)
+        assert parity["quantization"] == kind
+        sizes[form, kind] = path.stat().st_size
+        if form == "litert" and name == "text_classifier":
+            sizes[form, kind] -= len(artefacts._zip_notes(path)[artefacts.TOKENIZER])
+    for kind in ("dynamic", "int8"):
+        # The network of texts is a few kilobytes, of which the weights are not the most.
+        assert sizes["litert", kind] < (0.5 if name == "text_classifier" else 0.35) * sizes["litert", "none"], kind
+    assert 0.45 < sizes["litert", "float16"] / sizes["litert", "none"] < 0.75
+    if name == "dense_regression":
+        assert sizes["keras", "int8"] < 0.35 * sizes["litert", "none"]
+
+
 @pytest.mark.parametrize("form", sorted(artefacts.SUFFIXES))
 def test_an_export_that_answers_otherwise_is_refused(run_of, form, tmp_path, monkeypatch, capsys):
     """One weight of the exported model is another; what an earlier export left stays as it is."""

@@ -22,7 +22,9 @@ QUICK = ("--smoke", "--no-baseline")
 # What is appended to a command so that it takes seconds; the rest of it runs as it is written.
 SHORTENED = {
     "scripts/run.sh": lambda words: [] if "--help" in words else QUICK,
-    ".venv/bin/python": lambda words: QUICK if "recipes/" in words[1] or "--" in words else [],
+    ".venv/bin/python": lambda words: (
+        ["--rounds", "1"] if "ship" in words[1] else QUICK if "recipes/" in words[1] or "--" in words else []
+    ),
     "scripts/test.sh": lambda words: ["--collect-only", "--quiet", "tests/test_cli.py"],
     ".venv/bin/tensorboard": lambda words: ["--inspect"],
 }
@@ -110,6 +112,7 @@ def test_the_tables_and_result_lines_are_those_of_the_results():
     reproduce = load_script("reproduce")
     assert reproduce.with_part(README, "results", reproduce.results_table()) == README
     assert reproduce.with_part(README, "benchmark", reproduce.benchmark_table()) == README
+    assert reproduce.with_part(README, "shipped", reproduce.shipped_tables()) == README
     assert reproduce.with_part(README, "distributed", reproduce.distributed_table()) == README
     for recipe in RECIPES:
         source = (ROOT / "recipes" / f"{recipe}.py").read_text()

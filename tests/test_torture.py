@@ -4,27 +4,29 @@ import json
 
 import pytest
 from conftest import ROOT, run_program
+from worker import SMALL
 
-SMALL = ("--", "--smoke", "--data", "sample", "--batch-size", "90", "--checkpoint-every", "2")
+SHORT = ("--", "--smoke", "--data", "sample", "--batch-size", "90", "--checkpoint-every", "2", "--no-baseline")
 
 
 def test_killed_again_and_again(recipe):
     """The quick part of scripts/torture.py, for every recipe."""
-    run = run_program("scripts/torture.py", recipe.__name__, "--kills", "3", *SMALL)
+    small = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.get(recipe.__name__, {}).items()]
+    run = run_program("scripts/torture.py", recipe.__name__, "--kills", "3", *SHORT, *small)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "3 x KILL (1 inside a checkpoint write)" in run.stdout
     assert "identical to the run left alone" in run.stdout
 
 
 def test_asked_again_and_again_to_stop():
-    run = run_program("scripts/torture.py", "text_classifier", "--kills", "3", "--signal", "TERM", *SMALL)
+    run = run_program("scripts/torture.py", "text_classifier", "--kills", "3", "--signal", "TERM", *SHORT)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "3 x TERM" in run.stdout
 
 
 @pytest.mark.parametrize(("workers", "signal"), [("2", "STOP"), ("3", "KILL")])
 def test_a_worker_of_a_group_is_lost(workers, signal):
-    flags = ["--workers", workers, "--kills", "1", "--signal", signal, *SMALL]
+    flags = ["--workers", workers, "--kills", "1", "--signal", signal, *SHORT]
     run = run_program("scripts/torture.py", "dense_classifier", *flags)
     assert run.returncode == 0, run.stdout + run.stderr
     assert f"1 x {signal} (of {workers} workers)" in run.stdout

@@ -1,0 +1,90 @@
+"""scripts/ship.py on a small trained model."""
+
+import json
+import shutil
+
+from common import artefacts
+
+import numpy as np
+import pytest
+import reproduce
+import ship
+from conftest import load_recipe, smoke_config
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    """A run and the record of all that was made of it."""
+    recipe, directory = load_recipe("pruning"), tmp_path_factory.mktemp("ship") / "run"
+    recipe.train(smoke_config(recipe, directory, sparsity=0.5))
+    return directory, ship.ship(directory, "", rounds=1)
+
+
+def test_the_record_says_what_each_file_is(shipped):
+    directory, record = shipped
+    result, model = artefacts.load_run(directory)
+    data = ship.export.run_data(result)
+    images, labels = data.test.inputs.numpy(), data.test.targets.numpy().argmax(axis=1)
+    assert sorted(record["variants"]) == [
+        *("keras", "litert", "litert dynamic", "litert float16", "litert int8", "onnx", "saved_model")
+    ]
+    for name, found in record["variants"].items():
+        form, _, quantization = name.partition(" ")
+        path = directory / "exported" / (quantization or "none") / f"pruning{artefacts.SUFFIXES[form]}"
+        files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+        assert found["bytes"] == sum(len(file.read_bytes()) for file in files)
+        assert found["accuracy"] == np.mean(artefacts.load(path).answer(images).argmax(axis=1) == labels)
+        assert found["parameters"] == model.count_params() == 225_034
+        assert 0.49 < found["nonzero"] / 225_034 < 0.51
+        assert list(found["seconds"]) == [
+            f"batch {batch}, {threads}" for threads in ("one thread", "all threads") for batch in (1, 64)
+        ]
+        assert all(seconds > 0 for seconds in found["seconds"].values())
+        assert found["parity"]["inputs"] == sum(data.counts().values())
+    assert record["weights_sha256"] == result["weights_sha256"]
+
+
+def test_the_tables_show_the_record(shipped, tmp_path, monkeypatch):
+    _, record = shipped
+    (tmp_path / "ship-pruning.json").write_text(json.dumps(record))
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    lines = reproduce.shipped_tables().splitlines()
+    assert lines[0].startswith("`pruning`, seed 0, 200 test examples of ")
+    assert len(lines) == 4 + len(record["variants"])
+    row = next(line for line in lines if line.startswith("| litert int8 "))
+    found = record["variants"]["litert int8"]
+    assert f"| {found['bytes'] / 1024:,.0f} | 225,034 | {found['nonzero']:,} |" in row
+    assert ship.as_table(record).row_count == len(record["variants"])
+
+
+def test_a_file_that_answers_otherwise_ends_it(shipped, tmp_path, monkeypatch, capsys):
+    directory, _ = shipped
+    shutil.copytree(directory, tmp_path / "run", ignore=shutil.ignore_patterns("exported"))
+    monkeypatch.setitem(ship.export.TOLERANCES, "int8", 0.0)
+    with pytest.raises(SystemExit) as ended:
+        ship.ship(tmp_path / "run", "", rounds=1)
+    assert ended.value.code == 3
+    assert capsys.readouterr().err.startswith("parity failed: litert int8 answers otherwise")
+    assert not list((tmp_path / "run").rglob("*int8*/*.tflite"))
+
+
+def test_the_curve_of_pruning_has_a_point_for_each_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    assert reproduce.pruning_curve() is None
+    for name, left, flags in (
+        ("pruning", 20, ""),
+        ("pruning-half", 110, ""),
+        ("pruning-filters", 40, "--remove filters"),
+    ):
+        runs = [
+            {
+                "command": f"python recipes/pruning.py {flags}",
+                "metrics": {"nonzero_weights": left, "accuracy": accuracy, "unpruned_accuracy": 0.995},
+            }
+            for accuracy in (0.98, 0.99)
+        ]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"runs": runs}))
+    (axes,) = reproduce.pruning_curve().axes
+    filters, weights = (container.lines[0].get_xydata().tolist() for container in axes.containers)
+    assert filters == [[40, pytest.approx(0.985)]]
+    assert weights == [[20, pytest.approx(0.985)], [110, pytest.approx(0.985)]]
