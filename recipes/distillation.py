@@ -145,6 +145,9 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         os.replace(path.with_name("part.keras"), path)
 
     callbacks = run.callbacks(data, augment)
+    with run.strategy.scope():  # Before the teacher: it begins the same, whether that has to be trained or is there.
+        student = build_model(config, data)
+        student.compile(loss="categorical_crossentropy")
     path = pathlib.Path(config.teacher or run.directory / "teacher.keras")
     if not config.teacher and not once(run, path.exists):  # A resumed run may have it.
         teacher = fit(lambda: build_model(config, data, width=4), data.train, data.validation, augment)
@@ -154,9 +157,6 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         Split({"image": split.inputs, "teacher_logits": part}, split.targets)
         for split, part in zip((data.train, data.validation), np.split(logits, [len(data.train)]), strict=True)
     ]
-    with run.strategy.scope():
-        student = build_model(config, data)
-        student.compile(loss="categorical_crossentropy")
     fit(lambda: with_teacher(student, config), *taught, augment_taught, True, callbacks, run.start_step)
     beside = {}
     if config.baseline:

@@ -73,6 +73,8 @@ def test_every_documented_tag_is_written(recipe, runs):
             expected["."] |= {"worst_mistakes"}
     if recipe.__name__ in ("mnist_cnn", "cifar10_cnn"):
         expected["."] |= {"examples_augmented"}
+    if recipe.__name__ == "distillation":
+        expected["train"] -= {"keras"}  # Keras draws functional models, and the distiller is none.
     for run, names in expected.items():
         assert names <= tags(events, run), names - tags(events, run)
         for name in names & set(PLUGINS):
