@@ -1,17 +1,18 @@
 """Measures how fast the recipes train, in alternating fresh processes.
 
     python scripts/benchmark.py cifar10_cnn --data tfds
+    python scripts/benchmark.py cifar10_cnn --data tfds --precision mixed_bfloat16
     python scripts/benchmark.py target --data tfds
     python scripts/benchmark.py workers --data tfds
     python scripts/benchmark.py strategy --data tfds
 
 For a recipe, each round runs: the naive way (the same layers and batches, arrays from NumPy, pixels divided to float64,
-no augmentation, Adam as it comes, plain `fit`, none of this project's cures); the recipe; the recipe without
+no augmentation, Adam as it comes, float32, plain `fit`, none of this project's cures); the recipe; the recipe without
 TensorBoard, checkpoints and its other callbacks; its twin in PyTorch, as it is and with `torch.compile`
-(scripts/pytorch_twin.py, where requirements-benchmark.txt is installed); and products of large matrices, in the
-precision of the recipe, for the peak of the machine. Examples per second leave out the first execution, and validation.
-The first step counts from the start of the process. The share of the peak takes from each layer with a kernel, for each
-example,
+(scripts/pytorch_twin.py, where requirements-benchmark.txt is installed), in the precision of the recipe; and products
+of large matrices in that precision, for the peak of the machine. Examples per second leave out the first execution, and
+validation. The first step counts from the start of the process. The share of the peak takes from each layer with a
+kernel, for each example,
 
     2 x (numbers in the kernel) x (places where it is applied)
 
@@ -23,8 +24,8 @@ of 32, until there or given up. `workers` compares cifar10_cnn as two workers of
 on the same cores; `strategy` in a strategy with a single replica with no strategy at all; two epochs each.
 
 Round n has seed n. Ratios are given as the median over the rounds, with the lowest and the highest: of five rounds,
-these hold the true median between them in 94 % of the cases. Writes results/benchmark-RECIPE.json or
-results/WORD.json, and brings README.md in step.
+these hold the true median between them in 94 % of the cases. Writes
+results/benchmark-RECIPE-PRECISION.json or results/WORD.json, and brings README.md in step.
 """
 
 import argparse
@@ -61,7 +62,7 @@ def compare_speed(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[s
     name = arguments.what
 
     def in_keras(way: str, *flags: str) -> Way:
-        words = (name, way, *data_flags(arguments), *flags)
+        words = (name, way, *data_flags(arguments), "--precision", arguments.precision, *flags)
         return lambda seed: printed(ROOT / "scripts" / "measure.py", *words, "--seed", str(seed))
 
     in_keras("describe", "--folder", str(folder))(0)
@@ -72,11 +73,7 @@ def compare_speed(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[s
             ways[way] = lambda seed, flags=flags: printed(ROOT / "scripts" / "pytorch_twin.py", str(folder), *flags)
     else:
         print("no PyTorch: its twins are left out; pip install -r requirements-benchmark.txt")
-    rounds = alternate(
-        {"peak": in_keras("peak", "--precision", described["precision"]), **ways},
-        arguments.rounds,
-        "examples_per_second",
-    )
+    rounds = alternate({"peak": in_keras("peak"), **ways}, arguments.rounds, "examples_per_second")
     flops, peak = described["training_flops_per_example"], statistics.median(each["peak"]["flops"] for each in rounds)
 
     def ratio_to(way: str) -> dict[str, float] | None:
@@ -209,6 +206,7 @@ def main() -> None:
     parser.add_argument("what", choices=[*recipes, "target", *DISTRIBUTED])
     parser.add_argument("--data", default="auto", help="as for the recipe")
     parser.add_argument("--data-dir", default="", help="as for the recipe")
+    parser.add_argument("--precision", choices=("float32", "mixed_bfloat16"), default="float32", help="of the recipe")
     parser.add_argument("--rounds", type=int, default=5, help="how often each way is run (default: 5)")
     parser.add_argument("--naive-epochs", type=int, default=20, help="the naive script gives up then (default: 20)")
     parser.add_argument("--smoke", action="store_true", help="a few examples and epochs; writes no record")
@@ -220,7 +218,7 @@ def main() -> None:
         if name not in ("rounds", "pairs"):
             print(f"{name.replace('_', ' ')}: {json.dumps(value)}")
     if not arguments.smoke:
-        name = arguments.what if arguments.what in kinds else f"benchmark-{arguments.what}"
+        name = arguments.what if arguments.what in kinds else f"benchmark-{arguments.what}-{arguments.precision}"
         results = ROOT / "results"
         results.mkdir(exist_ok=True)
         record |= {"hardware": dataclasses.asdict(describe_machine()), **provenance()}

@@ -79,6 +79,7 @@ def measure(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[str, An
     name, way = arguments.recipe, arguments.way
     recipe = load_recipe(name)
     shared = {"data": arguments.data, "data_dir": arguments.data_dir, "smoke": arguments.smoke, "seed": arguments.seed}
+    shared["precision"] = "float32" if way == "naive" else arguments.precision
     config = recipe.Config(**shared, quiet=True, baseline=False, run_dir=str(folder / "run"))
     config = dataclasses.replace(config, epochs=2 if arguments.smoke else MEASURED_EPOCHS.get(name, config.epochs))
     data = recipe.load_data(config)
@@ -163,7 +164,7 @@ def describe(model: keras.Model, split: Split, data: Data, config: SharedConfig,
         "shift": getattr(config, "shift", 0),
         "mirror": "mirrored=" in inspect.getsource(sys.modules[type(config).__module__]),
         "threads": describe_machine().cores,
-        "precision": keras.config.dtype_policy().compute_dtype,
+        "precision": keras.config.dtype_policy().name,
         "training_flops_per_example": training_flops(model, split.inputs.shape[1:]),
         "parameters": sum(int(np.prod(weight.shape)) for weight in model.trainable_weights),
         "data": {"source": data.source, "name": data.name, "digest": data.digest()},
@@ -190,7 +191,7 @@ def training_flops(model: keras.Model, shape: tuple[int, ...]) -> int:
 def measure_peak(precision: str) -> dict[str, float]:
     """Operations per second of the product of two large matrices, at the best of ten tries."""
     size, took = 2048, []
-    one = tf.cast(tf.random.normal([size, size]), precision)
+    one = tf.cast(tf.random.normal([size, size]), keras.DTypePolicy(precision).compute_dtype)
     product = tf.function(lambda: tf.reduce_sum(tf.matmul(one, one)))
     for _ in range(11):  # The first one is traced.
         began = time.perf_counter()
@@ -250,7 +251,7 @@ def main() -> None:
     parser.add_argument("--data-dir", default="", help="as for the recipe")
     parser.add_argument("--smoke", action="store_true", help="a few examples and epochs")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order (default: 0)")
-    parser.add_argument("--precision", default="float32", help="of the peak (default: float32)")
+    parser.add_argument("--precision", default="float32", help="as for the recipe (default: float32)")
     parser.add_argument("--naive-epochs", type=int, default=20, help="when the naive script gives up (default: 20)")
     parser.add_argument("--folder", type=pathlib.Path, help="where a description is written to")
     arguments = parser.parse_args()

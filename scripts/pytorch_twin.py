@@ -5,7 +5,8 @@
 
 FOLDER holds network.json, the layers of the Keras model with its loss and the constants of its optimizer, and
 arrays.npz, with its initial weights and the training examples. Here it is written as people who know PyTorch would:
-data in main memory, augmented a batch at a time, channels last, fused AdamW, and with --compile `torch.compile`.
+data in main memory, augmented a batch at a time, channels last, fused AdamW, autocast where the recipe is in mixed
+precision, and with --compile `torch.compile`.
 Prints a line of JSON. Needs requirements-benchmark.txt.
 """
 
@@ -192,9 +193,11 @@ def main() -> None:
     smoothing, batch_size = described["label_smoothing"], min(described["batch_size"], len(inputs))
 
     def loss_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=described["precision"] == "mixed_bfloat16"):
+            answers = network(x)
         if described["loss"] == "mse":
-            return functional.mse_loss(network(x), y) * described["loss_weight"]
-        return functional.cross_entropy(network(x), y, label_smoothing=smoothing)
+            return functional.mse_loss(answers.float(), y) * described["loss_weight"]
+        return functional.cross_entropy(answers.float(), y, label_smoothing=smoothing)
 
     step_loss = torch.compile(loss_of) if arguments.compile else loss_of
     network.train()

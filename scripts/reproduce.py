@@ -216,9 +216,10 @@ def benchmark_table() -> str:
             f"{spread(record['to_pytorch'])} ({record['better_pytorch']})" if record["to_pytorch"] else "not measured"
         )
         lines.append(
-            f"| `{record['recipe']}` | {record['examples_per_second']['recipe']:,.0f} | {spread(record['to_naive'])} "
-            f"| {torch} | {100 * record['share_of_peak']:.0f} % of {record['peak_flops'] / 1e9:,.0f} GFLOPS "
-            f"({record['precision']}) | {record['first_step_seconds']['recipe']:.1f} s "
+            f"| `{record['recipe']}`{in_bfloat16(record)} | {record['examples_per_second']['recipe']:,.0f} "
+            f"| {spread(record['to_naive'])} | {torch} "
+            f"| {100 * record['share_of_peak']:.0f} % of {record['peak_flops'] / 1e9:,.0f} GFLOPS "
+            f"| {record['first_step_seconds']['recipe']:.1f} s "
             f"| {100 * (1 - record['to_no_callbacks']['median']):.1f} % |"
         )
     target = RESULTS / "target.json"
@@ -241,6 +242,11 @@ def benchmarks() -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("benchmark-*.json"))]
 
 
+def in_bfloat16(record: dict) -> str:
+    """What is said of a recipe that was measured in mixed precision."""
+    return " in bfloat16" if record["precision"] == "mixed_bfloat16" else ""
+
+
 def speeds() -> Figure | None:
     """Examples per second of each recipe and of its better twin in PyTorch, in those of the naive way."""
     records = benchmarks()
@@ -258,7 +264,7 @@ def speeds() -> Figure | None:
         bars = axes.barh(places, widths, height=0.24, label="PyTorch, its better form" if way == "PyTorch" else way)
         axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(records)), [record["recipe"] for record in reversed(records)])
+    axes.set_yticks(range(len(records)), [record["recipe"] + in_bfloat16(record) for record in reversed(records)])
     axes.margins(x=0.1)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     return figure

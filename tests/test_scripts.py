@@ -284,6 +284,7 @@ def test_the_pytorch_twin_computes_what_the_recipe_does(tmp_path, monkeypatch, n
     describe = measure.describe
     monkeypatch.setattr(measure, "describe", lambda model, *others: (models.append(model), describe(model, *others)))
     options = {"recipe": name, "way": "describe", "data": "sample", "data_dir": "", "smoke": True, "seed": 0}
+    options["precision"] = "float32"
     arguments = argparse.Namespace(**options)
     fit = keras.Model.fit
     try:
