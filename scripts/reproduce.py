@@ -305,8 +305,31 @@ def shipped_tables() -> str:
             "",
         ]
     if load_runs("pruning"):
-        lines += ["![Test accuracy by the number of weights that are left](results/pruning.png)", ""]
+        whole = [run["metrics"]["unpruned_accuracy"] for run in load_runs("pruning")]
+        lines += [
+            "| removed by `pruning` | weights left | test accuracy | points lost | seeds |",
+            "|---|---|---|---|---|",
+        ]
+        for kind, share, runs in pruned():
+            left, accuracies = ([run["metrics"][name] for run in runs] for name in ("nonzero_weights", "accuracy"))
+            lost = 100 * (statistics.mean(whole) - statistics.mean(accuracies))
+            lines.append(
+                f"| {share:.0%} of the {kind} | {statistics.mean(left):,.0f} | {figure(runs, 'accuracy')} | {lost:.2f} "
+                f"| {', '.join(str(run['seed']) for run in runs)} |"
+            )
+        lines += ["", "![Test accuracy by the number of weights that are left](results/pruning.png)", ""]
     return "\n".join(lines).strip() or "Not yet measured."
+
+
+def pruned() -> list[tuple[str, float, list[dict]]]:
+    """What was removed (weights or filters), which share of it, and the runs of each record of pruning."""
+    found = []
+    for path in RESULTS.glob("pruning*.json"):
+        runs = json.loads(path.read_text())["runs"]
+        words = shlex.split(runs[0]["command"])
+        given = {word: words[place + 1] for place, word in enumerate(words) if word in ("--remove", "--sparsity")}
+        found.append((given.get("--remove", "weights"), float(given.get("--sparsity", 0.9)), runs))
+    return sorted(found, key=lambda record: record[:2])
 
 
 def pruning_curve() -> Figure | None:
@@ -314,9 +337,7 @@ def pruning_curve() -> Figure | None:
     if not load_runs("pruning"):
         return None
     points: dict[str, list[tuple[float, float, float]]] = {}
-    for path in sorted(RESULTS.glob("pruning*.json")):
-        runs = json.loads(path.read_text())["runs"]
-        kind = "filters" if "--remove filters" in runs[0]["command"] else "weights"
+    for kind, _, runs in pruned():
         left, accuracies = ([run["metrics"][name] for run in runs] for name in ("nonzero_weights", "accuracy"))
         spread = statistics.stdev(accuracies) if len(runs) > 1 else 0.0
         points.setdefault(kind, []).append((statistics.mean(left), statistics.mean(accuracies), spread))

@@ -68,23 +68,29 @@ def test_a_file_that_answers_otherwise_ends_it(shipped, tmp_path, monkeypatch, c
     assert not list((tmp_path / "run").rglob("*int8*/*.tflite"))
 
 
-def test_the_curve_of_pruning_has_a_point_for_each_record(tmp_path, monkeypatch):
+def test_pruning_has_a_point_and_a_row_for_each_record(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
     assert reproduce.pruning_curve() is None
     for name, left, flags in (
         ("pruning", 20, ""),
-        ("pruning-half", 110, ""),
-        ("pruning-filters", 40, "--remove filters"),
+        ("pruning-half", 110, "--sparsity 0.5"),
+        ("pruning-filters", 40, "--remove filters --sparsity 0.75"),
     ):
         runs = [
             {
                 "command": f"python recipes/pruning.py {flags}",
+                "seed": seed,
                 "metrics": {"nonzero_weights": left, "accuracy": accuracy, "unpruned_accuracy": 0.995},
             }
-            for accuracy in (0.98, 0.99)
+            for seed, accuracy in enumerate((0.98, 0.99))
         ]
         (tmp_path / f"{name}.json").write_text(json.dumps({"runs": runs}))
     (axes,) = reproduce.pruning_curve().axes
     filters, weights = (container.lines[0].get_xydata().tolist() for container in axes.containers)
     assert filters == [[40, pytest.approx(0.985)]]
     assert weights == [[20, pytest.approx(0.985)], [110, pytest.approx(0.985)]]
+    assert reproduce.shipped_tables().splitlines()[2:5] == [
+        "| 75% of the filters | 40 | 98.50 ± 0.71 % | 1.00 | 0, 1 |",
+        "| 50% of the weights | 110 | 98.50 ± 0.71 % | 1.00 | 0, 1 |",
+        "| 90% of the weights | 20 | 98.50 ± 0.71 % | 1.00 | 0, 1 |",
+    ]
