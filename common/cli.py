@@ -137,12 +137,15 @@ def warn(line: str) -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """The whole of a script: a `UserError` ends it with one line and exit code 2."""
+    """The whole of a script: a `UserError` ends it with one line and exit code 2, Ctrl-C with 130 as in a shell."""
     try:
         main()
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def run_recipe(train: Callable[[Any], dict], config_class: type, description: str | None = None) -> None:

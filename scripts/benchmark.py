@@ -70,7 +70,9 @@ def compare_speed(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[s
     ways = {way: in_keras(way) for way in KERAS_WAYS}
     if importlib.util.find_spec("torch"):
         for way, flags in TORCH_WAYS.items():
-            ways[way] = lambda seed, flags=flags: printed(ROOT / "scripts" / "pytorch_twin.py", str(folder), *flags)
+            ways[way] = lambda seed, flags=flags: printed(
+                ROOT / "scripts" / "pytorch_twin.py", str(folder), *flags, "--seed", str(seed)
+            )
     else:
         print("no PyTorch: its twins are left out; pip install -r requirements-benchmark.txt")
     rounds = alternate({"peak": in_keras("peak"), **ways}, arguments.rounds, "examples_per_second")
@@ -109,7 +111,7 @@ def printed(script: pathlib.Path, *words: str) -> dict[str, Any]:
     began = time.time()
     run = subprocess.run([sys.executable, str(script), *words], check=False, stdout=subprocess.PIPE, text=True)
     if run.returncode:
-        raise UserError(f"scripts/{script.name} ended with exit code {run.returncode}; see its lines above")
+        sys.exit(run.returncode)  # It said why.
     figures = json.loads(run.stdout.splitlines()[-1])
     if "first_step" in figures:
         figures["first_step_seconds"] = figures.pop("first_step") - began
@@ -200,6 +202,13 @@ def data_flags(arguments: argparse.Namespace) -> list[str]:
     return [*flags, "--smoke"] if arguments.smoke else flags
 
 
+def count(text: str) -> int:
+    """A flag's number of times: 1 or more."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
 def main() -> None:
     recipes = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
     parser = Parser(__doc__)
@@ -207,10 +216,12 @@ def main() -> None:
     parser.add_argument("--data", default="auto", help="as for the recipe")
     parser.add_argument("--data-dir", default="", help="as for the recipe")
     parser.add_argument("--precision", choices=("float32", "mixed_bfloat16"), default="float32", help="of the recipe")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each way is run (default: 5)")
-    parser.add_argument("--naive-epochs", type=int, default=20, help="the naive script gives up then (default: 20)")
+    parser.add_argument("--rounds", type=count, default=5, help="how often each way is run (default: 5)")
+    parser.add_argument("--naive-epochs", type=count, default=20, help="the naive script gives up then (default: 20)")
     parser.add_argument("--smoke", action="store_true", help="a few examples and epochs; writes no record")
     arguments = parser.parse_args()
+    if arguments.what not in recipes and arguments.precision != "float32":
+        parser.error("--precision: goes with a recipe")
     kinds = {"target": compare_target, **dict.fromkeys(DISTRIBUTED, compare_distributed)}
     with tempfile.TemporaryDirectory() as folder:
         record = kinds.get(arguments.what, compare_speed)(arguments, pathlib.Path(folder))
@@ -222,6 +233,7 @@ def main() -> None:
         results = ROOT / "results"
         results.mkdir(exist_ok=True)
         record |= {"hardware": dataclasses.asdict(describe_machine()), **provenance()}
+        del record["peak_memory_bytes"]  # This process trains nothing.
         record["command"] = shlex.join(["python", "scripts/benchmark.py", *without_places(sys.argv[1:])])
         write_file(results / f"{name}.json", json.dumps(record, indent=2) + "\n")
         publish()

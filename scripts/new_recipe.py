@@ -12,7 +12,7 @@ import re
 
 from common.cli import Parser, UserError, run_script
 
-from reproduce import publish
+from reproduce import RESULT, publish
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -45,9 +45,7 @@ def new_recipe(root: pathlib.Path, name: str, original: str) -> None:
         raise UserError(f"{name}: Python has a use of its own for this name; choose another")
     text = re.sub(rf"\b{original}\b", name, source.read_text(encoding="utf-8"))
     # What was measured was the original.
-    target.write_text(
-        re.sub(r"^Result    .*$", "Result    not yet measured", text, count=1, flags=re.MULTILINE), "utf-8"
-    )
+    target.write_text(re.sub(RESULT, "Result    not yet measured", text, count=1, flags=re.MULTILINE), "utf-8")
     test.write_text(TEST.format(name=name), encoding="utf-8")
 
 

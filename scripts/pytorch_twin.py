@@ -179,10 +179,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
+    parser.add_argument("--seed", type=int, default=0, help="of order and augmentation (default: 0)")
     arguments = parser.parse_args()
     described = json.loads((arguments.folder / "network.json").read_text())
     torch.set_num_threads(described["threads"])
-    torch.manual_seed(0)
+    torch.manual_seed(arguments.seed)
     with np.load(arguments.folder / "arrays.npz") as arrays:
         network = build(described["layers"], [arrays[f"weight_{number}"] for number in range(described["weights"])])
         inputs, targets = torch.from_numpy(arrays["inputs"]), torch.from_numpy(arrays["targets"])

@@ -6,8 +6,8 @@
 
 The first form writes results/cifar10_cnn.json, the second results/pruning-half.json; all bring the tables in README.md
 and the Result lines of the recipes' docstrings in step with results/. Flags that are not its own go to the recipe.
-Interrupted, the same command goes on where it was. A record of other code than the recipe has now is shown as stale;
-its comments and docstrings may change.
+Interrupted, it lets the training save, and the same command goes on there. A record of other code than the recipe's
+file has now is shown as stale; its comments and docstrings may change.
 """
 
 import ast
@@ -17,9 +17,11 @@ import pathlib
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+from typing import Any
 
 from common.cli import Parser, UserError, run_script
 from common.evaluation import figure_png
@@ -29,6 +31,7 @@ from matplotlib.figure import Figure
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "results"
+RESULT = r"^Result    .*(?:\n {10}.*)*$"  # In the docstring of a recipe, with the lines that belong to it.
 # Metrics beside a recipe's own, and how the table calls them; {} takes the figure.
 BESIDE = {
     "one_view_accuracy": "without averaging over views: {}",
@@ -55,6 +58,12 @@ def main() -> None:
     arguments, flags = parser.parse_known_args()
     if not re.fullmatch(r"[\w-]*", arguments.variant):
         raise UserError(f"--variant {arguments.variant}: give letters, digits, - and _")
+    seeds = " ".join(map(str, arguments.seeds))
+    if len(set(arguments.seeds)) < len(arguments.seeds) or min(arguments.seeds) < 0:
+        raise UserError(f"--seeds {seeds}: give whole numbers from 0, each once")
+    for flag in ("--seed", "--smoke", "--run-dir", "--resume"):
+        if flag in (word.partition("=")[0] for word in flags):
+            raise UserError(f"{flag}: not for results that are published; leave it out")
     if arguments.recipe:
         reproduce(arguments.recipe, arguments.seeds, flags, arguments.variant)
     publish()
@@ -62,18 +71,18 @@ def main() -> None:
 
 def reproduce(recipe: str, seeds: list[int], flags: list[str], variant: str = "") -> None:
     """Trains once per seed, in fresh processes, and writes results/<recipe>[-<variant>].json when all are done."""
+    names = sorted(found.stem for found in (ROOT / "recipes").glob("*.py"))
+    if recipe not in names:
+        raise UserError(f"no recipe {recipe!r}; choose one of {', '.join(names)}")
     path = ROOT / "recipes" / f"{recipe}.py"
-    if not path.exists():
-        names = ", ".join(sorted(found.stem for found in path.parent.glob("*.py")))
-        raise UserError(f"no recipe {recipe!r}; choose one of {names}")
     code, runs = code_sha256(path), []
     unfinished = ROOT / "runs" / "reproduce" / hashlib.sha256(f"{code}{flags}".encode()).hexdigest()[:16]
     for seed in seeds:
         directory = unfinished / str(seed)
         command = [sys.executable, str(path), *flags, "--seed", str(seed), "--run-dir", str(directory)]
-        trained = subprocess.run(command + ["--resume"] * directory.exists(), check=False)
-        if trained.returncode:
-            raise UserError(f"{recipe} ended with exit code {trained.returncode} at seed {seed}; see its lines above")
+        code_of_exit = run_training(command + ["--resume"] * directory.exists())
+        if code_of_exit:
+            sys.exit(code_of_exit)  # It said why.
         result = json.loads((directory / "result.json").read_text())
         # As anybody would type it: where this machine keeps its data says nothing about the result.
         result["command"] = shlex.join(["python", f"recipes/{recipe}.py", *without_places(flags), "--seed", str(seed)])
@@ -85,27 +94,77 @@ def reproduce(recipe: str, seeds: list[int], flags: list[str], variant: str = ""
     shutil.rmtree(unfinished)
 
 
+def run_training(command: list[str]) -> int:
+    """Runs a recipe; its exit code. One that is told to end saves first, so this waits for it."""
+    training: list[subprocess.Popen] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        for each in training:
+            each.send_signal(number)
+
+    # Ctrl-C reaches both processes; other signals this one alone.
+    earlier = {
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
+    }
+    training.append(subprocess.Popen(command))
+    code = training[0].wait()
+    for number, handler in earlier.items():
+        signal.signal(number, handler)
+    return code
+
+
 def code_sha256(path: pathlib.Path) -> str:
     """SHA-256 of a Python file's code: what it says in comments and docstrings, and its layout, make no difference."""
+
+    def said(node: Any) -> Any:
+        # Less what is empty: versions of Python differ in which empty fields there are.
+        if isinstance(node, ast.AST):
+            fields = [(name, said(value)) for name, value in ast.iter_fields(node) if value not in (None, [])]
+            return type(node).__name__, fields
+        return [said(each) for each in node] if isinstance(node, list) else node
+
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             del node.body[0]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    return hashlib.sha256(repr(said(tree)).encode()).hexdigest()
 
 
 def stale(recipe: str) -> str:
     """What to say of a record that was made by other code than the recipe has now; nothing if it was not."""
-    record = json.loads((RESULTS / f"{recipe}.json").read_text())
+    record = read_record(RESULTS / f"{recipe}.json", "code_sha256")
     return "" if record["code_sha256"] == code_sha256(ROOT / "recipes" / f"{recipe}.py") else ", stale"
 
 
 def without_places(flags: list[str]) -> list[str]:
     """The flags less `--data-dir PLACE`."""
-    if "--data-dir" in flags:
-        place = flags.index("--data-dir")
-        return flags[:place] + flags[place + 2 :]
-    return flags
+    return [
+        word
+        for word, before in zip(flags, ["", *flags], strict=False)
+        if "--data-dir" not in (before, word.partition("=")[0])
+    ]
+
+
+def set_flags(runs: list[dict]) -> str:
+    """The flags of the recipe that the runs were made with; those for data, seed and display aside."""
+    words = shlex.split(runs[0]["command"])[2:]
+    aside = ("--data", "--seed")
+    kept = [
+        word for word, before in zip(words, ["", *words], strict=False) if word not in aside and before not in aside
+    ]
+    return shlex.join(word for word in kept if word not in ("--quiet", "--no-baseline"))
+
+
+def read_record(path: pathlib.Path, *needed: str) -> dict:
+    """A file of results/, which must have the entries that are `needed`."""
+    try:
+        record = json.loads(path.read_text())
+        if missing := [name for name in needed if not record[name]]:
+            raise KeyError(*missing)
+        return record
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error}); get it back with git, or measure again") from error
 
 
 def publish() -> None:
@@ -125,7 +184,7 @@ def publish() -> None:
 def load_runs(recipe: str) -> list[dict]:
     """The published runs of a recipe; empty if there are none."""
     path = RESULTS / f"{recipe}.json"
-    return json.loads(path.read_text())["runs"] if path.exists() else []
+    return read_record(path, "runs")["runs"] if path.exists() else []
 
 
 def figure(runs: list[dict], metric: str) -> str:
@@ -170,7 +229,8 @@ def result_line(recipe: str) -> str:
         return "not yet measured"
     name = "accuracy" if main_metric(runs) == "accuracy" else "mean squared error"
     found = figure(runs, main_metric(runs))
-    return f"test {name} {found} over {len(runs)} seeds, {minutes(runs)}, {hardware(runs)}{stale(recipe)}"
+    line = f"test {name} {found} over {len(runs)} seeds, {minutes(runs)}, {hardware(runs)}{stale(recipe)}"
+    return f"{line},\n{' ' * 10}with {set_flags(runs)}" if set_flags(runs) else line
 
 
 def results_table() -> str:
@@ -180,6 +240,7 @@ def results_table() -> str:
     for path in sorted((ROOT / "recipes").glob("*.py")):
         runs = load_runs(path.stem)
         link = f"[`{path.stem}`](recipes/{path.name})"
+        link += f"<br>`{set_flags(runs)}`" if runs and set_flags(runs) else ""
         if not runs:
             lines.append(f"| {link} | | not yet measured | | | |")
             continue
@@ -198,7 +259,7 @@ def results_table() -> str:
         )
         versions = runs[0]["versions"]
         machines.add(f"{hardware(runs)}, TensorFlow {versions['tensorflow']}, Keras {versions['keras']}")
-    lines += ["", "Mean ± standard deviation over the seeds; the time is that from the raw data to the saved model."]
+    lines += ["", "Mean ± standard deviation over the seeds; the time is the median from raw data to saved model."]
     lines += ["Measured on: " + "; ".join(sorted(machines)) + "."]
     if any("stale" in line for line in lines):
         lines += ["Stale: the recipe has changed since, and was not measured again yet."]
@@ -220,11 +281,14 @@ def benchmark_table() -> str:
             f"| {spread(record['to_naive'])} | {torch} "
             f"| {100 * record['share_of_peak']:.0f} % of {record['peak_flops'] / 1e9:,.0f} GFLOPS "
             f"| {record['first_step_seconds']['recipe']:.1f} s "
-            f"| {100 * (1 - record['to_no_callbacks']['median']):.1f} % |"
+            f"| {percent_lost(record['to_no_callbacks'])} |"
         )
+    if benchmarks():
+        names = sorted({f"{record['data']['name']} ({record['data']['source']})" for record in benchmarks()})
+        lines += ["", f"Data: {', '.join(names)}."]
     target = RESULTS / "target.json"
     if target.exists():
-        record = json.loads(target.read_text())
+        record = read_record(target, "rounds")
         rounds, missed = len(record["rounds"]), record["naive_missed"]
         lines += [
             "",
@@ -239,7 +303,7 @@ def benchmark_table() -> str:
 
 def benchmarks() -> list[dict]:
     """The records of scripts/benchmark.py, one for each recipe that has one."""
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("benchmark-*.json"))]
+    return [read_record(path, "examples_per_second", "rounds") for path in sorted(RESULTS.glob("benchmark-*.json"))]
 
 
 def in_bfloat16(record: dict) -> str:
@@ -270,6 +334,12 @@ def speeds() -> Figure | None:
     return figure
 
 
+def percent_lost(interval: dict[str, float]) -> str:
+    """What ratios below 1 cost, with the least and the most."""
+    least, middle, most = (100 * (1 - interval[name]) for name in ("highest", "median", "lowest"))
+    return f"{middle:.1f} % ({least:.0f} to {most:.0f})"
+
+
 def spread(interval: dict[str, float]) -> str:
     """A median with its lowest and highest."""
     return f"{interval['median']:.2f} ({interval['lowest']:.2f} to {interval['highest']:.2f})"
@@ -294,7 +364,7 @@ def shipped_tables() -> str:
     """The records of scripts/ship.py, a table each, and the curve of pruning, in Markdown."""
     lines = []
     for path in sorted(RESULTS.glob("ship-*.json")):
-        record = json.loads(path.read_text())
+        record = read_record(path, "variants")
         header, *rows = shipped_rows(record)
         data, machine = record["data"], record["hardware"]
         lines += [
@@ -325,7 +395,7 @@ def pruned() -> list[tuple[str, float, list[dict]]]:
     """What was removed (weights or filters), which share of it, and the runs of each record of pruning."""
     found = []
     for path in RESULTS.glob("pruning*.json"):
-        runs = json.loads(path.read_text())["runs"]
+        runs = read_record(path, "runs")["runs"]
         words = shlex.split(runs[0]["command"])
         given = {word: words[place + 1] for place, word in enumerate(words) if word in ("--remove", "--sparsity")}
         found.append((given.get("--remove", "weights"), float(given.get("--sparsity", 0.9)), runs))
@@ -361,7 +431,7 @@ def distributed_table() -> str:
     ):
         path = RESULTS / f"{name}.json"
         if path.exists():
-            record = json.loads(path.read_text())
+            record = read_record(path, "pairs")
             points = record["largest_difference_of_test_accuracy_in_points"]
             lines.append(
                 f"| {label} | {record['median_ratio_images_per_second']:.2f} times as many "
@@ -401,7 +471,7 @@ def with_part(readme: str, name: str, written: str) -> str:
 
 def with_result_line(source: str, line: str) -> str:
     """A recipe with the Result line of its docstring replaced."""
-    return re.sub(r"^Result    .*$", lambda _: f"Result    {line}", source, count=1, flags=re.MULTILINE)
+    return re.sub(RESULT, lambda _: f"Result    {line}", source, count=1, flags=re.MULTILINE)
 
 
 if __name__ == "__main__":
