@@ -11,8 +11,8 @@ no augmentation, Adam as it comes, float32, plain `fit`, none of this project's 
 TensorBoard, checkpoints and its other callbacks; its twin in PyTorch, as it is and with `torch.compile`
 (scripts/pytorch_twin.py, where requirements-benchmark.txt is installed), in the precision of the recipe; and products
 of large matrices in that precision, for the peak of the machine. Examples per second leave out the first execution, and
-validation. The first step counts from the start of the process. The share of the peak takes from each layer with a
-kernel, for each example,
+validation. The first execution, of one step or of several, counts from the start of the process. The share of the peak
+takes from each layer with a kernel, for each example,
 
     2 x (numbers in the kernel) x (places where it is applied)
 
