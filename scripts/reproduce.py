@@ -269,7 +269,7 @@ def results_table() -> str:
 def benchmark_table() -> str:
     """The medians of scripts/benchmark.py, in Markdown."""
     lines = [
-        "| recipe | examples per second | to the naive way | to PyTorch | share of peak | first execution | callbacks |",
+        "| recipe | examples a second | to the naive way | to PyTorch | share of peak | first execution | callbacks |",
         "|---|---|---|---|---|---|---|",
     ]
     for record in benchmarks():
