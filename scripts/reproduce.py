@@ -201,7 +201,7 @@ def margin(runs: list[dict], other: str) -> str:
     """By how much the recipe is better than what stands beside it, on the mean."""
     mine, its = (statistics.mean(run["metrics"][name] for run in runs) for name in (main_metric(runs), other))
     if other.endswith("accuracy"):
-        return f" ({100 * (mine - its):.2f} points below)"
+        return f" ({100 * abs(mine - its):.2f} points {'below' if its <= mine else 'above'})"
     return f" ({its / mine:.2f} times the recipe's)"
 
 
@@ -418,6 +418,9 @@ def pruning_curve() -> Figure | None:
         axes.errorbar(left, accuracies, spreads, marker="o", capsize=3, label=f"{kind} removed")
     whole = [run["metrics"]["unpruned_accuracy"] for run in load_runs("pruning")]
     axes.axhline(statistics.mean(whole), color="black", linewidth=0.8, label="nothing removed")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:.2%}")
     axes.legend(fontsize=8)
     return figure
 
