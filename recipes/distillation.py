@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import zipfile
 
 from common.batches import (
     Split,
@@ -63,21 +64,25 @@ def build_model(config: Config, data: Data, width: int = 1) -> keras.Model:
 
 def teacher_logits(path: pathlib.Path, data: Data) -> np.ndarray:
     """What the teacher says of the images of train, then of validation: [n, classes]. Kept beside its model."""
+    images = np.concatenate([data.train.inputs, data.validation.inputs])
     try:
         origin = hashlib.sha256(f"{file_sha256(path)} {data.digest()}".encode()).hexdigest()[:16]
-        kept = path.with_name(f"logits-{origin}.npy")
+        kept, part = path.with_name(f"logits-{origin}.npz"), path.with_name(f"part-{os.getpid()}.npz")
         if not kept.exists():
             teacher = keras.models.load_model(path, compile=False)
-            answers = teacher.predict(np.concatenate([data.train.inputs, data.validation.inputs]), verbose=0)
-            # A run saves its model with the names of the classes.
-            probabilities = answers["probabilities"] if isinstance(answers, dict) else answers
-            if probabilities.shape[1:] != (len(data.class_names),) or np.min(probabilities) < 0:
-                raise ValueError("it gives no probabilities of these classes")
-            np.save(path.with_name("part.npy"), np.log(probabilities + 1e-7))
-            os.replace(path.with_name("part.npy"), kept)
-        return np.load(kept)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--teacher {path}: no model for these images ({error}); give a run's model.keras") from error
+            answers, names = teacher.predict(images, verbose=0), [*data.class_names]
+            if isinstance(answers, dict):  # A run saves its model with the names of the classes.
+                answers, names = answers["probabilities"], teacher.get_layer("class_names").get_vocabulary()
+            if answers.shape != (len(images), len(names)) or names != [*data.class_names] or not np.min(answers) >= 0:
+                raise ValueError("no probabilities of these classes")
+            np.savez(part, logits=np.log(answers + 1e-7))
+            os.replace(part, kept)
+        return np.load(kept)["logits"]
+    except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        wrong = (
+            "no model with these classes, for these images, in a folder to write to; or logits-*.npz there is damaged"
+        )
+        raise UserError(f"--teacher {path}: {wrong}; give a run's model.keras, or remove those") from error
 
 
 def with_teacher(student: keras.Model, config: Config) -> keras.distillation.Distiller:
@@ -102,17 +107,13 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         return random_shift(images, random, pixels=config.shift, mirrored=random.turns), labels
 
     def augment_taught(inputs, labels, random):
-        images, labels = augment(inputs["image"], labels, random)
-        return {**inputs, "image": images}, labels
+        return {**inputs, "image": augment(inputs["image"], labels, random)[0]}, labels
 
     # Up from zero in a straight line, then down to zero along a cosine.
     total_steps = config.epochs * steps
     warmup_steps = int(0.3 * total_steps)
     schedule = keras.optimizers.schedules.CosineDecay(
-        initial_learning_rate=0.0,
-        decay_steps=total_steps - warmup_steps,
-        warmup_target=config.learning_rate,
-        warmup_steps=warmup_steps,
+        0.0, total_steps - warmup_steps, warmup_target=config.learning_rate, warmup_steps=warmup_steps
     )
 
     def fit(build, training, validation, augment, from_logits=False, callbacks=(), start_step=0):
@@ -140,18 +141,16 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     def evaluate(model):
         return evaluate_classifier(model, data.test, data.class_names, config.batch_size, run.strategy)
 
-    def save_teacher():
-        teacher.save(path.with_name("part.keras"))
-        os.replace(path.with_name("part.keras"), path)
-
-    callbacks = run.callbacks(data, augment)
     with run.strategy.scope():  # Before the teacher: it begins the same, whether that has to be trained or is there.
         student = build_model(config, data)
         student.compile(loss="categorical_crossentropy")
     path = pathlib.Path(config.teacher or run.directory / "teacher.keras")
-    if not config.teacher and not once(run, path.exists):  # A resumed run may have it.
+    if config.teacher:  # If it can't teach, there shall be no run.
+        once(run, lambda: teacher_logits(path, data))
+    callbacks = run.callbacks(data, augment)
+    if not config.teacher and not once(run, lambda: any(path.parent.glob("logits-*"))):  # A resumed run may have them.
         teacher = fit(lambda: build_model(config, data, width=4), data.train, data.validation, augment)
-        once(run, save_teacher)
+        once(run, lambda: teacher.save(path))
     logits = once(run, lambda: teacher_logits(path, data))
     taught = [
         Split({"image": split.inputs, "teacher_logits": part}, split.targets)

@@ -4,6 +4,7 @@ import json
 
 from common import artefacts
 from common.cli import UserError
+from common.runs import with_class_names
 
 import keras
 import numpy as np
@@ -113,8 +114,8 @@ def test_what_the_teacher_says_is_kept_and_tied_to_teacher_and_data(tmp_path):
     logits = recipe.teacher_logits(path, data)
     images = np.concatenate([data.train.inputs, data.validation.inputs])
     np.testing.assert_allclose(keras.ops.softmax(logits), teacher.predict(images, verbose=0), atol=1e-5)
-    (kept,) = tmp_path.glob("logits-*.npy")
-    np.save(kept, logits + 1)
+    (kept,) = tmp_path.glob("logits-*.npz")
+    np.savez(kept, logits=logits + 1)
     np.testing.assert_array_equal(recipe.teacher_logits(path, data), logits + 1)
     recipe.build_model(recipe.Config(), data).save(path)
     assert not np.array_equal(recipe.teacher_logits(path, data), logits + 1)
@@ -161,7 +162,53 @@ def of_other_images(folder, data):
     return folder / "small.keras"
 
 
-@pytest.mark.parametrize("trouble", [absent, no_model, of_other_classes, of_other_images])
+def of_as_many_other_classes(folder, data):
+    recipe = load_recipe("distillation")
+    with_class_names(recipe.build_model(recipe.Config(), data), tuple("abcdefghij")).save(folder / "other.keras")
+    return folder / "other.keras"
+
+
+def unsure_of_anything(folder, data):
+    images = keras.Input(data.train.inputs.shape[1:])
+    flat = keras.layers.Rescaling(float("nan"))(keras.layers.Flatten()(images))
+    keras.Model(images, keras.layers.Dense(10)(flat)).save(folder / "nan.keras")
+    return folder / "nan.keras"
+
+
+def a_byte_is_another(folder, data):
+    recipe, path = load_recipe("distillation"), folder / "flipped.keras"
+    recipe.build_model(recipe.Config(), data).save(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 255
+    path.write_bytes(content)
+    return path
+
+
+def what_it_said_is_damaged(folder, data):
+    recipe, path = load_recipe("distillation"), folder / "good.keras"
+    recipe.build_model(recipe.Config(), data).save(path)
+    recipe.teacher_logits(path, data)
+    (kept,) = folder.glob("logits-*")
+    content = bytearray(kept.read_bytes())
+    content[len(content) // 2] ^= 255
+    kept.write_bytes(content)
+    return path
+
+
+def nothing_is_left_of_what_it_said(folder, data):
+    path = what_it_said_is_damaged(folder, data)
+    (kept,) = folder.glob("logits-*")
+    kept.write_bytes(b"")
+    return path
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        *(absent, no_model, of_other_classes, of_other_images, of_as_many_other_classes, unsure_of_anything),
+        *(a_byte_is_another, what_it_said_is_damaged, nothing_is_left_of_what_it_said),
+    ],
+)
 def test_a_teacher_that_can_not_teach_is_named(tmp_path, trouble):
     recipe, data = load_recipe("distillation"), smoke_data("distillation")
     path = trouble(tmp_path, data)
@@ -169,6 +216,9 @@ def test_a_teacher_that_can_not_teach_is_named(tmp_path, trouble):
         recipe.teacher_logits(path, data)
     assert str(path) in str(raised.value)
     assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match=r"^--teacher "):
+        recipe.train(smoke_config(recipe, tmp_path / "run", teacher=str(path)), data)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_files_of_fewer_bits_answer_as_measured(tmp_path):
