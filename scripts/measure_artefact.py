@@ -3,11 +3,10 @@
     python scripts/measure_artefact.py runs/my_run/exported/mnist_cnn.tflite inputs.npy --threads 1
 
 Loads the model, then reads batch sizes from standard input, a line each, and prints for each the median seconds of one
-call; after the last line, the bytes of memory that the model and its calls added to the process at most.
+call; after the last line, the bytes of memory that the process holds more than before the model was loaded.
 """
 
 import pathlib
-import resource
 import statistics
 import sys
 import time
@@ -16,6 +15,7 @@ from common import artefacts
 from common.cli import Parser, run_script
 
 import numpy as np
+import psutil
 import tensorflow as tf
 
 CALLS = 30
@@ -31,7 +31,7 @@ def main() -> None:
     tf.config.threading.set_inter_op_parallelism_threads(arguments.threads)
     inputs = np.load(arguments.inputs)
     inputs = inputs.astype(object) if inputs.dtype.kind == "S" else inputs
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = psutil.Process().memory_info().rss
     answer = artefacts.load(arguments.model, arguments.threads).answer
     for line in sys.stdin:
         batch, seconds = inputs[: int(line)], []
@@ -40,7 +40,7 @@ def main() -> None:
             answer(batch)
             seconds.append(time.perf_counter() - began)
         print(statistics.median(seconds[3:]), flush=True)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024))
+    print(psutil.Process().memory_info().rss - before)
 
 
 if __name__ == "__main__":

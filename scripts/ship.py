@@ -8,10 +8,12 @@ The model goes through scripts/export.py in every format and with every quantiza
 also Keras' own int8. For each: size on disk; parameters, and how many are not zero;
 accuracy, or mean squared error, on the whole test split, as the artefact answers; the time of one call with one input
 and with 64, with one thread and with one per core, as the median over rounds in which the artefacts take turns, each in
-a process of its own; and the memory that it adds to a process at most. Written to results/ship-RECIPE.json.
+a process of its own; and the memory that a process holds more with it. ONNX needs the packages of `[export]`, and is
+left out without them. Written to results/ship-RECIPE.json and README.md, but for a run of `--smoke`.
 """
 
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import statistics
@@ -29,8 +31,9 @@ from common.records import provenance, write_file
 import export
 import keras
 import numpy as np
-import rich
+from benchmark import count
 from reproduce import publish, shipped_rows
+from rich.console import Console
 from rich.table import Table
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -41,10 +44,14 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("run_dir", type=pathlib.Path, help="folder of a finished run")
     parser.add_argument("--data-dir", default="", help="folder of prepared TFDS data, where it is not the run's")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured (default: 5)")
+    parser.add_argument("--rounds", type=count, default=5, help="how often each is measured (default: 5)")
     arguments = parser.parse_args()
     record = ship(arguments.run_dir, arguments.data_dir, arguments.rounds)
-    rich.print(as_table(record))
+    console = Console()
+    console.print(as_table(record), width=max(console.width, 140))  # Cut figures say nothing.
+    if record["smoke"]:
+        print("not recorded: a smoke run")
+        return
     path = ROOT / "results" / f"ship-{record['recipe']}.json"
     path.parent.mkdir(exist_ok=True)
     write_file(path, json.dumps(record, indent=2) + "\n")
@@ -83,6 +90,7 @@ def ship(run_dir: pathlib.Path, data_dir: str, rounds: int) -> dict[str, Any]:
         "weights_sha256": result["weights_sha256"],
         "seed": result["seed"],
         "rounds": rounds,
+        "smoke": result["config"]["smoke"],
         "variants": variants,
         "hardware": dataclasses.asdict(describe_machine()),
         **provenance(),
@@ -93,6 +101,9 @@ def variants_of(model: keras.Model) -> list[tuple[str, str]]:
     """Formats and quantizations, as scripts/export.py calls them, that suit a model."""
     convolutions = any(isinstance(layer, keras.layers.Conv2D) for layer in model.layers)
     variants = [(form, each) for form, kinds in artefacts.QUANTIZATIONS.items() for each in kinds]
+    if not importlib.util.find_spec("tf2onnx"):
+        print("no tf2onnx: ONNX is left out; .venv/bin/pip install -e '.[export]'")
+        variants = [variant for variant in variants if variant[0] != "onnx"]
     return [variant for variant in variants if not (convolutions and variant == ("keras", "int8"))]
 
 
