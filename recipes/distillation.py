@@ -33,7 +33,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
-    epochs: Count = 16  # passes over the training images, of the teacher too
+    epochs: Count = 40  # passes over the training images, of the teacher too
     batch_size: Count = 256  # images per step, over all devices together
     learning_rate: Positive = 0.015  # peak of the schedule
     shift: int = 2  # pixels by which a training image may move along each axis
