@@ -64,12 +64,12 @@ def build_model(config: Config, data: Data, width: int = 1) -> keras.Model:
 
 def teacher_logits(path: pathlib.Path, data: Data) -> np.ndarray:
     """What the teacher says of the images of train, then of validation: [n, classes]. Kept beside its model."""
-    images = np.concatenate([data.train.inputs, data.validation.inputs])
     try:
         origin = hashlib.sha256(f"{file_sha256(path)} {data.digest()}".encode()).hexdigest()[:16]
         kept, part = path.with_name(f"logits-{origin}.npz"), path.with_name(f"part-{os.getpid()}.npz")
         if not kept.exists():
             teacher = keras.models.load_model(path, compile=False)
+            images = np.concatenate([data.train.inputs, data.validation.inputs])
             answers, names = teacher.predict(images, verbose=0), [*data.class_names]
             if isinstance(answers, dict):  # A run saves its model with the names of the classes.
                 answers, names = answers["probabilities"], teacher.get_layer("class_names").get_vocabulary()
@@ -146,12 +146,13 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         student.compile(loss="categorical_crossentropy")
     path = pathlib.Path(config.teacher or run.directory / "teacher.keras")
     if config.teacher:  # If it can't teach, there shall be no run.
-        once(run, lambda: teacher_logits(path, data))
+        logits = once(run, lambda: teacher_logits(path, data))
     callbacks = run.callbacks(data, augment)
-    if not config.teacher and not once(run, lambda: any(path.parent.glob("logits-*"))):  # A resumed run may have them.
-        teacher = fit(lambda: build_model(config, data, width=4), data.train, data.validation, augment)
-        once(run, lambda: teacher.save(path))
-    logits = once(run, lambda: teacher_logits(path, data))
+    if not config.teacher:
+        if not once(run, lambda: any(path.parent.glob("logits-*"))):  # A resumed run may have them.
+            teacher = fit(lambda: build_model(config, data, width=4), data.train, data.validation, augment)
+            once(run, lambda: teacher.save(path))
+        logits = once(run, lambda: teacher_logits(path, data))
     taught = [
         Split({"image": split.inputs, "teacher_logits": part}, split.targets)
         for split, part in zip((data.train, data.validation), np.split(logits, [len(data.train)]), strict=True)

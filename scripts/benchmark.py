@@ -24,8 +24,8 @@ of 32, until there or given up. `workers` compares cifar10_cnn as two workers of
 on the same cores; `strategy` in a strategy with a single replica with no strategy at all; two epochs each.
 
 Round n has seed n. Ratios are given as the median over the rounds, with the lowest and the highest: of five rounds,
-these hold the true median between them in 94 % of the cases. Writes
-results/benchmark-RECIPE-PRECISION.json or results/WORD.json, and brings README.md in step.
+these hold the true median between them in 94 % of the cases. Writes results/benchmark-RECIPE-PRECISION.json or
+results/WORD.json, and brings README.md in step.
 """
 
 import argparse

@@ -139,21 +139,22 @@ def stale(recipe: str) -> str:
 
 def without_places(flags: list[str]) -> list[str]:
     """The flags less `--data-dir PLACE`."""
+    return without(flags, "--data-dir")
+
+
+def without(words: list[str], *flags: str) -> list[str]:
+    """The words less some flags and their values, written as `--flag value` or `--flag=value`."""
     return [
         word
-        for word, before in zip(flags, ["", *flags], strict=False)
-        if "--data-dir" not in (before, word.partition("=")[0])
+        for word, before in zip(words, ["", *words], strict=False)
+        if before not in flags and word.partition("=")[0] not in flags
     ]
 
 
 def set_flags(runs: list[dict]) -> str:
     """The flags of the recipe that the runs were made with; those for data, seed and display aside."""
-    words = shlex.split(runs[0]["command"])[2:]
-    aside = ("--data", "--seed")
-    kept = [
-        word for word, before in zip(words, ["", *words], strict=False) if word not in aside and before not in aside
-    ]
-    return shlex.join(word for word in kept if word not in ("--quiet", "--no-baseline"))
+    words = without(shlex.split(runs[0]["command"])[2:], "--data", "--seed")
+    return shlex.join(word for word in words if word not in ("--quiet", "--no-baseline"))
 
 
 def read_record(path: pathlib.Path, *needed: str) -> dict:
@@ -272,7 +273,8 @@ def benchmark_table() -> str:
         "| recipe | examples a second | to the naive way | to PyTorch | share of peak | first execution | callbacks |",
         "|---|---|---|---|---|---|---|",
     ]
-    for record in benchmarks():
+    records = benchmarks()
+    for record in records:
         torch = (
             f"{spread(record['to_pytorch'])} ({record['better_pytorch']})" if record["to_pytorch"] else "not measured"
         )
@@ -283,8 +285,8 @@ def benchmark_table() -> str:
             f"| {record['first_step_seconds']['recipe']:.1f} s "
             f"| {percent_lost(record['to_no_callbacks'])} |"
         )
-    if benchmarks():
-        names = sorted({f"{record['data']['name']} ({record['data']['source']})" for record in benchmarks()})
+    if records:
+        names = sorted({f"{record['data']['name']} ({record['data']['source']})" for record in records})
         lines += ["", f"Data: {', '.join(names)}."]
     target = RESULTS / "target.json"
     if target.exists():
@@ -296,7 +298,7 @@ def benchmark_table() -> str:
             f"{spread(record['to_naive'])} of the time of the naive script"
             + (f" (at most: that one gave up in {missed} of {rounds} rounds)." if missed else "."),
         ]
-    if benchmarks():
+    if records:
         lines += ["", "![Examples per second, against the naive way](results/benchmark.png)"]
     return "\n".join(lines) if len(lines) > 2 else "Not yet measured."
 
