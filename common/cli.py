@@ -110,6 +110,11 @@ def parse_config(config_class: type, arguments: Sequence[str], description: str 
     return dataclasses.replace(config, epochs=min(config.epochs, 2)) if config.smoke else config
 
 
+def whole_number(lowest: int, below: float = math.inf) -> Callable[[str], float]:
+    """For the `type` of a script's flag: the lowest number allowed, and the one that it must stay below."""
+    return functools.partial(_number, int, lowest, below)
+
+
 def _number(kind: type, lowest: float, below: float, text: str) -> float:
     try:
         value = kind(text)

@@ -42,12 +42,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from common.cli import Parser, UserError, run_script
+from common.cli import Parser, UserError, run_script, whole_number
 from common.hardware import describe_machine
 from common.records import provenance, write_file
 
 from measure import TARGET
-from reproduce import publish, without_places
+from publish import publish, without_places
 
 ROOT = pathlib.Path(__file__).parent.parent
 # What is compared with what: the first is the measure.
@@ -202,13 +202,6 @@ def data_flags(arguments: argparse.Namespace) -> list[str]:
     return [*flags, "--smoke"] if arguments.smoke else flags
 
 
-def count(text: str) -> int:
-    """A flag's number of times: 1 or more."""
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
-
-
 def main() -> None:
     recipes = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
     parser = Parser(__doc__)
@@ -216,8 +209,10 @@ def main() -> None:
     parser.add_argument("--data", default="auto", help="as for the recipe")
     parser.add_argument("--data-dir", default="", help="as for the recipe")
     parser.add_argument("--precision", choices=("float32", "mixed_bfloat16"), default="float32", help="of the recipe")
-    parser.add_argument("--rounds", type=count, default=5, help="how often each way is run (default: 5)")
-    parser.add_argument("--naive-epochs", type=count, default=20, help="the naive script gives up then (default: 20)")
+    parser.add_argument("--rounds", type=whole_number(1), default=5, help="how often each way is run (default: 5)")
+    parser.add_argument(
+        "--naive-epochs", type=whole_number(1), default=20, help="when the naive script gives up (default: 20)"
+    )
     parser.add_argument("--smoke", action="store_true", help="a few examples and epochs; writes no record")
     arguments = parser.parse_args()
     if arguments.what not in recipes and arguments.precision != "float32":

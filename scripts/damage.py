@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 from common.artefacts import load_run
 from common.checkpoints import newest_checkpoint
-from common.cli import Parser, SharedConfig, UserError, run_script
+from common.cli import Parser, SharedConfig, UserError, run_script, whole_number
 from common.data import MNIST, load_images
 from common.records import read_run, read_sealed
 from common.run_directory import lock
@@ -35,9 +35,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--flips", type=int, default=1000, help="how many single bytes (default: 1000)")
-    parser.add_argument("--truncations", type=int, default=100, help="how many cuts (default: 100)")
-    parser.add_argument("--seed", type=int, default=0, help="decides files and places")
+    parser.add_argument("--flips", type=whole_number(0), default=1000, help="how many single bytes (default: 1000)")
+    parser.add_argument("--truncations", type=whole_number(0), default=100, help="how many cuts (default: 100)")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="decides files and places")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         counts = damage(pathlib.Path(folder), arguments.flips, arguments.truncations, random.Random(arguments.seed))

@@ -12,7 +12,7 @@ import re
 
 from common.cli import Parser, UserError, run_script
 
-from reproduce import RESULT, publish
+from publish import RESULT, publish
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -24,15 +24,14 @@ from typing import Any
 
 from common import artefacts
 from common.batches import Split
-from common.cli import Parser, run_script
+from common.cli import Parser, run_script, whole_number
 from common.hardware import describe_machine
 from common.records import provenance, write_file
 
 import export
 import keras
 import numpy as np
-from benchmark import count
-from reproduce import publish, shipped_rows
+from publish import publish, shipped_rows
 from rich.console import Console
 from rich.table import Table
 
@@ -44,7 +43,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("run_dir", type=pathlib.Path, help="folder of a finished run")
     parser.add_argument("--data-dir", default="", help="folder of prepared TFDS data, where it is not the run's")
-    parser.add_argument("--rounds", type=count, default=5, help="how often each is measured (default: 5)")
+    parser.add_argument("--rounds", type=whole_number(1), default=5, help="how often each is measured (default: 5)")
     arguments = parser.parse_args()
     record = ship(arguments.run_dir, arguments.data_dir, arguments.rounds)
     console = Console()

@@ -31,7 +31,7 @@ import tempfile
 import threading
 import time
 
-from common.cli import EXIT_INTERRUPTED, Parser, run_script
+from common.cli import EXIT_INTERRUPTED, Parser, run_script, whole_number
 from common.multiworker import EXIT_WORKER_LOST
 
 import tensorflow as tf
@@ -46,10 +46,12 @@ def main() -> None:
     own, flags = own_and_recipe_flags(sys.argv[1:])
     parser = Parser(__doc__)
     parser.add_argument("recipe", choices=sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))
-    parser.add_argument("--kills", type=int, default=20, help="how often (default: 20)")
+    parser.add_argument("--kills", type=whole_number(1), default=20, help="how often (default: 20)")
     parser.add_argument("--signal", choices=("KILL", "TERM", "STOP"), default="KILL")
-    parser.add_argument("--workers", type=int, default=0, help="train with so many processes (default: one, without)")
-    parser.add_argument("--seed", type=int, default=0, help="decides the moments, as far as a clock can")
+    parser.add_argument(
+        "--workers", type=whole_number(0), default=0, help="train with so many processes (default: one)"
+    )
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="decides the moments, as far as a clock can")
     arguments = parser.parse_args(own)
     if arguments.signal == "STOP" and not arguments.workers:
         parser.error("--signal STOP: a process alone has nobody to notice it; add --workers")

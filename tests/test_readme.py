@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pandas as pd
+import publish
 import pytest
 from conftest import RECIPES, ROOT
 from PIL import Image
@@ -31,7 +32,7 @@ SHORTENED = {
 # What only a cluster has: tests/test_multiworker.py runs the script under a stand-in, and checks the manifest.
 OF_A_CLUSTER = {"sbatch", "kubectl"}
 # Publishing takes an hour and writes into the project: tests/test_scripts.py runs these on copies.
-ELSEWHERE = {"scripts/reproduce.py", "scripts/benchmark.py"}
+ELSEWHERE = {"scripts/reproduce.py", "scripts/benchmark.py", "scripts/publish.py"}
 
 
 def load_script(name: str):
@@ -109,14 +110,13 @@ def test_every_recipe_is_in_the_table():
 
 
 def test_the_tables_and_result_lines_are_those_of_the_results():
-    reproduce = load_script("reproduce")
-    assert reproduce.with_part(README, "results", reproduce.results_table()) == README
-    assert reproduce.with_part(README, "benchmark", reproduce.benchmark_table()) == README
-    assert reproduce.with_part(README, "shipped", reproduce.shipped_tables()) == README
-    assert reproduce.with_part(README, "distributed", reproduce.distributed_table()) == README
+    assert publish.with_part(README, "results", publish.results_table()) == README
+    assert publish.with_part(README, "benchmark", publish.benchmark_table()) == README
+    assert publish.with_part(README, "shipped", publish.shipped_tables()) == README
+    assert publish.with_part(README, "distributed", publish.distributed_table()) == README
     for recipe in RECIPES:
         source = (ROOT / "recipes" / f"{recipe}.py").read_text()
-        assert reproduce.with_result_line(source, reproduce.result_line(recipe)) == source
+        assert publish.with_result_line(source, publish.result_line(recipe)) == source
 
 
 def test_no_figure_stands_outside_the_tables():

@@ -16,6 +16,7 @@ from common.cli import EXIT_INTERRUPTED
 
 import keras
 import numpy as np
+import publish
 import pytest
 from conftest import ROOT, run_program
 from test_readme import load_script
@@ -39,20 +40,21 @@ def fake_run(accuracy: float, seed: int) -> dict:
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A copy of the project that `reproduce` may write to."""
+    """A copy of the project that the scripts may write to."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "README.md", tmp_path)
     (tmp_path / "results").mkdir()
-    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
-    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
+    for script in (reproduce, publish):
+        monkeypatch.setattr(script, "ROOT", tmp_path)
+        monkeypatch.setattr(script, "RESULTS", tmp_path / "results")
     return tmp_path
 
 
 def test_publishing_writes_mean_and_deviation(project):
     runs = [fake_run(accuracy, seed) for seed, accuracy in enumerate((0.991, 0.993, 0.995))]
-    record = {"code_sha256": reproduce.code_sha256(project / "recipes" / "mnist_cnn.py"), "runs": runs}
+    record = {"code_sha256": publish.code_sha256(project / "recipes" / "mnist_cnn.py"), "runs": runs}
     (project / "results" / "mnist_cnn.json").write_text(json.dumps(record))
-    reproduce.publish()
+    publish.publish()
     readme = (project / "README.md").read_text()
     (row,) = [line for line in readme.splitlines() if line.startswith("| [`mnist_cnn`]")]
     assert row.startswith("| [`mnist_cnn`](recipes/mnist_cnn.py)<br>`--epochs 15` | ")
@@ -67,19 +69,19 @@ def test_publishing_writes_mean_and_deviation(project):
     assert source.count(line) == 1
     assert (project / "results" / "curves.png").read_bytes().startswith(b"\x89PNG")
     before = readme, source
-    reproduce.publish()
+    publish.publish()
     assert ((project / "README.md").read_text(), (project / "recipes" / "mnist_cnn.py").read_text()) == before
 
 
 def test_a_record_of_other_code_is_shown_as_stale(project):
     path = project / "recipes" / "mnist_cnn.py"
-    record = {"code_sha256": reproduce.code_sha256(path), "runs": [fake_run(0.99, 0)]}
+    record = {"code_sha256": publish.code_sha256(path), "runs": [fake_run(0.99, 0)]}
     (project / "results" / "mnist_cnn.json").write_text(json.dumps(record))
     path.write_text(path.read_text().replace("# Shuffled already.", "# Has been shuffled."))
-    reproduce.publish()
+    publish.publish()
     assert not [line for line in (project / "README.md").read_text().splitlines() if ", stale |" in line]
     path.write_text(path.read_text().replace("weight_decay=config.weight_decay", "weight_decay=0.0"))
-    reproduce.publish()
+    publish.publish()
     readme = (project / "README.md").read_text()
     (row,) = [line for line in readme.splitlines() if line.startswith("| [`mnist_cnn`]")]
     assert "| 1.7 min, stale | 0 |" in row
@@ -141,8 +143,8 @@ def test_an_unknown_recipe_is_named():
     ("words", "says"),
     [
         ("../recipes/mnist_cnn", "no recipe '../recipes/mnist_cnn'; choose one of cifar10_cnn, "),
-        ("mnist_cnn --seeds 0 1 0", "--seeds 0 1 0: give whole numbers from 0, each once"),
-        ("mnist_cnn --seeds 0 -1", "--seeds 0 -1: give whole numbers from 0, each once"),
+        ("mnist_cnn --seeds 0 1 0", "--seeds 0 1 0: give each once"),
+        ("mnist_cnn --seeds 0 -1", "--seeds: -1 must be at least 0"),
         ("mnist_cnn --smoke", "--smoke: not for results that are published; leave it out"),
         ("mnist_cnn --seed=3", "--seed: not for results that are published; leave it out"),
         ("mnist_cnn --variant ../a", "--variant ../a: give letters, digits, - and _"),
@@ -161,8 +163,8 @@ def test_a_damaged_record_is_named(project, text):
     path = project / "results" / "mnist_cnn.json"
     path.write_text(text)
     before = (project / "README.md").read_text()
-    with pytest.raises(reproduce.UserError, match=r"mnist_cnn\.json: damaged .*; get it back with git"):
-        reproduce.publish()
+    with pytest.raises(publish.UserError, match=r"mnist_cnn\.json: damaged .*; get it back with git"):
+        publish.publish()
     assert (project / "README.md").read_text() == before
 
 
@@ -187,15 +189,15 @@ def test_the_code_is_the_same_to_all_versions_of_python(tmp_path):
     """Those that are installed here, and what 3.11, 3.12 and 3.13 said: another digest would call each record stale."""
     fixed = tmp_path / "fixed.py"
     fixed.write_text(FIXED)
-    assert reproduce.code_sha256(fixed) == "6c369a4aea7b500ac9d635e6fecb9575926b038f2fb434841da8d60ec8466502"
+    assert publish.code_sha256(fixed) == "6c369a4aea7b500ac9d635e6fecb9575926b038f2fb434841da8d60ec8466502"
     others = [found for minor in range(11, 20) if (found := shutil.which(f"python3.{minor}"))]
-    program = f"import ast, hashlib, pathlib, sys\nfrom typing import Any\n{inspect.getsource(reproduce.code_sha256)}"
+    program = f"import ast, hashlib, pathlib, sys\nfrom typing import Any\n{inspect.getsource(publish.code_sha256)}"
     program += "print(code_sha256(pathlib.Path(sys.argv[1])))"
     path = ROOT / "recipes" / "distillation.py"
     for python in [sys.executable, *others]:
         found = subprocess.run([python, "-c", program, str(path)], capture_output=True, text=True, check=False)
         if found.returncode == 0:  # A shim may stand for nothing.
-            assert found.stdout.strip() == reproduce.code_sha256(path), python
+            assert found.stdout.strip() == publish.code_sha256(path), python
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -6,8 +6,8 @@ import shutil
 from common import artefacts
 
 import numpy as np
+import publish
 import pytest
-import reproduce
 import ship
 from conftest import load_recipe, smoke_config
 
@@ -47,8 +47,8 @@ def test_the_record_says_what_each_file_is(shipped):
 def test_the_tables_show_the_record(shipped, tmp_path, monkeypatch):
     _, record = shipped
     (tmp_path / "ship-pruning.json").write_text(json.dumps(record))
-    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
-    lines = reproduce.shipped_tables().splitlines()
+    monkeypatch.setattr(publish, "RESULTS", tmp_path)
+    lines = publish.shipped_tables().splitlines()
     assert lines[0].startswith("`pruning`, seed 0, 200 test examples of ")
     assert len(lines) == 4 + len(record["variants"])
     row = next(line for line in lines if line.startswith("| litert int8 "))
@@ -69,8 +69,8 @@ def test_a_file_that_answers_otherwise_ends_it(shipped, tmp_path, monkeypatch, c
 
 
 def test_pruning_has_a_point_and_a_row_for_each_record(tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
-    assert reproduce.pruning_curve() is None
+    monkeypatch.setattr(publish, "RESULTS", tmp_path)
+    assert publish.pruning_curve() is None
     for name, left, flags in (
         ("pruning", 20, ""),
         ("pruning-half", 110, "--sparsity 0.5"),
@@ -85,12 +85,12 @@ def test_pruning_has_a_point_and_a_row_for_each_record(tmp_path, monkeypatch):
             for seed, accuracy in enumerate((0.98, 0.99))
         ]
         (tmp_path / f"{name}.json").write_text(json.dumps({"runs": runs}))
-    (axes,) = reproduce.pruning_curve().axes
+    (axes,) = publish.pruning_curve().axes
     filters, weights = (container.lines[0].get_xydata().tolist() for container in axes.containers)
     assert filters == [[40, pytest.approx(0.985)]]
     assert weights == [[20, pytest.approx(0.985)], [110, pytest.approx(0.985)]]
-    assert reproduce.shipped_tables().splitlines()[2:5] == [
-        "| 75% of the filters | 40 | 98.50 ± 0.71 % | 1.00 | 0, 1 |",
-        "| 50% of the weights | 110 | 98.50 ± 0.71 % | 1.00 | 0, 1 |",
-        "| 90% of the weights | 20 | 98.50 ± 0.71 % | 1.00 | 0, 1 |",
+    assert publish.shipped_tables().splitlines()[2:5] == [
+        "| 75 % of the filters | 40 | 98.50 ± 0.71 % | 1.00 | 0, 1 |",
+        "| 50 % of the weights | 110 | 98.50 ± 0.71 % | 1.00 | 0, 1 |",
+        "| 90 % of the weights | 20 | 98.50 ± 0.71 % | 1.00 | 0, 1 |",
     ]
