@@ -17,7 +17,9 @@ from common.evaluation import figure_png, picture_figure, text_table
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api as hparams
+from tensorboard.plugins.scalar.summary import scalar_pb
 
 # What TensorBoard's HParams tab shows of every run; the same in all runs, or it would show some runs only.
 _COLUMNS = hparams.hparams_config_pb(
@@ -63,6 +65,26 @@ class Logs(keras.callbacks.TensorBoard):
             elif size < file.stat().st_size:
                 os.truncate(file, size)
         self.writer = tf.summary.create_file_writer(str(self.folder))
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Writes the metrics of an epoch, of training and of validation, each in one operation.
+
+        Keras has one for each metric, and together they take longer than the shortest epochs.
+        """
+        values: dict[str, dict[str, float]] = {"train": {"learning_rate": float(self.model.optimizer.learning_rate)}}
+        for name, value in (logs or {}).items():
+            run = "validation" if name.startswith("val_") else "train"
+            values.setdefault(run, {})[name.removeprefix("val_")] = value
+        for run, metrics in values.items():
+            summary = Summary()
+            for name, value in metrics.items():
+                summary.MergeFrom(scalar_pb(f"epoch_{name}", value))
+            with (self._train_writer if run == "train" else self._val_writer).as_default(step=epoch):
+                tf.summary.experimental.write_raw_pb(summary.SerializeToString())
+        super().on_epoch_end(epoch)  # The histograms.
+
+    def on_test_end(self, logs=None):
+        """Nothing: Keras writes the metrics of validation once more here, by step."""
 
     def sizes(self) -> dict[str, int]:
         """The size of each log file in bytes, with all that has been logged so far."""

@@ -33,12 +33,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
-    epochs: Count = 40  # passes over the training images, of the teacher too
+    epochs: Count = 8  # passes over the training images, of the teacher too; in many, a student needs it less
     batch_size: Count = 256  # images per step, over all devices together
     learning_rate: Positive = 0.015  # peak of the schedule
     shift: int = 2  # pixels by which a training image may move along each axis
     teacher: str = ""  # the model.keras of a run, to teach; empty: a network four times as wide
-    temperature: Positive = 4.0  # divides the logits, so that the second and third guess of the teacher count
+    temperature: Positive = 2.0  # divides the logits, so that the second and third guess of the teacher count
     label_weight: Share = 0.1  # what the true labels weigh in the loss; the teacher has the rest
 
 

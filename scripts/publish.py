@@ -148,6 +148,11 @@ def main_metric(runs: list[dict]) -> str:
     return "accuracy" if "accuracy" in runs[0]["metrics"] else "mse"
 
 
+def seeds(runs: list[dict]) -> str:
+    """Of the runs, with commas."""
+    return ", ".join(str(run["seed"]) for run in runs)
+
+
 def minutes(runs: list[dict]) -> str:
     """Median time from the raw data to the saved model, without evaluation and baselines."""
     spent = statistics.median(run["seconds"]["total"] - run["seconds"]["evaluate"] for run in runs)
@@ -193,7 +198,7 @@ def results_table() -> str:
         counts = f"{data['train']:,} train, {data['validation']:,} validation, {data['test']:,} test"
         lines.append(
             f"| {link} | {data['name']} ({data['source']}): {counts} | {label} {figure(runs, metric)} "
-            f"| {beside} | {minutes(runs)}{stale(path.stem)} | {', '.join(str(run['seed']) for run in runs)} |"
+            f"| {beside} | {minutes(runs)}{stale(path.stem)} | {seeds(runs)} |"
         )
         versions = runs[0]["versions"]
         machines.add(f"{hardware(runs)}, TensorFlow {versions['tensorflow']}, Keras {versions['keras']}")
@@ -324,9 +329,19 @@ def shipped_tables() -> str:
             lines.append(
                 f"| {100 * share:.0f} % of the {kind} | {mean(runs, 'nonzero_weights'):,.0f} "
                 f"| {figure(runs, 'accuracy')} | {lost:.2f} "
-                f"| {', '.join(str(run['seed']) for run in runs)} |"
+                f"| {seeds(runs)} |"
             )
         lines += ["", "![Test accuracy by the number of weights that are left](results/pruning.png)", ""]
+    taught = [read_record(path, "runs")["runs"] for path in RESULTS.glob("distillation*.json")]
+    if taught:
+        lines += ["| epochs of `distillation` | test accuracy | without a teacher | points gained | seeds |"]
+        lines += ["|---|---|---|---|---|"]
+    for runs in sorted(taught, key=lambda runs: runs[0]["epochs"]):
+        gained = 100 * (mean(runs, "accuracy") - mean(runs, "alone_accuracy"))
+        lines.append(
+            f"| {runs[0]['epochs']} | {figure(runs, 'accuracy')} | {figure(runs, 'alone_accuracy')} | {gained:.2f} "
+            f"| {seeds(runs)} |"
+        )
     return "\n".join(lines).strip() or "Not yet measured."
 
 

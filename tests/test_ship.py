@@ -94,3 +94,16 @@ def test_pruning_has_a_point_and_a_row_for_each_record(tmp_path, monkeypatch):
         "| 50 % of the weights | 110 | 98.50 ± 0.71 % | 1.00 | 0, 1 |",
         "| 90 % of the weights | 20 | 98.50 ± 0.71 % | 1.00 | 0, 1 |",
     ]
+
+
+def test_distillation_has_a_row_for_each_number_of_epochs(tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "RESULTS", tmp_path)
+    for name, epochs, accuracy in (("distillation-long", 40, 0.865), ("distillation", 8, 0.84)):
+        metrics = {"accuracy": accuracy, "alone_accuracy": 0.82}
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps({"runs": [{"epochs": epochs, "seed": 3, "metrics": metrics}]})
+        )
+    assert publish.shipped_tables().splitlines()[2:] == [
+        "| 8 | 84.00 % | 82.00 % | 2.00 | 3 |",
+        "| 40 | 86.50 % | 82.00 % | 4.50 | 3 |",
+    ]

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 EVERY_RECIPE = {
     ".": {"run_card", "_hparams_/session_start_info", "_hparams_/experiment", "test/{}", "learning_curves"},
     "train": {"epoch_loss", "epoch_{}", "epoch_learning_rate", "epoch_examples_per_second", "keras"},
-    "validation": {"epoch_loss", "epoch_{}", "evaluation_loss_vs_iterations", "evaluation_{}_vs_iterations"},
+    "validation": {"epoch_loss", "epoch_{}"},
 }
 PLUGINS = {
     "run_card": "text",
