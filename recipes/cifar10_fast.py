@@ -73,7 +73,8 @@ def with_views(model: keras.Model) -> keras.Model:
     padded = keras.ops.pad(images, [[0, 0], [1, 1], [1, 1], [0, 0]], "reflect")
     views = [padded[:, place : place + shape[0], place : place + shape[1]] for place in range(3)]
     views += [keras.ops.flip(view, axis=2) for view in views]
-    return keras.Model(images, keras.layers.average([single(view) for view in views]), name="cifar10_fast")
+    mean = keras.layers.Average(dtype="float32")([single(view) for view in views])
+    return keras.Model(images, mean, name="cifar10_fast")
 
 
 def train(config: Config, data: Data | None = None) -> dict[str, float]:

@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import tensorflow as tf
 from conftest import ROOT, load_recipe, run_program, smoke_config, smoke_data
+from worker import SMALL
 
 PARAMETERS = {
     "linear_regression": 3,
@@ -342,6 +343,20 @@ def test_views_are_moved_by_a_pixel_and_mirrored():
     expected = sum(padded[:, place, place] + padded[:, place, place + 31] for place in range(3)) / 6
     views = recipe.with_views(corner)
     np.testing.assert_allclose(views(images)[:, 0], expected, rtol=1e-6)
+
+
+def test_answers_are_of_full_precision(recipe):
+    """Whatever the training is in: of probabilities of eight binary digits, many would be equal."""
+    data = smoke_data(recipe.__name__)
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        more = [np.zeros([9, 2])] if recipe.__name__ == "text_classifier" else []
+        model = recipe.build_model(recipe.Config(**SMALL.get(recipe.__name__, {})), data, *more)
+        models = [model, recipe.with_views(model)] if hasattr(recipe, "with_views") else [model]
+        assert {each.output.dtype for each in models} == {"float32"}
+    finally:
+        keras.config.set_dtype_policy(policy)
 
 
 def test_the_ridge_baseline_is_ridge_regression():
