@@ -97,9 +97,9 @@ def without(words: list[str], *flags: str) -> list[str]:
     ]
 
 
-def set_flags(runs: list[dict]) -> str:
-    """The flags of the recipe that the runs were made with; those for data, seed and display aside."""
-    words = without(shlex.split(runs[0]["command"])[2:], "--data", "--seed")
+def set_flags(command: str) -> str:
+    """The flags of a recipe in the command that trained it; those for data, seed and display aside."""
+    words = without(shlex.split(command)[2:], "--data", "--seed")
     return shlex.join(word for word in words if word not in ("--quiet", "--no-baseline"))
 
 
@@ -173,7 +173,8 @@ def result_line(recipe: str) -> str:
     name = "accuracy" if main_metric(runs) == "accuracy" else "mean squared error"
     found = figure(runs, main_metric(runs))
     line = f"test {name} {found} over {len(runs)} seeds, {minutes(runs)}, {hardware(runs)}{stale(recipe)}"
-    return f"{line},\n{' ' * 10}with {set_flags(runs)}" if set_flags(runs) else line
+    flags = set_flags(runs[0]["command"])
+    return f"{line},\n{' ' * 10}with {flags}" if flags else line
 
 
 def results_table() -> str:
@@ -183,10 +184,11 @@ def results_table() -> str:
     for path in sorted((ROOT / "recipes").glob("*.py")):
         runs = load_runs(path.stem)
         link = f"[`{path.stem}`](recipes/{path.name})"
-        link += f"<br>`{set_flags(runs)}`" if runs and set_flags(runs) else ""
         if not runs:
             lines.append(f"| {link} | | not yet measured | | | |")
             continue
+        flags = set_flags(runs[0]["command"])
+        link += f"<br>`{flags}`" if flags else ""
         metric = main_metric(runs)
         label = "accuracy" if metric == "accuracy" else "mean squared error"
         beside = "<br>".join(
@@ -299,7 +301,7 @@ def shipped_rows(record: dict) -> list[list[str]]:
     for name, found in variants.items():
         quality = f"{100 * found[score]:.2f} %" if score == "accuracy" else f"{found[score]:.4f}"
         row = [name, f"{found['bytes'] / 1024:,.0f}", f"{found['parameters']:,}", f"{found['nonzero']:,}", quality]
-        times = [f"{1000 * seconds:.2f}" for seconds in found["seconds"].values()]
+        times = [f"{1000 * seconds:.3f}" for seconds in found["seconds"].values()]
         rows.append([*row, *times, f"{found['memory_bytes'] / 2**20:,.0f}"])
     return rows
 
@@ -312,7 +314,8 @@ def shipped_tables() -> str:
         header, *rows = shipped_rows(record)
         data, machine = record["data"], record["hardware"]
         lines += [
-            f"`{record['recipe']}`, seed {record['seed']}, {data['test']:,} test examples of {data['name']} "
+            f"`{' '.join([record['recipe'], set_flags(record['trained_by'])]).strip()}`, "
+            f"seed {record['seed']}, {data['test']:,} test examples of {data['name']} "
             f"({data['source']}), {machine['cores']} cores of {machine['processor']}:",
             "",
             *(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)),

@@ -16,6 +16,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import shlex
 import statistics
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from common.records import provenance, write_file
 import export
 import keras
 import numpy as np
-from publish import publish, shipped_rows
+from publish import publish, shipped_rows, without, without_places
 from rich.console import Console
 from rich.table import Table
 
@@ -46,8 +47,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=whole_number(1), default=5, help="how often each is measured (default: 5)")
     arguments = parser.parse_args()
     record = ship(arguments.run_dir, arguments.data_dir, arguments.rounds)
-    console = Console()
-    console.print(as_table(record), width=max(console.width, 140))  # Cut figures say nothing.
+    Console(width=max(Console().width, 140)).print(as_table(record))  # Cut figures say nothing.
     if record["smoke"]:
         print("not recorded: a smoke run")
         return
@@ -88,11 +88,13 @@ def ship(run_dir: pathlib.Path, data_dir: str, rounds: int) -> dict[str, Any]:
         "data": result["data"],
         "weights_sha256": result["weights_sha256"],
         "seed": result["seed"],
+        "trained_by": shlex.join(without(shlex.split(result["command"]), "--data-dir", "--run-dir")),
         "rounds": rounds,
         "smoke": result["config"]["smoke"],
         "variants": variants,
         "hardware": dataclasses.asdict(describe_machine()),
         **provenance(),
+        "command": shlex.join(["python", "scripts/ship.py", *without_places(sys.argv[1:])]),
     }
 
 

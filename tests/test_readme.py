@@ -125,6 +125,11 @@ def test_no_figure_stands_outside_the_tables():
     assert not re.findall(r"\d[\d.,]* ?(?:%|times|x\b|images)", prose)
 
 
+def test_no_record_says_where_a_machine_keeps_its_data():
+    for path in (ROOT / "results").glob("*.json"):
+        assert not re.findall(r'--data-dir|"(?:python )?/', path.read_text()), path
+
+
 def test_linked_files_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if not target.startswith("https://"):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 from common import artefacts
 
@@ -46,15 +47,26 @@ def test_the_record_says_what_each_file_is(shipped):
 
 def test_the_tables_show_the_record(shipped, tmp_path, monkeypatch):
     _, record = shipped
-    (tmp_path / "ship-pruning.json").write_text(json.dumps(record))
+    command = "python recipes/pruning.py --data tfds --remove filters --quiet"
+    (tmp_path / "ship-pruning.json").write_text(json.dumps({**record, "trained_by": command}))
     monkeypatch.setattr(publish, "RESULTS", tmp_path)
     lines = publish.shipped_tables().splitlines()
-    assert lines[0].startswith("`pruning`, seed 0, 200 test examples of ")
+    assert lines[0].startswith("`pruning --remove filters`, seed 0, 200 test examples of ")
     assert len(lines) == 4 + len(record["variants"])
     row = next(line for line in lines if line.startswith("| litert int8 "))
     found = record["variants"]["litert int8"]
     assert f"| {found['bytes'] / 1024:,.0f} | 225,034 | {found['nonzero']:,} |" in row
     assert ship.as_table(record).row_count == len(record["variants"])
+
+
+def test_no_figure_is_cut(shipped, monkeypatch, capsys):
+    directory, record = shipped
+    monkeypatch.setattr(ship, "ship", lambda *_: record)
+    monkeypatch.setattr(sys, "argv", ["ship.py", str(directory)])
+    ship.main()
+    printed = capsys.readouterr().out
+    assert "litert float16" in printed
+    assert f"{record['variants']['onnx']['bytes'] / 1024:,.0f}" in printed
 
 
 def test_a_file_that_answers_otherwise_ends_it(shipped, tmp_path, monkeypatch, capsys):
