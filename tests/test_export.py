@@ -4,6 +4,7 @@ import pathlib
 
 from common import artefacts
 from common.cli import UserError
+from common.records import file_sha256
 
 import export
 import keras
@@ -165,7 +166,10 @@ def test_sixteen_bits_are_for_training_only():
     ("words", "line"),
     [
         (("--format", "litert", "-o", "model.onnx"), "-o model.onnx: the name must end in .tflite"),
-        (("--format", "saved_model", "-o", "full"), "-o full: is there, and no SavedModel; name a new folder"),
+        (("--format", "saved_model", "-o", "full"), "-o full: is there, and not just a SavedModel; name a new folder"),
+        (("--format", "litert", "-o", "kept.tflite"), "-o kept.tflite: is a folder; name a file"),
+        (("--format", "litert", "--tolerance", "nan"), "--tolerance nan: give a number from 0"),
+        (("--format", "litert", "--tolerance", "-1"), "--tolerance -1.0: give a number from 0"),
         (("--format", "onnx", "-o", "full/x/model.onnx"), "full/x: File exists; choose another place with -o"),
     ],
 )
@@ -174,11 +178,35 @@ def test_places_that_can_not_be_written(run_of, words, line, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("mine")
+    (tmp_path / "kept.tflite").mkdir()
     monkeypatch.setattr("sys.argv", ["export.py", str(run), *words])
     with pytest.raises(UserError) as refused:
         export.main()
     assert str(refused.value) == line
-    assert [path.name for path in tmp_path.rglob("*")] == ["full", "x"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "kept.tflite", "x"]
+
+
+def test_what_is_there_already_is_not_lost(run_of, tmp_path, monkeypatch):
+    """The run's own model, and what somebody put beside a SavedModel."""
+    run = run_of("mnist_cnn")
+    digest = file_sha256(run / "model.keras")
+    monkeypatch.setattr("sys.argv", ["export.py", str(run), "--format", "keras", "-o", f"{run}/plots/../model.keras"])
+    with pytest.raises(UserError, match=r"model\.keras: is the run's own model; name another file$"):
+        export.main()
+    assert file_sha256(run / "model.keras") == digest
+    (tmp_path / "variables").mkdir()
+    (tmp_path / "saved_model.pb").write_bytes(b"")
+    assert export.is_saved_model(tmp_path)
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert not export.is_saved_model(tmp_path)
+
+
+def test_answers_of_most_other_classes_are_refused_however_unsure_the_model_is():
+    wanted = np.full([8, 4], 0.24) + 0.04 * np.eye(4)[np.arange(8) % 4]
+    found = export.compare(lambda inputs: wanted, lambda inputs: np.full([8, 4], 0.25), np.zeros(8), tolerance=0.5)
+    assert (found["equal_answers"], found["passed"]) == (0.25, False)
+    found = export.compare(lambda inputs: wanted, lambda inputs: wanted + 0.001, np.zeros(8), tolerance=0.5)
+    assert (found["equal_answers"], found["passed"]) == (1.0, True)
 
 
 def test_a_missing_package_is_named(run_of, tmp_path, monkeypatch):
