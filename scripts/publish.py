@@ -310,7 +310,7 @@ def shipped_tables() -> str:
     """The records of scripts/ship.py, a table each, and the curve of pruning, in Markdown."""
     lines = []
     for path in sorted(RESULTS.glob("ship-*.json")):
-        record = read_record(path, "variants")
+        record = read_record(path, "variants", "trained_by")
         header, *rows = shipped_rows(record)
         data, machine = record["data"], record["hardware"]
         lines += [
