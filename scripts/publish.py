@@ -307,7 +307,7 @@ def shipped_rows(record: dict) -> list[list[str]]:
 
 
 def shipped_tables() -> str:
-    """The records of scripts/ship.py, a table each, and the curve of pruning, in Markdown."""
+    """The records of scripts/ship.py, a table each, and what pruning cost and distillation gained, in Markdown."""
     lines = []
     for path in sorted(RESULTS.glob("ship-*.json")):
         record = read_record(path, "variants", "trained_by")
@@ -331,8 +331,7 @@ def shipped_tables() -> str:
             lost = 100 * (whole - mean(runs, "accuracy"))
             lines.append(
                 f"| {100 * share:.0f} % of the {kind} | {mean(runs, 'nonzero_weights'):,.0f} "
-                f"| {figure(runs, 'accuracy')} | {lost:.2f} "
-                f"| {seeds(runs)} |"
+                f"| {figure(runs, 'accuracy')} | {lost:.2f} | {seeds(runs)} |"
             )
         lines += ["", "![Test accuracy by the number of weights that are left](results/pruning.png)", ""]
     taught = [read_record(path, "runs")["runs"] for path in RESULTS.glob("distillation*.json")]
