@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 
-def start_run(config: SharedConfig) -> "Run":
+def start_run(config: SharedConfig, **files: str) -> "Run":
     """Sets up hardware and seeds as `config` says, and chooses the run directory.
 
     Until training begins, a mistake in the data can still end the run, and that shall leave nothing behind:
@@ -39,10 +39,12 @@ def start_run(config: SharedConfig) -> "Run":
 
     Args:
         config: the whole configuration. The file its class stands in gives the recipe's name.
+        files: paths of what the training starts from beside its data, such as a teacher's model, by the names of
+            their flags; or empty.
 
     Raises:
-        UserError: a hardware flag that does not fit the machine, a directory that can't be used, or with
-            `--resume` a run with another configuration.
+        UserError: a hardware flag that does not fit the machine, a directory or one of `files` that can't be
+            used, or with `--resume` a run with another configuration or other content of `files`.
         AlreadyFinishedError: the run to resume has its result.
     """
     started = time.perf_counter()
@@ -55,11 +57,16 @@ def start_run(config: SharedConfig) -> "Run":
     machine = describe_machine()
     choices = choose(machine, config, len(workers))
     chosen = {name: value for name, (value, _) in choices.items()}
-    settings = {"recipe": recipe, "config": dataclasses.asdict(config), "chosen": chosen, "resumed": 0}
+    settings = {"recipe": recipe, "config": dataclasses.asdict(config), "chosen": {**chosen}, "resumed": 0}
+    for name, path in files.items():
+        try:
+            settings["chosen"][f"{name}'s content"] = path and file_sha256(pathlib.Path(path))
+        except OSError as error:
+            raise UserError(f"--{name} {path}: can't be read ({error.strerror}); give another file") from error
     cluster = Cluster()
     if chosen["strategy"] == "multi-worker":
         cluster = joined_cluster(workers, index, config.cluster_timeout)
-        same = {"recipe": recipe, **settings["config"], **chosen}
+        same = {"recipe": recipe, **settings["config"], **settings["chosen"]}
         cluster.compare({key: value for key, value in same.items() if key not in {*BESIDE_TRAINING, "threads", "data"}})
     directory, settings, checkpoint = _open_directory(recipe, config, settings, cluster)
     # The same layer names in the second run of a process as in the first; before `apply`, as it also

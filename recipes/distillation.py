@@ -78,11 +78,9 @@ def teacher_logits(path: pathlib.Path, data: Data) -> np.ndarray:
                 raise ValueError("no probabilities of these classes")
             np.savez(part, logits=np.log(answers + 1e-7))
             os.replace(part, kept)
-        return np.load(kept)["logits"]
+        return np.load(kept)["logits"].reshape(len(data.train) + len(data.validation), len(data.class_names))
     except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        wrong = (
-            "no model with these classes, for these images, in a folder to write to; or logits-*.npz there is damaged"
-        )
+        wrong = "no model for these images and classes in a folder to write to, or logits-*.npz there is damaged"
         raise UserError(f"--teacher {path}: {wrong}; give a run's model.keras, or remove those") from error
 
 
@@ -100,7 +98,7 @@ def with_teacher(student: keras.Model, config: Config) -> keras.distillation.Dis
 
 
 def train(config: Config, data: Data | None = None) -> dict[str, float]:
-    run = start_run(config)
+    run = start_run(config, teacher=config.teacher)
     data = data or load_data(config)
     steps = steps_per_epoch(data.train, config.batch_size)
 

@@ -1,5 +1,6 @@
 """Distillation, pruning and quantization: what each promises beyond what every recipe does."""
 
+import dataclasses
 import json
 
 from common import artefacts
@@ -139,6 +140,10 @@ def test_a_student_of_the_teacher_alone_comes_to_answer_as_it_does(tmp_path):
     assert confusion[:, 3].sum() == confusion.sum()
     losses = [epoch["distillation_loss"] for epoch in result["history"]]
     assert losses[-1] < losses[0] / 3
+    teacher.get_layer("logits").set_weights([kernel, bias])
+    teacher.save(tmp_path / "teacher.keras")
+    with pytest.raises(UserError, match=r"^--resume: .*teacher's content was '\w{64}' and is '\w{64}'; "):
+        recipe.train(dataclasses.replace(config, resume=True), data)
 
 
 def absent(folder, data):
@@ -202,11 +207,19 @@ def nothing_is_left_of_what_it_said(folder, data):
     return path
 
 
+def what_it_said_is_of_other_images(folder, data):
+    path = what_it_said_is_damaged(folder, data)
+    (kept,) = folder.glob("logits-*")
+    np.savez(kept, logits=np.zeros([7, 3]))
+    return path
+
+
 @pytest.mark.parametrize(
     "trouble",
     [
         *(absent, no_model, of_other_classes, of_other_images, of_as_many_other_classes, unsure_of_anything),
         *(a_byte_is_another, what_it_said_is_damaged, nothing_is_left_of_what_it_said),
+        what_it_said_is_of_other_images,
     ],
 )
 def test_a_teacher_that_can_not_teach_is_named(tmp_path, trouble):
