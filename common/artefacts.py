@@ -227,6 +227,8 @@ def load(path: pathlib.Path, threads: int = 0) -> Artefact:
         return Artefact(describe(result, model), keras_answer(model))
     try:
         notes, answer = read(path, threads)
+        if DESCRIPTION not in notes:
+            raise UserError(f"{path}: not written by scripts/export.py; give the folder of its run, or export that")
         description = json.loads(notes[DESCRIPTION])
         if TOKENIZER in notes:
             return Artefact(description, _behind_tokenizer(notes[TOKENIZER], answer))

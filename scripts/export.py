@@ -9,6 +9,7 @@ file and through the Keras model; when their answers differ by more than the tol
 class, the file is not kept and the exit code is 3.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -85,11 +86,12 @@ def export(
     """
     suffix = artefacts.SUFFIXES[form]
     if suffix and path.suffix != suffix:
-        raise UserError(f"-o {path}: the name must end in {suffix}")
+        raise UserError(f"{path}: the name must end in {suffix}")
     if suffix and path.is_dir():
-        raise UserError(f"-o {path}: is a folder; name a file")
+        raise UserError(f"{path}: is a folder; remove it or name a file")
     if not suffix and path.exists() and not is_saved_model(path):
-        raise UserError(f"-o {path}: is there, and not just a SavedModel; name a new folder")
+        raise UserError(f"{path}: is there, and not just a SavedModel; name a new folder")
+    made = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -103,7 +105,13 @@ def export(
                 os.replace(part, path)
                 write_file(path.with_name(path.name + ".parity.json"), json.dumps(parity, indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"{error.filename or path}: {error.strerror}; choose another place with -o") from error
+        raise UserError(
+            f"{error.filename or path}: {error.strerror}; make room there or choose another place"
+        ) from error
+    finally:
+        for parent in made:
+            with contextlib.suppress(OSError):  # It holds the artefact.
+                parent.rmdir()
     return parity
 
 

@@ -5,7 +5,7 @@
 
 The model goes through scripts/export.py in every format and with every quantization: for LiteRT weights in int8
 (dynamic), weights in float16, or weights and calculations in int8; for networks of dense and embedding layers alone
-also Keras' own int8. For each: size on disk; parameters, and how many are not zero;
+also Keras' own int8. For each: size on disk; the model's parameters, and how many are not zero;
 accuracy, or mean squared error, on the whole test split, as the artefact answers; the time of one call with one input
 and with 64, with one thread and with one per core, as the median over rounds in which the artefacts take turns, each in
 a process of its own; and the memory that a process holds more with it. ONNX needs the packages of `[export]`, and is
@@ -130,18 +130,23 @@ def latencies(paths: dict[str, pathlib.Path], inputs: pathlib.Path, rounds: int)
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # Ctrl-C is for this process, which ends them.
         )
         for name, path in paths.items()
         for threads in (1, 0)
     }
     found = {key: {batch: [] for batch in BATCHES} for key in workers}
-    for _ in range(rounds):
-        for key, worker in workers.items():
-            for batch in BATCHES:
-                worker.stdin.write(f"{batch}\n")
-                worker.stdin.flush()
-                found[key][batch].append(float(worker.stdout.readline()))
-    memory = {key: int(worker.communicate()[0]) for key, worker in workers.items()}
+    try:
+        for _ in range(rounds):
+            for key, worker in workers.items():
+                for batch in BATCHES:
+                    worker.stdin.write(f"{batch}\n")
+                    worker.stdin.flush()
+                    found[key][batch].append(float(worker.stdout.readline()))
+        memory = {key: int(worker.communicate()[0]) for key, worker in workers.items()}
+    finally:
+        for worker in workers.values():
+            worker.kill()
     return {
         name: {
             "seconds": {

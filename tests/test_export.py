@@ -106,6 +106,10 @@ def test_an_export_that_answers_otherwise_is_refused(run_of, form, tmp_path, mon
     assert ended.value.code == 3
     assert "parity failed" in capsys.readouterr().err
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    monkeypatch.setattr("sys.argv", [*words[:-1], str(tmp_path / "new" / "place" / path.name)])
+    with pytest.raises(SystemExit):
+        export.main()
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("form", sorted(artefacts.SUFFIXES))
@@ -165,12 +169,15 @@ def test_sixteen_bits_are_for_training_only():
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (("--format", "litert", "-o", "model.onnx"), "-o model.onnx: the name must end in .tflite"),
-        (("--format", "saved_model", "-o", "full"), "-o full: is there, and not just a SavedModel; name a new folder"),
-        (("--format", "litert", "-o", "kept.tflite"), "-o kept.tflite: is a folder; name a file"),
+        (("--format", "litert", "-o", "model.onnx"), "model.onnx: the name must end in .tflite"),
+        (("--format", "saved_model", "-o", "full"), "full: is there, and not just a SavedModel; name a new folder"),
+        (("--format", "litert", "-o", "kept.tflite"), "kept.tflite: is a folder; remove it or name a file"),
         (("--format", "litert", "--tolerance", "nan"), "--tolerance nan: give a number from 0"),
         (("--format", "litert", "--tolerance", "-1"), "--tolerance -1.0: give a number from 0"),
-        (("--format", "onnx", "-o", "full/x/model.onnx"), "full/x: File exists; choose another place with -o"),
+        (
+            ("--format", "onnx", "-o", "full/x/model.onnx"),
+            "full/x: File exists; make room there or choose another place",
+        ),
     ],
 )
 def test_places_that_can_not_be_written(run_of, words, line, tmp_path, monkeypatch):
@@ -222,6 +229,8 @@ def test_files_that_are_no_artefact(run_of, tmp_path):
         (tmp_path / name).write_bytes(b"nothing of the kind")
         with pytest.raises(UserError, match=rf"{name}: can't be read \(.*\); export it again"):
             artefacts.load(tmp_path / name)
+    with pytest.raises(UserError, match=r"model\.keras: not written by scripts/export\.py; give the folder of its run"):
+        artefacts.load(run_of("mnist_cnn") / "model.keras")
 
 
 def test_the_command(run_of, tmp_path):
