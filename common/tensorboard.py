@@ -71,7 +71,8 @@ class Logs(keras.callbacks.TensorBoard):
 
         Keras has one for each metric, and together they take longer than the shortest epochs.
         """
-        values: dict[str, dict[str, float]] = {"train": {"learning_rate": float(self.model.optimizer.learning_rate)}}
+        learning_rate = keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)  # Of several replicas too.
+        values: dict[str, dict[str, float]] = {"train": {"learning_rate": float(learning_rate)}}
         for name, value in (logs or {}).items():
             run = "validation" if name.startswith("val_") else "train"
             values.setdefault(run, {})[name.removeprefix("val_")] = value

@@ -66,7 +66,7 @@ def start(command: list[str], cwd: pathlib.Path, **environment: str) -> subproce
 def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     """Exit code, output and errors of each; a process that hangs is killed, and fails the test."""
     try:
-        outputs = [process.communicate(timeout=400) for process in processes]
+        outputs = [process.communicate(timeout=1800) for process in processes]
     finally:
         for process in processes:
             process.kill()
