@@ -58,7 +58,7 @@ def run_recipe(train: Callable[[Any], dict], config_class: type, description: st
     sys.exit(code)
 
 
-def start_run(config: SharedConfig) -> "Run":
+def start_run(config: SharedConfig, **files: str) -> "Run":
     """Sets up hardware and seeds, and chooses the run directory."""
     # A class typed into a notebook stands in no file.
     recipe = pathlib.Path(getattr(sys.modules[type(config).__module__], "__file__", "notebook")).stem
@@ -73,7 +73,9 @@ def start_run(config: SharedConfig) -> "Run":
     keras.utils.clear_session()
     strategy = choose_strategy(config)
     keras.utils.set_random_seed(config.seed)
-    return Run(recipe, config, directory, strategy)
+    run = Run(recipe, config, directory, strategy)
+    run.files = {name: os.path.isfile(path) and file_sha256(pathlib.Path(path)) for name, path in files.items()}
+    return run
 
 
 def choose_strategy(config: SharedConfig) -> tf.distribute.Strategy:
@@ -119,7 +121,7 @@ class Run(keras.callbacks.Callback):
 
     def callbacks(self, data: Data, augment: Augment | None = None, more=()) -> list[keras.callbacks.Callback]:
         """Makes the run directory, and gives the callbacks for `fit`: this run, and TensorBoard."""
-        self.data = {"source": data.source, "name": data.name, "digest": data.digest(), **data.counts()}
+        self.data = {"source": data.source, "name": data.name, "digest": data.digest(), **data.counts(), **self.files}
         settings = {"recipe": self.recipe, "config": dataclasses.asdict(self.config), "data": self.data}
         try:
             (self.directory / "plots").mkdir(parents=True, exist_ok=True)
@@ -129,7 +131,7 @@ class Run(keras.callbacks.Callback):
                     if name not in BESIDE_TRAINING and before["config"][name] != value:
                         raise UserError(f"--resume: {name} was {before['config'][name]!r}; give the same flags")
                 if before["data"] != self.data:
-                    raise UserError(f"--resume: {data.name} is not the data that this run began with; bring it back")
+                    raise UserError(f"--resume: {data.name} or a file is not what this run began with; bring it back")
             write_file(self.directory / "config.json", sealed(settings))
         except OSError as error:
             raise UserError(f"--run-dir {self.directory}: {error.strerror}; choose another folder") from error
