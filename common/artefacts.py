@@ -75,8 +75,8 @@ def save(
         description: see `describe`.
         form: keras, saved_model, litert or onnx.
         path: a new file with the suffix of the form; for a SavedModel a new folder.
-        quantization: one of `QUANTIZATIONS` of the form. dynamic: weights in int8, from which each calculation makes
-            float32 again; float16: weights in float16; int8: weights and calculations in int8. In Keras, int8 is for
+        quantization: one of `QUANTIZATIONS` of the form. dynamic: weights in int8, and for as long as a layer
+            calculates its inputs too; float16: weights in float16; int8: all in int8. In Keras, int8 is for
             dense and embedding layers, whose inputs it scales as they come.
         examples: inputs [n, *shape] of the model that show how large the numbers inside become: for int8 in LiteRT.
 
@@ -284,6 +284,8 @@ def _in_batches(answer: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndar
 
 
 def _zip_notes(path: pathlib.Path) -> dict[str, bytes]:
+    if not zipfile.is_zipfile(path):  # LiteRT alone writes no archive.
+        return {}
     with zipfile.ZipFile(path) as archive:
         return {name: archive.read(name) for name in (DESCRIPTION, TOKENIZER) if name in archive.namelist()}
 

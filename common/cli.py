@@ -143,6 +143,8 @@ def warn(line: str) -> None:
 
 def run_script(main: Callable[[], None]) -> None:
     """The whole of a script: a `UserError` ends it with one line and exit code 2, Ctrl-C with 130 as in a shell."""
+    # Python would end at once, and leave temporary files and what else a script ends and removes behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         main()
     except UserError as error:

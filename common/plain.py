@@ -160,7 +160,7 @@ class Run(keras.callbacks.Callback):
         self.state |= {"epochs": epoch + 1, "steps": step, "variables": f"checkpoints/step-{step}"}
         self.checkpoint.write(str(self.directory / self.state["variables"]))
         write_file(self.directory / "state.json", json.dumps(self.state))  # From now on, this checkpoint counts.
-        for old in set(self.directory.glob("checkpoints/*")) - set(self.directory.glob(f"checkpoints/step-{step}.*")):
+        for old in set(self.directory.glob("checkpoints/*.*")) - set(self.directory.glob(f"checkpoints/step-{step}.*")):
             old.unlink()
 
     def finish(self, model: keras.Model, data: Data, report: "Report", beside: dict[str, float]) -> dict[str, float]:

@@ -116,9 +116,9 @@ def resumed_settings(directory: pathlib.Path, settings: dict[str, Any]) -> dict[
             f"--run-dir {directory}: a run of {before['recipe']}, not of {settings['recipe']}; choose another"
         )
     differing = {}
-    for part in ("config", "chosen"):
-        for name in {**before[part], **settings[part]}:
-            old, new = before[part].get(name), settings[part].get(name)
+    for part in ("config", "chosen", "files"):
+        for name in {**before.get(part, {}), **settings[part]}:  # Older runs name no files.
+            old, new = before.get(part, {}).get(name), settings[part].get(name)
             exact = part == "config" or name != "threads" or settings["config"]["deterministic"]
             if old != new and exact and name not in BESIDE_TRAINING:
                 differing[name] = f"{name} was {old!r} and is {new!r}"

@@ -57,16 +57,16 @@ def start_run(config: SharedConfig, **files: str) -> "Run":
     machine = describe_machine()
     choices = choose(machine, config, len(workers))
     chosen = {name: value for name, (value, _) in choices.items()}
-    settings = {"recipe": recipe, "config": dataclasses.asdict(config), "chosen": {**chosen}, "resumed": 0}
+    settings = {"recipe": recipe, "config": dataclasses.asdict(config), "chosen": chosen, "resumed": 0, "files": {}}
     for name, path in files.items():
         try:
-            settings["chosen"][f"{name}'s content"] = path and file_sha256(pathlib.Path(path))
+            settings["files"][name] = path and file_sha256(pathlib.Path(path))
         except OSError as error:
             raise UserError(f"--{name} {path}: can't be read ({error.strerror}); give another file") from error
     cluster = Cluster()
     if chosen["strategy"] == "multi-worker":
         cluster = joined_cluster(workers, index, config.cluster_timeout)
-        same = {"recipe": recipe, **settings["config"], **settings["chosen"]}
+        same = {"recipe": recipe, **settings["config"], **chosen, **settings["files"]}
         cluster.compare({key: value for key, value in same.items() if key not in {*BESIDE_TRAINING, "threads", "data"}})
     directory, settings, checkpoint = _open_directory(recipe, config, settings, cluster)
     # The same layer names in the second run of a process as in the first; before `apply`, as it also
@@ -255,6 +255,7 @@ class Run:
             "examples_per_second": watch.examples / watch.seconds if watch.examples else None,
             "weights_sha256": weights_sha256(model),
             "hardware": self.hardware,
+            "files": self.settings["files"],
             **provenance(),
             "class_names": data.class_names,
             "columns": data.columns,

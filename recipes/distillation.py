@@ -80,8 +80,8 @@ def teacher_logits(path: pathlib.Path, data: Data) -> np.ndarray:
             os.replace(part, kept)
         return np.load(kept)["logits"].reshape(len(data.train) + len(data.validation), len(data.class_names))
     except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        wrong = "no model for these images and classes in a folder to write to, or logits-*.npz there is damaged"
-        raise UserError(f"--teacher {path}: {wrong}; give a run's model.keras, or remove those") from error
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--teacher {path}: {reason}; give another model.keras, or remove logits-*.npz") from error
 
 
 def with_teacher(student: keras.Model, config: Config) -> keras.distillation.Distiller:

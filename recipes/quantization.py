@@ -66,8 +66,8 @@ def build_model(config: Config, data: Data) -> keras.Model:
 def quantized(model: keras.Model, kind: str, path: pathlib.Path, images: np.ndarray) -> pathlib.Path:
     """Writes a LiteRT model, and returns its path.
 
-    dynamic: weights in int8, from which each calculation makes float32 again; float16: weights in float16; int8:
-    weights and calculations in int8, for which the range of every activation must be known: `images` show it.
+    dynamic: weights in int8, and for as long as a layer calculates its inputs too; float16: weights in float16;
+    int8: all in int8, for which the range of every activation must be known beforehand: `images` show it.
     """
     settings = {} if kind == "float32" else {"optimizations": [tf.lite.Optimize.DEFAULT]}
     if kind == "float16":

@@ -4,9 +4,9 @@
     python scripts/export.py runs/my_run --format litert --quantize int8
     python scripts/export.py runs/my_run --format saved_model -o /srv/models/digits/1
 
-Class names and the handling of raw inputs go along. At least 1,000 inputs of the run's own data go through the new
-file and through the Keras model; when their answers differ by more than the tolerance, or most of them name another
-class, the file is not kept and the exit code is 3.
+Class names and the handling of raw inputs go along. 1,000 inputs of the run's own data, or all where there are fewer,
+go through the new file and through the Keras model; when their answers differ by more than the tolerance, or most of
+them name another class, the file is not kept and the exit code is 3.
 """
 
 import contextlib

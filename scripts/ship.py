@@ -9,7 +9,8 @@ also Keras' own int8. For each: size on disk; the model's parameters, and how ma
 accuracy, or mean squared error, on the whole test split, as the artefact answers; the time of one call with one input
 and with 64, with one thread and with one per core, as the median over rounds in which the artefacts take turns, each in
 a process of its own; and the memory that a process holds more with it. ONNX needs the packages of `[export]`, and is
-left out without them. Written to results/ship-RECIPE.json and README.md, but for a run of `--smoke`.
+left out without them. Written to results/ship-RECIPE.json and README.md, but for runs of `--smoke`, on a sample or on
+files of your own.
 """
 
 import dataclasses
@@ -48,8 +49,10 @@ def main() -> None:
     arguments = parser.parse_args()
     record = ship(arguments.run_dir, arguments.data_dir, arguments.rounds)
     Console(width=max(Console().width, 140)).print(as_table(record))  # Cut figures say nothing.
-    if record["smoke"]:
-        print("not recorded: a smoke run")
+    if record["smoke"] or record["data"]["source"] in ("sample", "files"):
+        print(
+            f"not recorded: a run on {record['data']['name']} ({record['data']['source']}), not on all of the real data"
+        )
         return
     path = ROOT / "results" / f"ship-{record['recipe']}.json"
     path.parent.mkdir(exist_ok=True)

@@ -1,4 +1,7 @@
 import dataclasses
+import signal
+import subprocess
+import sys
 
 from common.cli import (
     Count,
@@ -93,3 +96,26 @@ def test_exit_codes(monkeypatch, capsys, raised, code, line):
         run_recipe(train, Config)
     assert left.value.code == code
     assert capsys.readouterr() == ("", line)
+
+
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "interrupted\n"), (signal.SIGTERM, "")])
+def test_a_script_that_is_stopped_leaves_nothing_behind(number, said, tmp_path):
+    """And ends as a shell expects it of the signal."""
+    words = [sys.executable, "-c", STOPPED, str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as script:
+        assert script.stdout.readline() == "at work\n", script.stderr.read()
+        script.send_signal(number)
+        assert script.stderr.read() == said
+    assert script.returncode == 128 + number
+    assert not list(tmp_path.iterdir())
+
+
+STOPPED = """
+import sys, tempfile, time
+from common.cli import run_script
+def main():
+    with tempfile.TemporaryDirectory(dir=sys.argv[1]):
+        print("at work", flush=True)
+        time.sleep(600)
+run_script(main)
+"""

@@ -142,7 +142,7 @@ def test_a_student_of_the_teacher_alone_comes_to_answer_as_it_does(tmp_path):
     assert losses[-1] < losses[0] / 3
     teacher.get_layer("logits").set_weights([kernel, bias])
     teacher.save(tmp_path / "teacher.keras")
-    with pytest.raises(UserError, match=r"^--resume: .*teacher's content was '\w{64}' and is '\w{64}'; "):
+    with pytest.raises(UserError, match=r"^--resume: .*teacher was '\w{64}' and is '\w{64}'; "):
         recipe.train(dataclasses.replace(config, resume=True), data)
 
 

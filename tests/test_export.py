@@ -231,6 +231,9 @@ def test_files_that_are_no_artefact(run_of, tmp_path):
             artefacts.load(tmp_path / name)
     with pytest.raises(UserError, match=r"model\.keras: not written by scripts/export\.py; give the folder of its run"):
         artefacts.load(run_of("mnist_cnn") / "model.keras")
+    artefacts.load_run(run_of("linear_regression"))[1].export(tmp_path / "bare.tflite", format="litert", verbose=False)
+    with pytest.raises(UserError, match=r"bare\.tflite: not written by scripts/export\.py; give the folder of its run"):
+        artefacts.load(tmp_path / "bare.tflite")
 
 
 def test_the_command(run_of, tmp_path):
