@@ -381,7 +381,10 @@ def pruning_curve() -> Figure | None:
 
 def distributed_table() -> str:
     """What several workers and a strategy cost, in Markdown."""
-    lines = ["| cifar10_cnn, two epochs | images per second | test accuracy | pairs |", "|---|---|---|---|"]
+    lines = [
+        "| cifar10_cnn, two epochs | images per second | test accuracy | pairs | machine |",
+        "|---|---|---|---|---|",
+    ]
     for name, label in (
         ("workers", "two workers instead of one process, on the same cores"),
         ("strategy", "a strategy with one replica instead of none"),
@@ -392,7 +395,7 @@ def distributed_table() -> str:
             points = record["largest_difference_of_test_accuracy_in_points"]
             lines.append(
                 f"| {label} | {record['median_ratio_images_per_second']:.2f} times as many "
-                f"| at most {points:.2f} points apart | {len(record['pairs'])} |"
+                f"| at most {points:.2f} points apart | {len(record['pairs'])} | {hardware([record])} |"
             )
     return "\n".join(lines) if len(lines) > 2 else "Not yet measured."
 
