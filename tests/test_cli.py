@@ -101,6 +101,7 @@ def test_exit_codes(monkeypatch, capsys, raised, code, line):
 @pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "interrupted\n"), (signal.SIGTERM, "")])
 def test_a_script_that_is_stopped_leaves_nothing_behind(number, said, tmp_path):
     """And ends as a shell expects it of the signal."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # What a shell starts in the background ignores it.
     words = [sys.executable, "-c", STOPPED, str(tmp_path)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as script:
         assert script.stdout.readline() == "at work\n", script.stderr.read()
