@@ -117,8 +117,9 @@ def resumed_settings(directory: pathlib.Path, settings: dict[str, Any]) -> dict[
         )
     differing = {}
     for part in ("config", "chosen", "files"):
-        for name in {**before.get(part, {}), **settings[part]}:  # Older runs name no files.
-            old, new = before.get(part, {}).get(name), settings[part].get(name)
+        was = before.get(part, {})  # Older runs name no files.
+        for name in {**was, **settings[part]}:
+            old, new = was.get(name), settings[part].get(name)
             exact = part == "config" or name != "threads" or settings["config"]["deterministic"]
             if old != new and exact and name not in BESIDE_TRAINING:
                 differing[name] = f"{name} was {old!r} and is {new!r}"

@@ -69,6 +69,18 @@ def test_no_figure_is_cut(shipped, monkeypatch, capsys):
     assert f"{record['variants']['onnx']['bytes'] / 1024:,.0f}" in printed
 
 
+@pytest.mark.parametrize(("source", "smoke"), [("tfds", True), ("sample", False), ("files", False)])
+def test_only_runs_on_all_of_the_real_data_are_recorded(shipped, source, smoke, tmp_path, monkeypatch, capsys):
+    directory, record = shipped
+    record = {**record, "smoke": smoke, "data": {**record["data"], "source": source}}
+    monkeypatch.setattr(ship, "ROOT", tmp_path)
+    monkeypatch.setattr(ship, "ship", lambda *_: record)
+    monkeypatch.setattr(sys, "argv", ["ship.py", str(directory)])
+    ship.main()
+    assert f"not recorded: a run on {record['data']['name']} ({source})" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_answers_otherwise_ends_it(shipped, tmp_path, monkeypatch, capsys):
     directory, _ = shipped
     shutil.copytree(directory, tmp_path / "run", ignore=shutil.ignore_patterns("exported"))
