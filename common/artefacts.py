@@ -162,6 +162,22 @@ def _specification(model: keras.Model) -> tf.TensorSpec:
     return tf.TensorSpec(taken.shape, taken.dtype, taken.name)
 
 
+def _decoded(file: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
+    """The bytes of a picture file as uint8 of `shape`, as `user_files.read_image` has it.
+
+    But for a few of 255 steps in decoding and rounding, and that TensorFlow knows nothing of EXIF's rotation, nor of
+    what is transparent. `tf.image.resize_with_pad` rounds sizes and margins otherwise, which can move all by a pixel.
+    """
+    height, width, channels = shape
+    image = tf.io.decode_image(file, channels, expand_animations=False)
+    place, size = tf.constant([height, width], tf.float64), tf.cast(tf.shape(image)[:2], tf.float64)
+    inside = tf.maximum(tf.round(size * tf.reduce_min(place / size)), 1)
+    top, left = tf.unstack(tf.cast(tf.round((place - inside) / 2), tf.int32))
+    image = tf.image.resize(image, tf.cast(inside, tf.int32), tf.image.ResizeMethod.BICUBIC, antialias=True)
+    image = tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)
+    return tf.image.pad_to_bounding_box(image, top, left, height, width)
+
+
 def _save_for_serving(model: keras.Model, path: pathlib.Path) -> None:
     """A SavedModel with two signatures: `serving_default` takes what people send, `inputs` what the model takes.
 
@@ -175,14 +191,9 @@ def _save_for_serving(model: keras.Model, path: pathlib.Path) -> None:
         outputs = of_one(inputs, training=False)
         return outputs if isinstance(outputs, dict) else {"value": outputs}
 
-    def pixels(file: tf.Tensor) -> tf.Tensor:
-        height, width, channels = taken.shape[1:]
-        image = tf.io.decode_image(file, channels, expand_animations=False)
-        image = tf.image.resize_with_pad(image, height, width, tf.image.ResizeMethod.BICUBIC, antialias=True)
-        return tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)
-
     def answer_files(files: tf.Tensor) -> dict[str, tf.Tensor]:
-        return answer(tf.map_fn(pixels, files, fn_output_signature=tf.TensorSpec(taken.shape[1:], tf.uint8)))
+        one = tf.TensorSpec(taken.shape[1:], tf.uint8)
+        return answer(tf.map_fn(lambda file: _decoded(file, one.shape), files, fn_output_signature=one))
 
     archive = keras.export.ExportArchive()
     archive.track(of_one)

@@ -46,6 +46,11 @@ def newest_checkpoint(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any
     return None
 
 
+def _key(kind: str, number: int) -> str:
+    """The name of a tensor in a checkpoint, as `tf.train.Checkpoint` gives it to lists of variables."""
+    return f"{kind}/{number}/.ATTRIBUTES/VARIABLE_VALUE"
+
+
 def _tensors(checkpoint: pathlib.Path) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
         # TensorFlow would take a [ in a path for a pattern.
@@ -221,8 +226,15 @@ class Checkpoints(keras.callbacks.Callback):
         try:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-            saved = tf.train.Checkpoint(variables=variables, arrays=[tf.Variable(array) for array in arrays])
-            saved.write(str(part / "variables"))
+            tensors = {_key("variables", number): each for number, each in enumerate(variables)}
+            tensors |= {_key("arrays", number): each for number, each in enumerate(arrays)}
+            # As `tf.train.Checkpoint` does, which builds and traces a graph before.
+            tf.raw_ops.SaveV2(
+                prefix=str(part / "variables"),
+                tensor_names=list(tensors),
+                shape_and_slices=[""] * len(tensors),
+                tensors=list(map(tf.convert_to_tensor, tensors.values())),
+            )
             state = {
                 "epoch": epoch,
                 "batch": batch,
@@ -270,7 +282,7 @@ class Checkpoints(keras.callbacks.Callback):
         tensors = self.cluster.from_chief(_tensors(checkpoint) if self.cluster.chief else None)
 
         def stored(kind: str, number: int) -> np.ndarray:
-            return tensors[f"{kind}/{number}/.ATTRIBUTES/VARIABLE_VALUE"]
+            return tensors[_key(kind, number)]
 
         for number, variable in enumerate(self._variables()):
             variable.assign(stored("variables", number))

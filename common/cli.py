@@ -122,7 +122,7 @@ def _number(kind: type, lowest: float, below: float, text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from error
     if not lowest <= value < below:
         limits = f"at least {lowest:,}" + (f" and less than {below:,}" if below < math.inf else "")
-        raise argparse.ArgumentTypeError(f"{value} must be {limits}")
+        raise argparse.ArgumentTypeError(f"{value} must be {'finite' if value == math.inf else limits}")
     return value
 
 

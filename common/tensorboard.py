@@ -84,6 +84,10 @@ class Logs(keras.callbacks.TensorBoard):
                 tf.summary.experimental.write_raw_pb(summary.SerializeToString())
         super().on_epoch_end(epoch)  # The histograms.
 
+    def on_train_batch_end(self, batch, logs=None):
+        """Without the metrics so far: Keras makes a summary of each, and then writes none but those of epochs."""
+        super().on_train_batch_end(batch)
+
     def on_test_end(self, logs=None):
         """Nothing: Keras writes the metrics of validation once more here, by step."""
 

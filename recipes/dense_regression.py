@@ -27,8 +27,8 @@ CAUSES, COLUMNS, NOISE = 6, 1000, 0.5
 class Config(SharedConfig):
     epochs: Count = 20  # passes over the training examples
     batch_size: Count = 256  # examples per step, over all devices together
-    learning_rate: Positive = 0.001  # step size of AdamW
-    weight_decay: float = 0.2  # pull of AdamW on the weights towards zero
+    learning_rate: Positive = 0.001  # highest step size of AdamW, which falls to zero along a cosine
+    weight_decay: float = 1.0  # pull of AdamW on the weights towards zero
     target: str = "target"  # the column to predict, with --data FILE.csv
 
 
@@ -72,13 +72,14 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     steps = steps_per_epoch(data.train, config.batch_size)
     with run.strategy.scope():
         model = build_model(config, data)
+        learning_rate = keras.optimizers.schedules.CosineDecay(config.learning_rate, config.epochs * steps)
         model.compile(
-            optimizer=keras.optimizers.AdamW(config.learning_rate, weight_decay=config.weight_decay),
+            optimizer=keras.optimizers.AdamW(learning_rate, weight_decay=config.weight_decay),
             loss="mse",
             # The share of the variance that is left: whatever the unit of the target, gradients are of one size.
             loss_weights=1 / max(float(np.var(data.train.targets)), 1e-30),
             metrics=["mse", "mae"],
-            steps_per_execution=steps_per_execution(steps, run.strategy),
+            steps_per_execution=steps_per_execution(steps, run.strategy, at_most=128),
             # XLA joins a step's many small operations. Left to itself, Keras leaves it off on a CPU.
             jit_compile=run.strategy.num_replicas_in_sync == 1 and not config.deterministic,
         )

@@ -6,7 +6,7 @@
 
 Class names and the handling of raw inputs go along. 1,000 inputs of the run's own data, or all where there are fewer,
 go through the new file and through the Keras model; when their answers differ by more than the tolerance, or most of
-them name another class, the file is not kept and the exit code is 3.
+them name another class, nothing is written and the exit code is 3; what an earlier export left there stays.
 """
 
 import contextlib
@@ -61,7 +61,8 @@ def main() -> None:
     same = f"largest difference {parity['largest_difference']:.2g}, {parity['equal_answers']:.2%} equal answers"
     print(f"parity with the Keras model: {parity['inputs']:,} inputs, {same}")
     if not parity["passed"]:
-        print(f"parity failed: {path} is not kept; tolerance {tolerance:g}", file=sys.stderr)
+        stays = "; what is there is of an earlier export" if path.exists() else ""
+        print(f"parity failed, tolerance {tolerance:g}: {path} is not written{stays}", file=sys.stderr)
         sys.exit(3)
     print(f"exported: {path}")
 
