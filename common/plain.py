@@ -91,10 +91,12 @@ def choose_strategy(config: SharedConfig) -> tf.distribute.Strategy:
         tf.config.threading.set_inter_op_parallelism_threads(config.threads)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
-    capabilities = [tf.config.experimental.get_device_details(gpu).get("compute_capability") for gpu in gpus]
-    newer = all((capability or (0, 0)) >= (8, 0) for capability in capabilities)
-    automatic = "float32" if not gpus else "mixed_bfloat16" if newer else "mixed_float16"
-    keras.config.set_dtype_policy(automatic if config.precision == "auto" else config.precision)
+    precision = config.precision
+    if precision == "auto":
+        capabilities = [tf.config.experimental.get_device_details(gpu).get("compute_capability") for gpu in gpus]
+        newer = all((capability or (0, 0)) >= (8, 0) for capability in capabilities)
+        precision = "float32" if not gpus else "mixed_bfloat16" if newer else "mixed_float16"
+    keras.config.set_dtype_policy(precision)
     cure_adam()
     cure_fusion()
     if devices == 1 and config.strategy != "mirrored":
@@ -368,6 +370,7 @@ def read_csv(path: pathlib.Path, columns: list[str]) -> pd.DataFrame:
         raise UserError(f"{path}: not readable as CSV ({error}); save it as UTF-8 with commas") from error
     if names.duplicated().any() or table.empty:
         raise UserError(f"{path}: needs rows, and a name of its own for each column; add them")
-    for column in set(columns) - set(table):
-        raise UserError(f"{path}: no column {column!r} among {', '.join(table)}; name another")
+    for column in columns:
+        if column not in table:
+            raise UserError(f"{path}: no column {column!r} among {', '.join(table)}; name another")
     return table

@@ -8,6 +8,7 @@ Run       python recipes/distillation.py
 """
 
 import dataclasses
+import hashlib
 import os
 import pathlib
 import zipfile
@@ -64,9 +65,9 @@ def build_model(config: Config, data: Data, width: int = 1) -> keras.Model:
 
 def teacher_logits(path: pathlib.Path, data: Data) -> np.ndarray:
     """What the teacher says of the images of train, then of validation: [n, classes]. Kept beside its model."""
-    file, part = path, path.with_name(f"part-{os.getpid()}.npz")  # `file`: the one at fault, if one is.
     try:
-        kept = path.with_name(f"logits-{file_sha256(path)[:12]}-{data.digest()[:12]}.npz")
+        origin = hashlib.sha256(f"{file_sha256(path)} {data.digest()}".encode()).hexdigest()[:16]
+        kept, part = path.with_name(f"logits-{origin}.npz"), path.with_name(f"part-{os.getpid()}.npz")
         if not kept.exists():
             teacher = keras.models.load_model(path, compile=False)
             images = np.concatenate([data.train.inputs, data.validation.inputs])
@@ -77,12 +78,10 @@ def teacher_logits(path: pathlib.Path, data: Data) -> np.ndarray:
                 raise ValueError("no probabilities of these classes")
             np.savez(part, logits=np.log(answers + 1e-7))
             os.replace(part, kept)
-        file = kept
         return np.load(kept)["logits"].reshape(len(data.train) + len(data.validation), len(data.class_names))
     except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        part.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0].partition(". ")[0]
-        raise UserError(f"--teacher {file}: {reason}; remove what is damaged, make room, or give another") from error
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--teacher {path}: {reason}; give another model.keras, or remove logits-*.npz") from error
 
 
 def with_teacher(student: keras.Model, config: Config) -> keras.distillation.Distiller:
@@ -147,12 +146,13 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         student.compile(loss="categorical_crossentropy")
     path = pathlib.Path(config.teacher or run.directory / "teacher.keras")
     if config.teacher:  # If it can't teach, there shall be no run.
-        once(run, lambda: teacher_logits(path, data))
+        logits = once(run, lambda: teacher_logits(path, data))
     callbacks = run.callbacks(data, augment)
-    if not config.teacher and not once(run, path.exists):  # A resumed run may have it.
-        teacher = fit(lambda: build_model(config, data, width=4), data.train, data.validation, augment)
-        once(run, lambda: (teacher.save(part := path.with_name("part.keras")), os.replace(part, path)))
-    logits = once(run, lambda: teacher_logits(path, data))
+    if not config.teacher:
+        if not once(run, lambda: any(path.parent.glob("logits-*"))):  # A resumed run may have them.
+            teacher = fit(lambda: build_model(config, data, width=4), data.train, data.validation, augment)
+            once(run, lambda: teacher.save(path))
+        logits = once(run, lambda: teacher_logits(path, data))
     taught = [
         Split({"image": split.inputs, "teacher_logits": part}, split.targets)
         for split, part in zip((data.train, data.validation), np.split(logits, [len(data.train)]), strict=True)

@@ -1,10 +1,7 @@
 """Distillation, pruning and quantization: what each promises beyond what every recipe does."""
 
 import dataclasses
-import errno
 import json
-import os
-import re
 
 from common import artefacts
 from common.cli import UserError
@@ -239,47 +236,13 @@ def what_it_said_is_of_other_images(folder, data):
 def test_a_teacher_that_can_not_teach_is_named(tmp_path, trouble):
     recipe, data = load_recipe("distillation"), smoke_data("distillation")
     path = trouble(tmp_path, data)
-    (kept,) = [*tmp_path.glob("logits-*")] or [path]
-    remedy = "remove what is damaged, make room, or give another"
-    with pytest.raises(UserError, match=rf"^--teacher {re.escape(str(kept))}: .{{5,250}}; {remedy}$"):
+    with pytest.raises(UserError, match=r"^--teacher .*\.keras: .*; give ") as raised:
         recipe.teacher_logits(path, data)
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
     with pytest.raises(UserError, match=r"^--teacher "):
         recipe.train(smoke_config(recipe, tmp_path / "run", teacher=str(path)), data)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_full_disk_leaves_nothing_beside_the_teacher(tmp_path, monkeypatch):
-    recipe, data, path = load_recipe("distillation"), smoke_data("distillation"), tmp_path / "model.keras"
-    recipe.build_model(recipe.Config(), data).save(path)
-
-    def full(file, **arrays):
-        file.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(UserError, match=r"model\.keras: No space left on device; .* make room, "):
-        recipe.teacher_logits(path, data)
-    assert [*tmp_path.iterdir()] == [path]
-
-
-def test_a_teacher_that_is_trained_is_not_trained_again(tmp_path, monkeypatch):
-    recipe, data, fits, fit = load_recipe("distillation"), smoke_data("distillation"), [], keras.Model.fit
-
-    def counted(model, *arguments, **named):
-        fits.append(type(model).__name__)
-        return fit(model, *arguments, **named)
-
-    def die(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(keras.Model, "fit", counted)
-    undisturbed = recipe.train(smoke_config(recipe, tmp_path / "undisturbed"), data)
-    with monkeypatch.context() as patch:
-        patch.setattr(recipe, "teacher_logits", die)
-        with pytest.raises(KeyboardInterrupt):
-            recipe.train(smoke_config(recipe, tmp_path / "cut"), data)
-    assert recipe.train(smoke_config(recipe, tmp_path / "cut", resume=True), data) == undisturbed
-    assert fits == ["Functional", "Distiller"] * 2
 
 
 def test_the_files_of_fewer_bits_answer_as_measured(tmp_path):
