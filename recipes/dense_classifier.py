@@ -73,6 +73,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             optimizer=keras.optimizers.AdamW(learning_rate, weight_decay=config.weight_decay),
             loss=keras.losses.CategoricalCrossentropy(),
             metrics=["accuracy"],
+            # A step is over in less than it takes Keras to look at it: best a whole epoch at once.
             steps_per_execution=steps_per_execution(steps, run.strategy, at_most=128),
             # XLA joins a step's many small operations. Left to itself, Keras leaves it off on a CPU.
             jit_compile=run.strategy.num_replicas_in_sync == 1 and not config.deterministic,

@@ -79,6 +79,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             # The share of the variance that is left: whatever the unit of the target, gradients are of one size.
             loss_weights=1 / max(float(np.var(data.train.targets)), 1e-30),
             metrics=["mse", "mae"],
+            # A step is over in less than it takes Keras to look at it: best a whole epoch at once.
             steps_per_execution=steps_per_execution(steps, run.strategy, at_most=128),
             # XLA joins a step's many small operations. Left to itself, Keras leaves it off on a CPU.
             jit_compile=run.strategy.num_replicas_in_sync == 1 and not config.deterministic,

@@ -222,8 +222,8 @@ def be_victim(write: int, recipe: str) -> None:
         nonlocal writes
         writes += 1
         if writes == write:
-            # A write takes some 20 ms: all its stages are met.
-            timer = threading.Timer(random.uniform(0, 0.03), os.kill, (os.getpid(), signal.SIGKILL))
+            # A write takes some 10 ms: all its stages are met.
+            timer = threading.Timer(random.uniform(0, 0.015), os.kill, (os.getpid(), signal.SIGKILL))
             timer.start()
             save(*arguments)
             os.kill(os.getpid(), signal.SIGKILL)
