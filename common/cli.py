@@ -55,7 +55,7 @@ class SharedConfig:
     seed: Annotated[int, 0, 2**32] = 0  # decides initial weights, order, augmentation, validation cut
     strategy: Strategy = "auto"  # auto: as the devices, and the workers, that are found ask for
     devices: Annotated[int, 0, 1025] = 0  # GPUs, or parts to split a CPU into; 0: all GPUs, else one CPU
-    cluster_timeout: Count = 60  # seconds to wait for the other workers
+    cluster_timeout: Annotated[int, 1, 1_000_000] = 60  # seconds to wait for the other workers
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # auto: by hardware
     threads: Annotated[int, 0, 1025] = 0  # threads for one operation; 0: one per core
     deterministic: bool = False  # the same command gives bit for bit the same weights; slower
@@ -147,9 +147,12 @@ def run_script(main: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # A reader such as `head` has seen enough; Python's farewell would try to write once more.
+        os._exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

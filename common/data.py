@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from common.batches import Arrays, Split
 from common.cli import SharedConfig, UserError
+from common.multiworker import joined
 from common.samples import drawn_shapes, handwritten_digits, written_reviews
 from common.user_files import read_image_folders, read_labelled_texts, read_table
 
@@ -259,7 +260,10 @@ def _cut(
     if targets["train"].dtype.kind == "U":
         class_names = tuple(np.unique(targets["train"]).tolist())
         if len(class_names) < 2:
-            raise UserError(f"{name}: only one class, {class_names[0]!r}; a classifier needs two or more")
+            raise UserError(
+                f"{name}: only one class to train on, {class_names[0]!r}; a classifier needs two or more, or a smaller "
+                "--validation-size"
+            )
         for split in splits:
             for unknown in np.setdiff1d(targets[split], class_names):
                 raise UserError(
@@ -271,4 +275,7 @@ def _cut(
         targets = {split: values[:, None] for split, values in targets.items()}
     cut = {split: Split.of(inputs[split], targets[split].astype(np.float32)) for split in splits}
     seconds = time.perf_counter() - started
-    return Data(name, source, **cut, class_names=class_names, columns=columns, seconds=seconds)
+    data = Data(name, source, **cut, class_names=class_names, columns=columns, seconds=seconds)
+    for cluster in joined:  # Before there are models, which TensorFlow can't bring together if their shapes differ.
+        cluster.compare({"data": data.digest()})
+    return data

@@ -71,7 +71,7 @@ def evaluate_classifier(
             "confusion_matrix": Figure(figsize=[max(4.0, 1.5 + 0.55 * len(class_names))] * 2, layout="constrained")
         },
     )
-    sklearn.metrics.ConfusionMatrixDisplay(confusion, display_labels=class_names).plot(
+    sklearn.metrics.ConfusionMatrixDisplay(confusion, display_labels=list(map(verbatim, class_names))).plot(
         ax=report.figures["confusion_matrix"].add_subplot(),
         cmap="Blues",
         colorbar=False,
@@ -121,9 +121,14 @@ def picture_figure(images: np.ndarray, titles: list[str]) -> Figure:
         center, bottom = 1.7 * (place % side + 0.5), 1.9 * (place // side + 1) - 0.05
         extent = (center - width / 2, center + width / 2, bottom, bottom - height)
         axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, extent=extent)
-        axes.text(center, bottom - height - 0.05, title, fontsize=7, horizontalalignment="center")
+        axes.text(center, bottom - height - 0.05, verbatim(title), fontsize=7, horizontalalignment="center")
     axes.set(xlim=(0, 1.7 * side), ylim=(1.9 * side, 0))
     return figure
+
+
+def verbatim(text: str) -> str:
+    """A text as Matplotlib shows it as it stands: between two dollar signs, it would expect a formula."""
+    return text.replace("$", r"\$")
 
 
 def text_table(texts: np.ndarray, titles: list[str]) -> str:

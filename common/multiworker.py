@@ -25,6 +25,8 @@ import tensorflow as tf
 EXIT_WORKER_LOST = 76
 # Every worker says each second that it is there. One that is silent for so long is lost, stopped or unplugged.
 _SILENCE = 10
+# The cluster that this process has joined, if any.
+joined: list["Cluster"] = []
 
 
 class _Peer:
@@ -306,6 +308,7 @@ def joined_cluster(workers: tuple[str, ...], index: int, timeout: float) -> Clus
     cluster.join(timeout)
     versions = {name: importlib.metadata.version(name) for name in ("tensorflow", "keras")}
     cluster.compare({**versions, "code": _code_sha256()})
+    joined.append(cluster)
     return cluster
 
 

@@ -39,7 +39,7 @@ class Muon(keras.optimizers.AdamW):
         if self.unit_filters:
             filters = filters / keras.ops.norm(filters) * variable.shape[-1] ** 0.5
         step = orthogonal(keras.ops.reshape(gradient + self.kernel_momentum * velocity, filters.shape))
-        filters = filters - learning_rate * self.kernel_speed * step
+        filters = filters - keras.ops.cast(learning_rate, variable.dtype) * self.kernel_speed * step
         self.assign(variable, keras.ops.reshape(filters, variable.shape))
 
     def get_config(self) -> dict[str, Any]:

@@ -60,7 +60,8 @@ def run_recipe(train: Callable[[Any], dict], config_class: type, description: st
 
 def start_run(config: SharedConfig, **files: str) -> "Run":
     """Sets up hardware and seeds, and chooses the run directory."""
-    # A class typed into a notebook stands in no file.
+    if os.environ.get("TF_CONFIG") or os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        raise UserError("several workers: this file trains on one machine alone; start the recipe that it was made of")
     recipe = pathlib.Path(getattr(sys.modules[type(config).__module__], "__file__", "notebook")).stem
     new = f"runs/{recipe}/{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
     begun = sorted(file.parent for file in pathlib.Path("runs", recipe).glob("*/config.json"))
@@ -73,9 +74,8 @@ def start_run(config: SharedConfig, **files: str) -> "Run":
     keras.utils.clear_session()
     strategy = choose_strategy(config)
     keras.utils.set_random_seed(config.seed)
-    run = Run(recipe, config, directory, strategy)
-    run.files = {name: os.path.isfile(path) and file_sha256(pathlib.Path(path)) for name, path in files.items()}
-    return run
+    digests = {name: os.path.isfile(path) and file_sha256(pathlib.Path(path)) for name, path in files.items()}
+    return Run(recipe, config, directory, strategy, digests)
 
 
 def choose_strategy(config: SharedConfig) -> tf.distribute.Strategy:
@@ -110,9 +110,9 @@ def choose_strategy(config: SharedConfig) -> tf.distribute.Strategy:
 class Run(keras.callbacks.Callback):
     """One training: its folder, clock and result, and a checkpoint after each epoch, to go on from exactly."""
 
-    def __init__(self, recipe: str, config: SharedConfig, directory: pathlib.Path, strategy: tf.distribute.Strategy):
+    def __init__(self, recipe: str, config: SharedConfig, directory: pathlib.Path, strategy: Any, files: dict):
         super().__init__()
-        self.recipe, self.config, self.directory, self.strategy = recipe, config, directory, strategy
+        self.recipe, self.config, self.directory, self.strategy, self.files = recipe, config, directory, strategy, files
         self.started, self.verbose = time.time(), 0 if config.quiet else 1 if sys.stdout.isatty() else 2
         self.state = {"epochs": 0, "steps": 0, "history": [], "seconds": 0.0}
         if (directory / "state.json").exists():
@@ -269,16 +269,16 @@ def evaluate_classifier(
     probabilities = _predict(model, split, batch_size, strategy)
     one_hot = split.targets.numpy()
     true, predicted, confidence = one_hot.argmax(axis=1), probabilities.argmax(axis=1), probabilities.max(axis=1)
-    figures = sklearn.metrics.classification_report(true, predicted, output_dict=True, zero_division=0)
-    macro = figures["macro avg"]
+    averages = sklearn.metrics.precision_recall_fscore_support(true, predicted, average="macro", zero_division=0)
     loss = float(np.mean(keras.losses.get(model.loss)(one_hot, probabilities)))
-    metrics = {"loss": loss, "accuracy": figures["accuracy"]}
-    metrics |= {"precision": macro["precision"], "recall": macro["recall"], "f1": macro["f1-score"]}
+    metrics = {"loss": loss, "accuracy": float(np.mean(true == predicted))}
+    metrics |= dict(zip(("precision", "recall", "f1"), averages[:3], strict=True))
     surest = sorted(np.flatnonzero(true != predicted).tolist(), key=lambda example: -confidence[example])[:25]
     worst = [{"example": n, "true": class_names[true[n]], "predicted": class_names[predicted[n]]} for n in surest]
     confusion = sklearn.metrics.confusion_matrix(true, predicted, labels=range(len(class_names)))
     figure = Figure(figsize=[max(4.0, 1.5 + 0.55 * len(class_names))] * 2, layout="constrained")
-    display = sklearn.metrics.ConfusionMatrixDisplay(confusion, display_labels=class_names)
+    labels = [name.replace("$", r"\$") for name in class_names]  # Which is no formula for Matplotlib.
+    display = sklearn.metrics.ConfusionMatrixDisplay(confusion, display_labels=labels)
     display.plot(ax=figure.add_subplot(), cmap="Blues", colorbar=False, xticks_rotation=45)
     details = {"confusion_matrix": confusion.tolist(), "worst_mistakes": worst}
     return Report(metrics, details, {"confusion_matrix": figure})

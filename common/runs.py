@@ -262,16 +262,17 @@ class Run:
             "history": watch.history,
             "evaluation": report.details,
         }
+        part = self.directory / "part.keras"  # Renamed when whole; Keras wants the suffix.
         try:
             for name, png in pictures.items():
                 (self.directory / "plots" / f"{name}.png").write_bytes(png)
-            part = self.directory / "part.keras"  # Renamed when whole; Keras wants the suffix.
             (with_class_names(model, data.class_names) if data.class_names else model).save(part)
             os.replace(part, self.directory / "model.keras")
             result["model_sha256"] = file_sha256(self.directory / "model.keras")
             write_file(self.directory / "result.json", sealed(result))
             unlock(self.directory)
         except OSError as error:
+            part.unlink(missing_ok=True)
             raise UserError(f"--run-dir {self.directory}: {error}; make room, then go on with --resume") from error
         if not self.config.quiet:
             table = Table("figure", "value", title=f"{self.recipe}: test split of {data.name} ({data.source})")

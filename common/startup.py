@@ -6,7 +6,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+# These recipes are TensorFlow's, whatever backend others are set to.
+os.environ.update(KERAS_BACKEND="tensorflow")
 # What matters comes as an exception; the native log repeats it, among much that is harmless.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

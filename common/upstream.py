@@ -219,7 +219,8 @@ def cure_fusion() -> None:
 
     def fused(self: keras.layers.BatchNormalization, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         others = mask is not None or self.renorm or tf.distribute.get_strategy().num_replicas_in_sync > 1
-        if others or not (training and self.trainable) or len(inputs.shape) != 4 or self.axis not in (-1, 3):
+        others = others or len(inputs.shape) != 4 or self.axis not in (-1, 3) or inputs.dtype == tf.float64
+        if others or not (training and self.trainable):
             return original(self, inputs, training, mask)
         scale = self.gamma if self.scale else tf.ones_like(self.moving_mean)
         shift = self.beta if self.center else tf.zeros_like(self.moving_mean)

@@ -1,6 +1,7 @@
 """Reads the user's own pictures, texts and tables, and names the file or row that can't be used."""
 
 import pathlib
+import re
 import warnings
 
 from common.batches import Arrays
@@ -75,6 +76,8 @@ def _class_files(
     for split, place in (splits or {"train": folder}).items():
         found[split] = []
         for of_class in sorted(place.glob("[!.]*/")):
+            if re.search("[\ud800-\udfff]", of_class.name):  # What Python puts in the place of bytes that are no UTF-8.
+                raise UserError(f"{str(of_class)!r}: no name for a class; rename the folder, in UTF-8")
             files = sorted(file for file in of_class.iterdir() if file.suffix.lower() in suffixes and file.is_file())
             if not files:
                 raise UserError(f"{of_class}: no {kind} in this folder; add some or remove it")

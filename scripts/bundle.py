@@ -11,6 +11,7 @@ common/plain.py defines stands in for its larger namesakes, so that the file can
 import ast
 import dataclasses
 import importlib.metadata
+import importlib.util
 import pathlib
 import re
 import subprocess
@@ -311,8 +312,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.output.suffix != (".ipynb" if arguments.notebook else ".py"):
         raise UserError(f"-o {arguments.output}: give a name that ends in .py, or in .ipynb with --notebook")
+    if not re.fullmatch(r"[\w.-]{1,200}", arguments.output.name):
+        raise UserError(f"-o {arguments.output}: choose a name of letters, digits, _, - and ., 200 at most")
     if arguments.output.exists():
         raise UserError(f"{arguments.output}: exists already; choose another name or remove it")
+    # A program's own folder comes first on the import path: keras.py would hide Keras.
+    if arguments.output.suffix == ".py" and importlib.util.find_spec(arguments.output.stem.split(".")[0]):
+        raise UserError(f"-o {arguments.output}: would hide Python's own {arguments.output.stem}; choose another name")
     written = as_notebook(arguments.recipe) if arguments.notebook else as_file(arguments.recipe, arguments.output.name)
     try:
         arguments.output.write_text(written, encoding="utf-8")

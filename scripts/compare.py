@@ -20,16 +20,20 @@ from rich.table import Table
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="*", type=pathlib.Path, help="run directories; left out: all below runs/")
-    parser.add_argument("-o", "--output", type=pathlib.Path, default="comparison.png", help="the picture to write")
+    parser.add_argument(
+        "-o", "--output", type=pathlib.Path, default=pathlib.Path("comparison.png"), help="the picture to write"
+    )
     arguments = parser.parse_args()
+    if arguments.output.suffix != ".png":
+        raise UserError(f"-o {arguments.output}: give a name that ends in .png")
     folders = arguments.runs or sorted(path.parent for path in pathlib.Path("runs").rglob("result.json"))
     if not folders:
         raise UserError("runs: no finished runs below this folder; train a recipe, or name run directories")
     runs = {str(folder): read_run(folder) for folder in folders}
     try:
         arguments.output.write_bytes(figure_png(curves(runs)))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{arguments.output}: can't be written ({error}); choose another file") from error
+    except OSError as error:
+        raise UserError(f"{arguments.output}: can't be written ({error.strerror}); choose another file") from error
     rich.print(table(runs))
     print(f"curves: {arguments.output}")
 

@@ -6,7 +6,8 @@
 Flags behind `--` go to the recipe. Each line that a worker prints begins with its number. The workers share the
 cores of this machine, and its GPUs where it has some. When one dies, the others end; then all start again, from the
 last checkpoint. Ctrl-C and SIGTERM save, end all workers, and exit with 75; a second Ctrl-C ends them at once.
-Exit codes are those of the recipe, and 76 when the restarts are used up.
+Exit codes are those of the recipe, and 76 when the restarts are used up. After an error of its own (exit code 1), a
+worker would come to the same end again: then none is started.
 
 On several machines nothing needs this script: there, Slurm or Kubernetes starts the workers.
 """
@@ -32,7 +33,8 @@ from typing import TextIO
 # As in common/, which would bring TensorFlow along, and make the launcher slow to answer to signals.
 EXIT_INTERRUPTED, EXIT_WORKER_LOST = 75, 76
 # Seconds: when a worker ends badly, the others hear of it at once; when one is stopped, they notice within 10.
-PATIENCE_AFTER_END, PATIENCE_AFTER_STOP = 5, 15
+PATIENCE_AFTER_END, PATIENCE_AFTER_STOP = 15, 15
+MOST_WORKERS = 1000
 # What the launcher sends itself when its output is closed.
 NOBODY_READS = signal.SIGUSR1
 _LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
@@ -52,8 +54,8 @@ def main() -> None:
         parser.error(f"{' '.join(others)}: no flags of the launcher; put those of the recipe behind a --")
     if not arguments.recipe.is_file():
         parser.error(f"{arguments.recipe}: no such file; name a recipe, as recipes/mnist_cnn.py")
-    if arguments.workers < 1:
-        parser.error(f"--workers {arguments.workers}: give 1 or more")
+    if not 1 <= arguments.workers <= MOST_WORKERS:
+        parser.error(f"--workers {arguments.workers}: give 1 to {MOST_WORKERS}")
     if arguments.max_restarts < 0:
         parser.error(f"--max-restarts {arguments.max_restarts}: give 0 or more")
     words = " ".join(flags).replace("=", " ").split()
@@ -63,8 +65,16 @@ def main() -> None:
     gpus = gpu_count()
     if 0 < gpus < arguments.workers:
         parser.error(f"--workers {arguments.workers}: this machine has {gpus} GPU(s), and each worker needs its own")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # The launcher was started without one.
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     launcher = Launcher(arguments.recipe, arguments.workers, gpus, flags)
-    sys.exit(launcher.run(arguments.max_restarts))
+    try:
+        sys.exit(launcher.run(arguments.max_restarts))
+    except OSError as error:  # Of ports, files or processes there are too few for so many.
+        launcher.signal_all(signal.SIGKILL)
+        parser.error(f"--workers {arguments.workers}: can't be started ({error.strerror}); start fewer")
 
 
 def own_and_recipe_flags(words: list[str]) -> tuple[list[str], list[str]]:
@@ -107,10 +117,13 @@ class Launcher:
                     return code
             if {-signal.SIGTERM, -signal.SIGINT} & set(codes):  # Before the recipe could answer to them.
                 return EXIT_INTERRUPTED
+            if own_errors := [code for code in codes if code > 0 and code != EXIT_WORKER_LOST]:
+                say("not started again: a worker ended by an error of its own, see above")
+                return own_errors[0]
             if restarts < max_restarts:
                 say(f"restart {restarts + 1} of at most {max_restarts}")
                 self.flags.append("--resume")
-        say("the workers died too often; the same command with --resume behind the -- goes on")
+        say(f"workers died, and --max-restarts is {max_restarts}; the same command with --resume behind the -- goes on")
         return EXIT_WORKER_LOST
 
     def run_once(self) -> list[int]:
@@ -194,11 +207,11 @@ def repeat(source: TextIO, target: TextIO, prefix: str) -> None:
 
 
 def write(target: TextIO, text: str) -> None:
-    """Writes at once; when nobody reads any more, as behind `| head`, the training is asked to end."""
+    """Writes at once; if it can't, as behind `| head` or on a full disk, the training is asked to end."""
     try:
         target.write(text)
         target.flush()
-    except BrokenPipeError:
+    except OSError:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), target.fileno())
         os.kill(os.getpid(), NOBODY_READS)

@@ -35,15 +35,17 @@ def new_recipe(root: pathlib.Path, name: str, original: str) -> None:
     if not re.fullmatch(r"\w+", original) or not source.exists():
         names = ", ".join(sorted(path.stem for path in target.parent.glob("*.py")))
         raise UserError(f"--from {original}: no such recipe; choose one of {names}")
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise UserError(f"{name}: no name for a recipe; use small letters, digits and _, a letter first")
+    if not re.fullmatch(r"[a-z][a-z0-9_]{,99}", name):
+        raise UserError(f"{name}: no name for a recipe; use up to 100 small letters, digits and _, a letter first")
     for path in (target, test):
         if path.exists():
             raise UserError(f"{path.relative_to(root)}: exists already; choose another name")
     # A program's own folder comes first on the import path: recipes/json.py would hide Python's json.
     if keyword.iskeyword(name) or importlib.util.find_spec(name):
         raise UserError(f"{name}: Python has a use of its own for this name; choose another")
-    text = re.sub(rf"\b{original}\b", name, source.read_text(encoding="utf-8"))
+    # Only where it is the recipe's name: there is a keras.distillation, and who prunes speaks of pruning.
+    own_name = rf'(?<=recipes/){original}(?=\.py)|(?<="){original}(?=")'
+    text = re.sub(own_name, name, source.read_text(encoding="utf-8"))
     # What was measured was the original.
     target.write_text(re.sub(RESULT, "Result    not yet measured", text, count=1, flags=re.MULTILINE), "utf-8")
     test.write_text(TEST.format(name=name), encoding="utf-8")

@@ -84,6 +84,8 @@ def predict(path: pathlib.Path, files: list[str]) -> list[dict]:
 def standard_input(folder: pathlib.Path) -> pathlib.Path:
     """What comes in through standard input, as a file."""
     path = folder / "standard_input"
+    if sys.stdin is None:
+        raise UserError("-: there is no standard input; give files")
     path.write_bytes(sys.stdin.buffer.read())
     return path
 

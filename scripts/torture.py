@@ -11,7 +11,8 @@ be 75 each time. Compared are the digest of the weights, the step counter of the
 losses of all epochs, and each step of each curve in TensorBoard. Flags behind `--` go to the recipe.
 
 With --workers, the training is a group of processes under scripts/launch.py. KILL and STOP strike one of them, at
-random moments; the others must be gone within 20 seconds, and the launcher starts all again. TERM strikes the launcher.
+random moments, half of them within the training, which is shorter than its start; the others must be gone within 20
+seconds, and the launcher starts all again. TERM strikes the launcher.
 The end is compared with that of an equal group left alone.
 """
 
@@ -147,12 +148,19 @@ class Torture:
         """The whole life of a group of workers, whose launcher starts it again after each strike."""
         command = self.command(victim, "--resume")
         launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        printed, pids, struck = [], {}, {}
+        printed, pids, struck, timers = [], {}, {}, []
+        in_training = False  # Whether the next strike waits until the training has begun.
 
         def strike(index: int) -> None:
             struck.update(index=index, moment=time.monotonic())
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pids[index], signal.SIGKILL if self.signal == "KILL" else signal.SIGSTOP)
+
+        def strike_within(seconds: float) -> None:
+            strikes = [self.random.randrange(self.workers)]
+            timers.append(threading.Timer(self.random.uniform(0, seconds), strike, strikes))
+            timers[-1].daemon = True
+            timers[-1].start()
 
         for line in launcher.stdout:
             printed.append(line)
@@ -160,10 +168,12 @@ class Torture:
             if started := re.match(r"\[launch] worker (\d+) is process (\d+)", line):
                 pids[int(started[1])] = int(started[2])
                 if int(started[1]) == self.workers - 1 and counts["kills"] < self.kills:
-                    moment = self.random.uniform(0, self.around + self.training)
-                    timer = threading.Timer(moment, strike, [self.random.randrange(self.workers)])
-                    timer.daemon = True
-                    timer.start()
+                    in_training = self.random.random() < 0.5
+                    if not in_training:
+                        strike_within(self.around + self.training)
+            elif in_training and line.startswith("[0] Epoch "):
+                in_training = False
+                strike_within(self.training)
             elif ended := re.match(r"\[launch] worker (\d+) (ended with|died of signal) (\d+)", line):
                 if ended[2] == "ended with" and int(ended[3]) not in (0, EXIT_WORKER_LOST):
                     launcher.terminate()
@@ -172,7 +182,8 @@ class Torture:
             elif line.startswith("[launch] restart"):
                 counts["kills"] += 1
                 struck.clear()
-        timer.cancel()
+        for timer in timers:
+            timer.cancel()
         if launcher.wait():
             raise SystemExit(f"{self.name}: exit code {launcher.returncode}\n{''.join(printed[-40:])}")
 

@@ -273,6 +273,18 @@ def test_a_bundle_refuses_what_the_recipe_refuses(trouble, line, alone, tmp_path
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_bundle_is_no_worker(alone, tmp_path):
+    """Two of them would write to one folder."""
+    recipe = load_recipe("linear_regression")
+    path = bundle(recipe, tmp_path / "my_train.py")
+    cluster = '{"cluster": {"worker": ["127.0.0.1:1", "127.0.0.1:2"]}, "task": {"type": "worker", "index": 0}}'
+    command, environment = [alone(recipe), str(path)], {**os.environ, "TF_CONFIG": cluster}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].startswith("error: several workers: this file trains on one machine")
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_bundle_is_no_recipe_to_bundle(tmp_path):
     path = bundle(load_recipe("linear_regression"), tmp_path / "my_train.py")
     with pytest.raises(bundle_script.UserError, match="no recipe"):
@@ -288,6 +300,9 @@ def test_a_bundle_is_no_recipe_to_bundle(tmp_path):
         (("recipes/mnist_cnn.py", "-o", "-"), "-o -: give a name that ends in .py"),
         (("recipes/mnist_cnn.py", "-o", "{}/x.py", "--notebook"), "or in .ipynb with --notebook"),
         (("scripts/predict.py", "-o", "{}/x.py"), "scripts/predict.py: no recipe"),
+        (("recipes/mnist_cnn.py", "-o", "{}/keras.py"), "would hide Python's own keras"),
+        (("recipes/mnist_cnn.py", "-o", "{}/a\\N.py"), "choose a name of letters"),
+        (("recipes/mnist_cnn.py", "-o", "{}/" + 300 * "a" + ".py"), "200 at most"),
     ],
 )
 def test_what_cannot_be_bundled_is_named(words, named, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,5 @@
 import dataclasses
+import shlex
 import signal
 import subprocess
 import sys
@@ -110,6 +111,13 @@ def test_a_script_that_is_stopped_leaves_nothing_behind(number, said, tmp_path):
         assert script.stderr.read() == said
     assert script.returncode == 128 + number
     assert not list(tmp_path.iterdir())
+
+
+def test_a_script_whose_reader_has_seen_enough_says_nothing():
+    words = "from common.cli import run_script; run_script(lambda: print('x' * 1_000_000))"
+    command = f'{shlex.quote(sys.executable)} -c "{words}" | head -c 1; echo " ${{PIPESTATUS[0]}}"'
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (run.stdout, run.stderr) == (f"x {128 + signal.SIGPIPE}\n", "")
 
 
 STOPPED = """

@@ -59,4 +59,6 @@ def test_what_cannot_be_compared_is_named(folder, tmp_path):
     shutil.copytree(folder / "runs", tmp_path / "runs")
     run = run_program(program, "-o", str(tmp_path / "no" / "x.png"), cwd=tmp_path)
     assert (run.returncode, run.stdout) == (2, "")
-    assert "can't be written" in run.stderr
+    assert "can't be written (No such file or directory)" in run.stderr
+    run = run_program(program, "-o", "x.pdf", cwd=tmp_path)
+    assert (run.returncode, run.stderr) == (2, "error: -o x.pdf: give a name that ends in .png\n")

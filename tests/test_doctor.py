@@ -75,7 +75,8 @@ def test_missing_data_is_a_note(prepared, network, found):
 
 
 def test_the_program_ends_as_it_found(tmp_path):
-    run = run_program("scripts/doctor.py", HTTPS_PROXY="http://127.0.0.1:9", TFDS_DATA_DIR=str(tmp_path))
+    environment = {"HTTPS_PROXY": "http://127.0.0.1:9", "TFDS_DATA_DIR": str(tmp_path), "KERAS_BACKEND": "jax"}
+    run = run_program("scripts/doctor.py", **environment)
     assert run.returncode == (2 if "TROUBLE" in run.stdout else 0)
     subjects = [line[8:].split(":")[0] for line in run.stdout.splitlines() if not line.startswith("  ")]
     assert {"Python", "tensorflow", "GPU", "threads", "memory", "disk", "MNIST"} <= set(subjects)

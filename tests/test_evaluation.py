@@ -1,12 +1,12 @@
 from common.batches import Split
-from common.evaluation import curves_figure, evaluate_classifier, evaluate_regressor, figure_png
+from common.evaluation import curves_figure, evaluate_classifier, evaluate_regressor, figure_png, picture_figure
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-NAMES = ("a", "b", "c")
+NAMES = ("a", "$x_{y$", "c")
 STRATEGY = tf.distribute.get_strategy()
 
 
@@ -96,3 +96,11 @@ def test_figures_are_png_files():
     for figure in (curves_figure(history), curves_figure([{"loss": 1.0}])):
         assert figure_png(figure).startswith(b"\x89PNG")
     assert [axes.get_title() for axes in curves_figure(history).axes] == ["loss", "mae"]
+
+
+def test_a_class_may_be_called_like_a_formula(report):
+    """Even like one with a mistake in it."""
+    report, *_ = report
+    assert len(figure_png(report.figures["confusion_matrix"])) > 1000
+    pictures = np.zeros([2, 8, 8, 1], np.uint8)
+    assert len(figure_png(picture_figure(pictures, [NAMES[1], "$1 or $2"]))) > 1000

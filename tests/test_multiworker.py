@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -279,11 +280,18 @@ def other_data(folder, workers):
     return [*LINEAR, "--data", str(folder / "table.csv")], workers, "data is "
 
 
+def data_of_another_shape(folder, workers):
+    """Which TensorFlow could not bring together."""
+    rows = "\n".join(f"{number},{number % 7},{number % 5},{number % 3}" for number in range(60))
+    (folder / "table.csv").write_text(f"a,b,c,y\n{rows}\n")
+    return [*LINEAR, "--data", str(folder / "table.csv")], workers, "data is "
+
+
 def other_cluster(folder, workers):
     return LINEAR, [*workers, "127.0.0.1:9"], "worker 1 at 127.0.0.1: says that the cluster is"
 
 
-@pytest.mark.parametrize("difference", [other_seed, other_code, other_data, other_cluster])
+@pytest.mark.parametrize("difference", [other_seed, other_code, other_data, data_of_another_shape, other_cluster])
 def test_workers_that_differ_end_with_one_line_each(difference, addresses, tmp_path):
     command, workers, named = difference(tmp_path, addresses[:2])
     before = sorted(tmp_path.iterdir())
@@ -416,11 +424,42 @@ def test_a_launcher_that_nobody_reads_saves_and_ends(tmp_path):
 
 def test_the_launcher_gives_up_after_so_many_restarts(tmp_path):
     crashing = tmp_path / "crashing.py"
-    crashing.write_text("raise SystemExit(1)")
+    crashing.write_text("import os\nos.abort()")
     run = run_program("scripts/launch.py", "--workers", "2", "--max-restarts", "1", str(crashing))
     assert run.returncode == 76
-    assert run.stdout.count("ended with 1") == 4
+    assert run.stdout.count("died of signal 6") == 4
     assert "restart 1 of at most 1" in run.stdout
+
+
+def test_after_an_error_of_its_own_no_worker_is_started_again(tmp_path):
+    mistaken = tmp_path / "mistaken.py"
+    mistaken.write_text("raise ValueError('a mistake')")
+    run = run_program("scripts/launch.py", "--workers", "2", str(mistaken))
+    assert run.returncode == 1
+    assert run.stdout.count("ended with 1") == 2
+    assert run.stdout.splitlines()[-1] == "[launch] not started again: a worker ended by an error of its own, see above"
+
+
+def test_what_the_launcher_cannot_print_does_not_stop_it(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nsys.stdout.buffer.write('zé\\n'.encode())")
+    command = ("scripts/launch.py", "--workers", "2", str(script))
+    run = run_program(*command, PYTHONIOENCODING="ascii")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "[1] z\\xe9\n" in run.stdout
+    words = " ".join(map(shlex.quote, (sys.executable, *command)))
+    for redirection, expected in ((">&-", 0), ("> /dev/full", 75)):
+        run = subprocess.run(
+            ["bash", "-c", f"{words} {redirection}"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert (run.returncode, run.stderr) == (expected, ""), redirection
+
+
+def test_too_many_workers_for_the_machine(tmp_path):
+    command = f"ulimit -n 60; {shlex.quote(sys.executable)} scripts/launch.py --workers 100 {shlex.quote(LINEAR[0])}"
+    run = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    one_line(run.stderr, "--workers 100: can't be started (Too many open files); start fewer")
 
 
 @pytest.mark.parametrize(
@@ -431,7 +470,8 @@ def test_the_launcher_gives_up_after_so_many_restarts(tmp_path):
             ["--workers", "2", LINEAR[0], "--epochs", "1"],
             "--epochs 1: no flags of the launcher; put those of the recipe",
         ),
-        (["--workers", "0", LINEAR[0]], "--workers 0: give 1 or more"),
+        (["--workers", "0", LINEAR[0]], "--workers 0: give 1 to 1000"),
+        (["--workers", "100000", LINEAR[0]], "--workers 100000: give 1 to 1000"),
         (["--workers", "2", LINEAR[0], "--", "--strategy=none"], "--strategy none: several workers train by one"),
         (["--workers", "two", LINEAR[0]], "--workers: invalid int value: 'two'"),
         (["--workers", "2", "--max-restarts", "-1", LINEAR[0]], "--max-restarts -1: give 0 or more"),

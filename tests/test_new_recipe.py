@@ -1,10 +1,12 @@
 """A new recipe starts as a full member of the collection."""
 
+import ast
 import os
+import re
 import shutil
 
 import pytest
-from conftest import ROOT, run_program
+from conftest import RECIPES, ROOT, run_program
 from test_readme import load_script
 
 new_recipe = load_script("new_recipe")
@@ -42,6 +44,18 @@ def test_a_new_recipe_is_a_member(project):
     )
 
 
+@pytest.mark.parametrize("original", RECIPES)
+def test_only_the_name_of_the_recipe_is_another(project, original):
+    """There is a `keras.distillation` too, and who prunes speaks of pruning."""
+    new_recipe.new_recipe(project, "my_task", original)
+    trees = []
+    for name in (original, "my_task"):
+        tree = ast.parse((project / "recipes" / f"{name}.py").read_text())
+        assert f"python recipes/{name}.py" in ast.get_docstring(tree)
+        trees.append(ast.unparse(tree.body[1:]))
+    assert trees[1] == re.sub(rf"'{original}'", "'my_task'", trees[0])
+
+
 @pytest.mark.parametrize(
     ("name", "original", "named"),
     [
@@ -51,6 +65,7 @@ def test_a_new_recipe_is_a_member(project):
         ("json", "mnist_cnn", "json: Python has a use of its own"),
         ("class", "mnist_cnn", "class: Python has a use of its own"),
         ("my_task", "../scripts/doctor", "no such recipe"),
+        ("a" * 300, "mnist_cnn", "up to 100 small letters"),
     ],
 )
 def test_what_cannot_be_made_is_named(project, name, original, named):

@@ -142,6 +142,12 @@ def test_what_is_wrong_with_standard_input_is_said_of_it(picture_run, monkeypatc
         predict.predict(picture_run, ["-"])
 
 
+def test_without_a_standard_input(picture_run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(predict.UserError, match=r"^-: there is no standard input; give files"):
+        predict.predict(picture_run, ["-"])
+
+
 @pytest.mark.parametrize(
     ("files", "named"),
     [

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import tensorflow as tf
 from conftest import ROOT, load_recipe, run_program, smoke_config, smoke_data
-from worker import SMALL
+from worker import COMPARED_IN_FLOAT64, SMALL, STEPS, STEPS_OF_OTHERS, in_float64
 
 PARAMETERS = {
     "linear_regression": 3,
@@ -148,13 +148,17 @@ def test_mirrored_computes_what_one_device_computes(recipe, tmp_path, monkeypatc
     """
     fit = keras.Model.fit
     monkeypatch.setattr(keras.Model, "fit", lambda model, *given, **named: fit(model, *given, **{**named, "epochs": 2}))
+    if recipe.__name__ in COMPARED_IN_FLOAT64:
+        monkeypatch.setattr(recipe, "build_model", in_float64(recipe.build_model))
     config = smoke_config(recipe, tmp_path / "data", validation_size=validation_size)
     data = recipe.load_data(config)
     batch_size = -(-len(data.train) // 10)
     outcomes = []
     for strategy, devices in (("none", 0), ("mirrored", 2)):
         directory = tmp_path / strategy
-        config = smoke_config(recipe, directory, strategy=strategy, devices=devices, batch_size=batch_size, epochs=500)
+        # Its steps are ten to the epoch.
+        settings = {"batch_size": batch_size, "epochs": STEPS.get(recipe.__name__, STEPS_OF_OTHERS) // 10}
+        config = smoke_config(recipe, directory, strategy=strategy, devices=devices, **settings)
         metrics = recipe.train(config, data)
         result = json.loads((directory / "result.json").read_text())
         assert (result["steps"], result["hardware"]["strategy"]) == (20, strategy)

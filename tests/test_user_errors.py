@@ -64,6 +64,10 @@ def class_only_in_test(folder):
     return folder
 
 
+def class_name_in_no_utf8(folder):
+    return pictures(folder, "cat", os.fsdecode(b"caf\xe9"))
+
+
 def too_few(folder):
     return pictures(folder, "cat", "dog", count=1)
 
@@ -372,7 +376,7 @@ def never_so_often(folder):
         ("dense_classifier", empty_file, "empty.csv: the file is empty"),
         ("dense_classifier", header_only, "no rows below the column names"),
         ("dense_classifier", no_inputs, "no column beside 'target'"),
-        ("dense_classifier", one_label, "only one class, 'same'"),
+        ("dense_classifier", one_label, "only one class to train on, 'same'"),
         ("dense_classifier", rare_label, "class 'rare' is in test but not in train"),
         ("dense_classifier", binary_file, "not readable as CSV"),
         ("dense_classifier", absent, "nowhere: no such file or folder"),
@@ -393,7 +397,8 @@ def never_so_often(folder):
         ("text_classifier", empty_text, "row 3: column 'text' is empty"),
         ("text_classifier", latin_text, "neg/b.txt: not readable as UTF-8 text"),
         ("text_classifier", empty_file, "empty.csv: the file is empty"),
-        ("text_classifier", one_label_of_texts, "only one class, 'pos'"),
+        ("mnist_cnn", class_name_in_no_utf8, "no name for a class; rename the folder, in UTF-8"),
+        ("text_classifier", one_label_of_texts, "only one class to train on, 'pos'"),
         ("text_classifier", header_of_texts_only, "no rows below the column names"),
         ("text_classifier", texts_with_longer_rows, "rows have more values than there are column names"),
         ("text_classifier", empty_class_of_texts, "pos: no texts (.txt) in this folder"),
