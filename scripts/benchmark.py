@@ -141,7 +141,9 @@ def run_recipe(arguments: argparse.Namespace, *flags: str, launcher: tuple[str, 
         directory = pathlib.Path(folder, "run")
         command = [*launcher, "recipes/cifar10_cnn.py", *(["--"] if launcher else []), *data_flags(arguments)]
         command += ["--no-baseline", "--quiet", "--run-dir", str(directory), *flags]
-        subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
+        run = subprocess.run([sys.executable, *command], check=False, cwd=ROOT)
+        if run.returncode:
+            sys.exit(run.returncode)  # It said why.
         return json.loads((directory / "result.json").read_text())
 
 
