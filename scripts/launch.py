@@ -33,7 +33,7 @@ from typing import TextIO
 # As in common/, which would bring TensorFlow along, and make the launcher slow to answer to signals.
 EXIT_INTERRUPTED, EXIT_WORKER_LOST = 75, 76
 # Seconds: when a worker ends badly, the others hear of it at once; when one is stopped, they notice within 10.
-PATIENCE_AFTER_END, PATIENCE_AFTER_STOP = 15, 15
+PATIENCE_AFTER_END, PATIENCE_AFTER_STOP = 10, 15
 MOST_WORKERS = 1000
 # What the launcher sends itself when its output is closed.
 NOBODY_READS = signal.SIGUSR1

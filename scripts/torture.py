@@ -91,7 +91,7 @@ class Torture:
         self.around = (
             time.monotonic() - began if self.signal != "TERM" or self.workers else seconds["total"]
         ) - seconds["train"]
-        self.training = seconds["train"]
+        self.training, self.tracing = seconds["train"], seconds["compile"]
         expected, counts, victims = outcome(self.folder / "alone"), collections.Counter(), 0
         while counts["kills"] < self.kills:
             victims += 1
@@ -173,7 +173,7 @@ class Torture:
                         strike_within(self.around + self.training)
             elif in_training and line.startswith("[0] Epoch "):
                 in_training = False
-                strike_within(self.training)
+                strike_within(self.tracing + self.training)
             elif ended := re.match(r"\[launch] worker (\d+) (ended with|died of signal) (\d+)", line):
                 if ended[2] == "ended with" and int(ended[3]) not in (0, EXIT_WORKER_LOST):
                     launcher.terminate()
