@@ -44,8 +44,7 @@ def drawn_shapes(count: int = 6000) -> Arrays:
     """
     random = np.random.default_rng(0)
     labels = np.array(list(SHAPES))[random.integers(0, len(SHAPES), count)]
-    images = np.stack([_draw(label, random) for label in labels])
-    return _train_and_test(images, labels, test_count=count // 6)
+    return _train_and_test(np.stack([_draw(label, random) for label in labels]), labels, test_count=count // 6)
 
 
 def _draw(label: str, random: np.random.Generator) -> np.ndarray:
@@ -102,5 +101,4 @@ def written_reviews(count: int = 4800) -> Arrays:
 
 
 def _train_and_test(inputs: np.ndarray, labels: np.ndarray, test_count: int) -> Arrays:
-    cut = len(inputs) - test_count
-    return {"train": (inputs[:cut], labels[:cut]), "test": (inputs[cut:], labels[cut:])}
+    return {"train": (inputs[:-test_count], labels[:-test_count]), "test": (inputs[-test_count:], labels[-test_count:])}

@@ -65,9 +65,10 @@ def build_model(config: Config, data: Data, width: int = 1) -> keras.Model:
 
 def teacher_logits(path: pathlib.Path, data: Data) -> np.ndarray:
     """What the teacher says of the images of train, then of validation: [n, classes]. Kept beside its model."""
+    part = path.with_name(f"part-{os.getpid()}.npz")  # Renamed when whole.
     try:
         origin = hashlib.sha256(f"{file_sha256(path)} {data.digest()}".encode()).hexdigest()[:16]
-        kept, part = path.with_name(f"logits-{origin}.npz"), path.with_name(f"part-{os.getpid()}.npz")
+        kept = path.with_name(f"logits-{origin}.npz")
         if not kept.exists():
             teacher = keras.models.load_model(path, compile=False)
             images = np.concatenate([data.train.inputs, data.validation.inputs])
@@ -80,8 +81,9 @@ def teacher_logits(path: pathlib.Path, data: Data) -> np.ndarray:
             os.replace(part, kept)
         return np.load(kept)["logits"].reshape(len(data.train) + len(data.validation), len(data.class_names))
     except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"--teacher {path}: {reason}; give another model.keras, or remove logits-*.npz") from error
+        remedy = "make room" if part.exists() else "give another model.keras, or remove logits-*.npz"
+        part.unlink(missing_ok=True)
+        raise UserError(f"--teacher {path}: {str(error).partition(chr(10))[0]}; {remedy}") from error
 
 
 def with_teacher(student: keras.Model, config: Config) -> keras.distillation.Distiller:

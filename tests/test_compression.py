@@ -1,6 +1,7 @@
 """Distillation, pruning and quantization: what each promises beyond what every recipe does."""
 
 import dataclasses
+import errno
 import json
 
 from common import artefacts
@@ -121,6 +122,21 @@ def test_what_the_teacher_says_is_kept_and_tied_to_teacher_and_data(tmp_path):
     recipe.build_model(recipe.Config(), data).save(path)
     assert not np.array_equal(recipe.teacher_logits(path, data), logits + 1)
     assert len(list(tmp_path.glob("*"))) == 3, "the model and what either teacher said"
+
+
+def test_on_a_full_disk_nothing_is_left_of_what_the_teacher_says(tmp_path, monkeypatch):
+    recipe, data = load_recipe("distillation"), smoke_data("distillation")
+    path = tmp_path / "teacher.keras"
+    recipe.build_model(recipe.Config(), data).save(path)
+
+    def savez(part, **arrays):
+        part.write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", savez)
+    with pytest.raises(UserError, match=r"teacher.keras: .*No space left on device; make room$"):
+        recipe.teacher_logits(path, data)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_student_of_the_teacher_alone_comes_to_answer_as_it_does(tmp_path):
