@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import shlex
 import signal
 import sys
@@ -60,7 +61,7 @@ def run_recipe(train: Callable[[Any], dict], config_class: type, description: st
 
 def start_run(config: SharedConfig, **files: str) -> "Run":
     """Sets up hardware and seeds, and chooses the run directory."""
-    if os.environ.get("TF_CONFIG") or os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+    if re.search(r':\d+".*:\d+"', os.environ.get("TF_CONFIG", "")) or os.environ.get("SLURM_STEP_NUM_TASKS", "1") > "1":
         raise UserError("several workers: this file trains on one machine alone; start the recipe that it was made of")
     recipe = pathlib.Path(getattr(sys.modules[type(config).__module__], "__file__", "notebook")).stem
     new = f"runs/{recipe}/{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
