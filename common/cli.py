@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import functools
 import inspect
 import math
@@ -28,6 +29,10 @@ BESIDE_TRAINING = {
     *("data_dir", "run_dir", "resume", "checkpoint_every", "cluster_timeout", "quiet"),
     *("baseline", "histograms", "profile"),
 }
+
+
+# What a user can mend wherever it shows: a disk that is full or may not be written to.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
 class UserError(Exception):
@@ -151,11 +156,21 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # A reader such as `head` has seen enough; Python's farewell would try to write once more.
+    except OSError as error:
+        if error.errno in _DISK:
+            print(f"error: {_of_the_disk(error)}", file=sys.stderr)
+            os._exit(2)  # Standard output may be what can't be written.
+        if not isinstance(error, BrokenPipeError):
+            raise
+        # A reader such as `head` has seen enough; Python's farewell would try to write once more.
         os._exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def _of_the_disk(error: OSError) -> str:
+    return f"{error.filename or 'output'}: {error.strerror}; make room, or choose a place that can be written to"
 
 
 def run_recipe(train: Callable[[Any], dict], config_class: type, description: str | None = None) -> None:
@@ -175,6 +190,10 @@ def run_recipe(train: Callable[[Any], dict], config_class: type, description: st
         code, line = 2, f"error: {error}"
     except TrainingFailedError as error:
         code, line = 3, f"training failed: {error}"
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        code, line = 2, f"error: {_of_the_disk(error)}"
     except KeyboardInterrupt as interruption:
         code, line = EXIT_INTERRUPTED, f"interrupted: {interruption}"
     line = " ".join(line.split())

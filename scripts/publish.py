@@ -17,6 +17,7 @@ from typing import Any
 
 from common.cli import Parser, UserError, run_script
 from common.evaluation import figure_png
+from common.records import write_file
 
 from matplotlib.figure import Figure
 
@@ -52,12 +53,17 @@ def publish() -> None:
     text = with_part(readme.read_text(), "results", results_table())
     text = with_part(text, "benchmark", benchmark_table())
     text = with_part(text, "shipped", shipped_tables())
-    readme.write_text(with_part(text, "distributed", distributed_table()))
-    for name, picture in (("curves", curves()), ("benchmark", speeds()), ("pruning", pruning_curve())):
-        if picture:
-            (RESULTS / f"{name}.png").write_bytes(figure_png(picture))
+    written = {readme: with_part(text, "distributed", distributed_table())}
     for path in sorted((ROOT / "recipes").glob("*.py")):
-        path.write_text(with_result_line(path.read_text(), result_line(path.stem)))
+        written[path] = with_result_line(path.read_text(), result_line(path.stem))
+    try:
+        for name, picture in (("curves", curves()), ("benchmark", speeds()), ("pruning", pruning_curve())):
+            if picture:
+                (RESULTS / f"{name}.png").write_bytes(figure_png(picture))
+        for path, text in written.items():
+            write_file(path, text)
+    except OSError as error:
+        raise UserError(f"{error.filename or readme}: {error.strerror}; make room, then run this again") from error
 
 
 def code_sha256(path: pathlib.Path) -> str:
@@ -118,6 +124,11 @@ def load_runs(recipe: str) -> list[dict]:
     """The published runs of a recipe; empty if there are none."""
     path = RESULTS / f"{recipe}.json"
     return read_record(path, "runs")["runs"] if path.exists() else []
+
+
+def with_metric(runs: list[dict], metric: str) -> list[dict]:
+    """The runs that have a metric; those made with --no-baseline have none to compare with."""
+    return [run for run in runs if metric in run["metrics"]]
 
 
 def figure(runs: list[dict], metric: str) -> str:
@@ -204,7 +215,11 @@ def results_table() -> str:
         )
         versions = runs[0]["versions"]
         machines.add(f"{hardware(runs)}, TensorFlow {versions['tensorflow']}, Keras {versions['keras']}")
-    lines += ["", "Mean ± standard deviation over the seeds; the time is the median from raw data to saved model."]
+    lines += [
+        "",
+        "Mean ± standard deviation over the seeds; the time is the median from raw data to the saved "
+        "model, less evaluation and what the result is compared with.",
+    ]
     lines += ["Measured on: " + "; ".join(sorted(machines)) + "."]
     if any("stale" in line for line in lines):
         lines += ["Stale: the recipe has changed since, and was not measured again yet."]
@@ -321,8 +336,8 @@ def shipped_tables() -> str:
             *(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)),
             "",
         ]
-    if load_runs("pruning"):
-        whole = mean(load_runs("pruning"), "unpruned_accuracy")
+    if compared := with_metric(load_runs("pruning"), "unpruned_accuracy"):
+        whole = mean(compared, "unpruned_accuracy")
         lines += [
             "| removed by `pruning` | weights left | test accuracy | points lost | seeds |",
             "|---|---|---|---|---|",
@@ -335,6 +350,7 @@ def shipped_tables() -> str:
             )
         lines += ["", "![Test accuracy by the number of weights that are left](results/pruning.png)", ""]
     taught = [read_record(path, "runs")["runs"] for path in RESULTS.glob("distillation*.json")]
+    taught = [runs for runs in taught if with_metric(runs, "alone_accuracy") == runs]
     if taught:
         lines += ["| epochs of `distillation` | test accuracy | without a teacher | points gained | seeds |"]
         lines += ["|---|---|---|---|---|"]
@@ -352,7 +368,7 @@ def pruned() -> list[tuple[str, float, list[dict]]]:
     found = []
     for path in RESULTS.glob("pruning*.json"):
         runs = read_record(path, "runs")["runs"]
-        words = shlex.split(runs[0]["command"])
+        words = shlex.split(runs[0]["command"].replace("=", " "))
         given = {word: words[place + 1] for place, word in enumerate(words) if word in ("--remove", "--sparsity")}
         found.append((given.get("--remove", "weights"), float(given.get("--sparsity", 0.9)), runs))
     return sorted(found, key=lambda record: record[:2])
@@ -360,7 +376,8 @@ def pruned() -> list[tuple[str, float, list[dict]]]:
 
 def pruning_curve() -> Figure | None:
     """Test accuracy by the number of weights that are left, with single weights removed and with filters."""
-    if not load_runs("pruning"):
+    compared = with_metric(load_runs("pruning"), "unpruned_accuracy")
+    if not compared:
         return None
     points: dict[str, list[tuple[float, float, float]]] = {}
     for kind, _, runs in pruned():
@@ -371,7 +388,7 @@ def pruning_curve() -> Figure | None:
     for kind, found in sorted(points.items()):
         left, accuracies, deviations = zip(*sorted(found), strict=True)
         axes.errorbar(left, accuracies, deviations, marker="o", capsize=3, label=f"{kind} removed")
-    axes.axhline(mean(load_runs("pruning"), "unpruned_accuracy"), color="black", linewidth=0.8, label="nothing removed")
+    axes.axhline(mean(compared, "unpruned_accuracy"), color="black", linewidth=0.8, label="nothing removed")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_minor_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter("{x:.2%}")

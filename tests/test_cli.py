@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import shlex
 import signal
 import subprocess
@@ -87,6 +88,11 @@ def test_bad_flags_are_named(flags, named):
         (UserError("file.csv: no rows;\nadd some"), 2, "error: file.csv: no rows; add some\n"),
         (TrainingFailedError("the loss is nan"), 3, "training failed: the loss is nan\n"),
         (KeyboardInterrupt("saved in run"), 75, "interrupted: saved in run\n"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "x.npz"),
+            2,
+            "error: x.npz: Read-only file system; make room, or choose a place that can be written to\n",
+        ),
     ],
 )
 def test_exit_codes(monkeypatch, capsys, raised, code, line):
@@ -118,6 +124,14 @@ def test_a_script_whose_reader_has_seen_enough_says_nothing():
     command = f'{shlex.quote(sys.executable)} -c "{words}" | head -c 1; echo " ${{PIPESTATUS[0]}}"'
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (run.stdout, run.stderr) == (f"x {128 + signal.SIGPIPE}\n", "")
+
+
+def test_a_script_on_a_full_disk_says_so_in_one_line():
+    words = "from common.cli import run_script; run_script(lambda: print('x' * 1_000_000))"
+    command = f'{shlex.quote(sys.executable)} -c "{words}" > /dev/full'
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr == "error: output: No space left on device; make room, or choose a place that can be written to\n"
 
 
 STOPPED = """

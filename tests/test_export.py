@@ -233,6 +233,18 @@ def test_answers_of_most_other_classes_are_refused_however_unsure_the_model_is()
     assert (found["equal_answers"], found["passed"]) == (1.0, True)
 
 
+@pytest.mark.parametrize(("first", "enough"), [(50, 75), (70, 85), (100, 90)])
+def test_always_the_same_answer_is_no_parity(first, enough):
+    """Out of 100 of which `first` are of class 0; half way from what always saying that would reach to all, or 90."""
+    wanted = np.where(np.arange(100)[:, None] < first, [[0.6, 0.4]], [[0.4, 0.6]])
+    for equal in range(101):
+        found = np.where(np.arange(100)[:, None] < equal, wanted, wanted[:, ::-1])
+        checked = export.compare(lambda _: wanted, lambda _, found=found: found, np.zeros(100), tolerance=0.5)
+        assert checked["passed"] == (equal >= enough), equal
+    constant = np.full([100, 2], [0.6, 0.4])
+    assert export.compare(lambda _: wanted, lambda _: constant, np.zeros(100), 0.5)["passed"] == (first == 100)
+
+
 def test_a_missing_package_is_named(run_of, tmp_path, monkeypatch):
     result, model = artefacts.load_run(run_of("mnist_cnn"))
     monkeypatch.setitem(__import__("sys").modules, "tf2onnx", None)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import inspect
 import json
 import os
@@ -71,6 +72,20 @@ def test_publishing_writes_mean_and_deviation(project):
     before = readme, source
     publish.publish()
     assert ((project / "README.md").read_text(), (project / "recipes" / "mnist_cnn.py").read_text()) == before
+
+
+def test_on_a_full_disk_what_was_published_stays(project, monkeypatch):
+    (project / "results" / "mnist_cnn.json").write_text(json.dumps({"code_sha256": "0", "runs": [fake_run(0.99, 0)]}))
+    before = (project / "README.md").read_text()
+
+    def write_text(path, text, **named):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as full:
+        full.setattr(pathlib.Path, "write_text", write_text)
+        with pytest.raises(publish.UserError, match=r"README.md.part: No space left on device; make room"):
+            publish.publish()
+    assert (project / "README.md").read_text() == before
 
 
 def test_a_record_of_other_code_is_shown_as_stale(project):

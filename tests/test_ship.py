@@ -97,7 +97,7 @@ def test_pruning_has_a_point_and_a_row_for_each_record(tmp_path, monkeypatch):
     assert publish.pruning_curve() is None
     for name, left, flags in (
         ("pruning", 20, ""),
-        ("pruning-half", 110, "--sparsity 0.5"),
+        ("pruning-half", 110, "--sparsity=0.5"),
         ("pruning-filters", 40, "--remove filters --sparsity 0.75"),
     ):
         runs = [
@@ -127,6 +127,8 @@ def test_distillation_has_a_row_for_each_number_of_epochs(tmp_path, monkeypatch)
         (tmp_path / f"{name}.json").write_text(
             json.dumps({"runs": [{"epochs": epochs, "seed": 3, "metrics": metrics}]})
         )
+    without = [{"epochs": 4, "seed": 3, "metrics": {"accuracy": 0.8}}]  # Made with --no-baseline.
+    (tmp_path / "distillation-alone.json").write_text(json.dumps({"runs": without}))
     assert publish.shipped_tables().splitlines()[2:] == [
         "| 8 | 84.00 % | 82.00 % | 2.00 | 3 |",
         "| 40 | 86.50 % | 82.00 % | 4.50 | 3 |",
