@@ -321,6 +321,32 @@ def shipped_rows(record: dict) -> list[list[str]]:
     return rows
 
 
+def quicker(record: dict) -> list[str]:
+    """How much quicker and smaller eight bits are, and a network without half of its filters than the whole one."""
+
+    def times(one: dict, other: dict, batch: int) -> str:
+        timed = f"batch {batch}, one thread"
+        return f"{other['seconds'][timed] / one['seconds'][timed]:,.1f}"
+
+    variants, whole, lines = record["variants"], RESULTS / "ship-mnist_cnn.json", []
+    if {"keras", "litert", "litert int8"} <= set(variants):
+        int8, litert = variants["litert int8"], variants["litert"]
+        lines += [
+            f"At batch 1, one thread, `litert int8` is {times(int8, litert, 1)} times as quick as `litert`, with "
+            f"{100 * int8['bytes'] / litert['bytes']:.1f} % of its bytes, and {times(int8, variants['keras'], 1)} times as "
+            "quick as the Keras model, called as `model(inputs)`.",
+            "",
+        ]
+    if record["recipe"] == "pruning" and "litert" in variants and whole.exists():
+        before = read_record(whole, "variants")["variants"]["litert"]
+        lines += [
+            f"Beside `mnist_cnn`, whose network this was, `litert` is {times(variants['litert'], before, 1)} times as "
+            f"quick at batch 1, one thread, and {times(variants['litert'], before, 64)} times at batch 64.",
+            "",
+        ]
+    return lines
+
+
 def shipped_tables() -> str:
     """The records of scripts/ship.py, a table each, and what pruning cost and distillation gained, in Markdown."""
     lines = []
@@ -335,6 +361,7 @@ def shipped_tables() -> str:
             "",
             *(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)),
             "",
+            *quicker(record),
         ]
     if compared := with_metric(load_runs("pruning"), "unpruned_accuracy"):
         whole = mean(compared, "unpruned_accuracy")

@@ -52,11 +52,21 @@ def test_the_tables_show_the_record(shipped, tmp_path, monkeypatch):
     monkeypatch.setattr(publish, "RESULTS", tmp_path)
     lines = publish.shipped_tables().splitlines()
     assert lines[0].startswith("`pruning --remove filters`, seed 0, 200 test examples of ")
-    assert len(lines) == 4 + len(record["variants"])
+    assert len(lines) == 6 + len(record["variants"])
     row = next(line for line in lines if line.startswith("| litert int8 "))
     found = record["variants"]["litert int8"]
     assert f"| {found['bytes'] / 1024:,.0f} | 225,034 | {found['nonzero']:,} |" in row
     assert ship.as_table(record).row_count == len(record["variants"])
+    before, timed = record["variants"]["litert"], "batch 1, one thread"
+    ratio, share = before["seconds"][timed] / found["seconds"][timed], 100 * found["bytes"] / before["bytes"]
+    assert lines[-1].startswith(
+        f"At batch 1, one thread, `litert int8` is {ratio:.1f} times as quick as `litert`, with "
+    )
+    assert f"with {share:.1f} % of its bytes" in lines[-1]
+    (tmp_path / "ship-mnist_cnn.json").write_text(json.dumps({**record, "recipe": "mnist_cnn"}))
+    assert publish.shipped_tables().endswith(
+        "`litert` is 1.0 times as quick at batch 1, one thread, and 1.0 times at batch 64."
+    )
 
 
 def test_no_figure_is_cut(shipped, monkeypatch, capsys):
