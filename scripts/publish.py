@@ -333,8 +333,8 @@ def quicker(record: dict) -> list[str]:
         int8, litert = variants["litert int8"], variants["litert"]
         lines += [
             f"At batch 1, one thread, `litert int8` is {times(int8, litert, 1)} times as quick as `litert`, with "
-            f"{100 * int8['bytes'] / litert['bytes']:.1f} % of its bytes, and {times(int8, variants['keras'], 1)} times as "
-            "quick as the Keras model, called as `model(inputs)`.",
+            f"{100 * int8['bytes'] / litert['bytes']:.1f} % of its bytes, and "
+            f"{times(int8, variants['keras'], 1)} times as quick as the Keras model, called as `model(inputs)`.",
             "",
         ]
     if record["recipe"] == "pruning" and "litert" in variants and whole.exists():
