@@ -137,9 +137,8 @@ def compare(expected: Callable, answer: Callable, inputs: np.ndarray, tolerance:
     difference = float(np.max(np.abs(found - wanted)) / max(1.0, np.abs(wanted).max()))
     classes, wanted_class, enough = wanted.shape[1] > 1, np.argmax(wanted, axis=1), 0.0
     equal = np.mean(np.argmax(found, axis=1) == wanted_class if classes else np.isclose(found, wanted))
-    if (
-        classes
-    ):  # Where the model is sure of nothing, all differences are small; and always to say the same is not enough.
+    # Where the model is sure of nothing, all differences are small; and always to say the same is not enough.
+    if classes:
         enough = min(0.9, (1 + np.bincount(wanted_class).max() / len(inputs)) / 2)
     return {
         "inputs": len(inputs),

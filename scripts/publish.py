@@ -437,11 +437,11 @@ def distributed_table() -> str:
         if path.exists():
             record = read_record(path, "pairs")
             one, other = ([pair[way]["metrics"]["accuracy"] for pair in record["pairs"]] for way in record["ways"])
-            mean = 100 * (statistics.mean(other) - statistics.mean(one))
+            on_average = 100 * (statistics.mean(other) - statistics.mean(one))
             points = record["largest_difference_of_test_accuracy_in_points"]
             lines.append(
                 f"| {label} | {record['median_ratio_images_per_second']:.2f} times as many "
-                f"| {mean:+.2f} points on average, at most {points:.2f} apart "
+                f"| {on_average:+.2f} points on average, at most {points:.2f} apart "
                 f"| {len(record['pairs'])} | {hardware([record])} |"
             )
     return "\n".join(lines) if len(lines) > 2 else "Not yet measured."
