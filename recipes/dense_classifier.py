@@ -52,7 +52,8 @@ def load_data(config: Config) -> Data:
 
 def build_model(config: Config, data: Data) -> keras.Model:
     inputs = keras.Input(data.train.inputs.shape[1:], name="columns")
-    normalize = keras.layers.Normalization()
+    # In float32 whatever the precision of the rest: of 2001 and 2002, bfloat16 keeps no difference.
+    normalize = keras.layers.Normalization(dtype="float32")
     normalize.adapt(data.train.inputs)
     x = normalize(inputs)
     x = keras.layers.Dense(64, activation="relu")(x)

@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import dataclasses
 import itertools
 import json
 import os
@@ -361,6 +362,22 @@ def test_answers_are_of_full_precision(recipe):
         assert {each.output.dtype for each in models} == {"float32"}
     finally:
         keras.config.set_dtype_policy(policy)
+
+
+@pytest.mark.parametrize("name", ["linear_regression", "dense_classifier", "dense_regression"])
+def test_columns_keep_their_digits_in_bfloat16(name):
+    """Years differ by less than a bfloat16 of their size can say: they are normalized before they are rounded."""
+    recipe, data = load_recipe(name), smoke_data(name)
+    columns = np.random.default_rng(0).integers(1990, 2030, data.train.inputs.shape).astype(np.float32)
+    data = dataclasses.replace(data, train=Split.of(columns, data.train.targets.numpy()))
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = recipe.build_model(recipe.Config(), data)
+    finally:
+        keras.config.set_dtype_policy(policy)
+    normalized = keras.Model(model.input, model.layers[1].output)(columns)
+    np.testing.assert_allclose(normalized, (columns - columns.mean(0)) / columns.std(0), atol=1e-2)
 
 
 def test_the_ridge_baseline_is_ridge_regression():
