@@ -61,8 +61,12 @@ def look_at_machine() -> Iterable[Finding]:
     from common.data import CIFAR10, IMDB, MNIST, prepared_version, reachable, tfds_folder
     from common.hardware import describe_machine
 
+    from measure import measure_peak
+
     machine = describe_machine()
     yield check_gpu(driver_sees_gpus(), [name for name, _ in machine.gpus])
+    if not machine.gpus:  # Matrices so small that it does not take long where bfloat16 is only acted.
+        yield check_precision(*(measure_peak(name, 512, 5)["flops"] for name in ("float32", "mixed_bfloat16")))
     yield check_threads(machine.cores, os.environ)
     yield check_memory(machine.memory_bytes)
     folder = tfds_folder(SharedConfig())
@@ -135,6 +139,14 @@ def check_gpu(driver: bool, seen: list[str]) -> Finding:
     return Finding(
         "GPU", "the driver lists one, TensorFlow sees none: its CUDA libraries are missing", remedy, trouble=True
     )
+
+
+def check_precision(float32: float, bfloat16: float) -> Finding:
+    """Which precision this processor is quicker in, from the operations per second of products of matrices."""
+    if bfloat16 > 1.3 * float32:
+        found = f"bfloat16 multiplies matrices {bfloat16 / float32:.1f} times as fast as float32"
+        return Finding("precision", found, "train the large networks with --precision mixed_bfloat16")
+    return Finding("precision", "float32; this processor gains nothing by bfloat16")
 
 
 def check_threads(cores: int, environment: dict[str, str]) -> Finding:

@@ -188,12 +188,12 @@ def training_flops(model: keras.Model, shape: tuple[int, ...]) -> int:
     return total
 
 
-def measure_peak(precision: str) -> dict[str, float]:
-    """Operations per second of the product of two large matrices, at the best of ten tries."""
-    size, took = 2048, []
+def measure_peak(precision: str, size: int = 2048, tries: int = 10) -> dict[str, float]:
+    """Operations per second of the product of two matrices of `size` rows, at the best of so many tries."""
+    took = []
     one = tf.cast(tf.random.normal([size, size]), keras.DTypePolicy(precision).compute_dtype)
     product = tf.function(lambda: tf.reduce_sum(tf.matmul(one, one)))
-    for _ in range(11):  # The first one is traced.
+    for _ in range(1 + tries):  # The first one is traced.
         began = time.perf_counter()
         product().numpy()
         took.append(time.perf_counter() - began)

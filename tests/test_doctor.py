@@ -47,6 +47,15 @@ def test_gpu(driver, seen, found, trouble):
     assert ("requirements-gpu.txt" in finding.remedy, finding.trouble) == (trouble, trouble)
 
 
+def test_bfloat16_is_named_where_it_pays():
+    fast = doctor.check_precision(400e9, 800e9)
+    assert "2.0 times as fast" in fast.found
+    assert fast.remedy.endswith("--precision mixed_bfloat16")
+    slow = doctor.check_precision(400e9, 40e9)
+    assert (slow.found.split(";")[0], slow.remedy) == ("float32", "")
+    assert (fast.trouble, slow.trouble) == (False, False)
+
+
 @pytest.mark.parametrize(
     ("environment", "trouble"), [({}, False), ({"OMP_NUM_THREADS": "1"}, True), ({"OMP_NUM_THREADS": "4"}, False)]
 )
@@ -79,7 +88,7 @@ def test_the_program_ends_as_it_found(tmp_path):
     run = run_program("scripts/doctor.py", **environment)
     assert run.returncode == (2 if "TROUBLE" in run.stdout else 0)
     subjects = [line[8:].split(":")[0] for line in run.stdout.splitlines() if not line.startswith("  ")]
-    assert {"Python", "tensorflow", "GPU", "threads", "memory", "disk", "MNIST"} <= set(subjects)
+    assert {"Python", "tensorflow", "GPU", "precision", "threads", "memory", "disk", "MNIST"} <= set(subjects)
     assert run.stdout.count("trains on its sample") == 3
 
 
