@@ -42,6 +42,7 @@ def quiet_native_stderr() -> Iterator[None]:
 
 # TensorFlow is 700,000 objects that stay. Python's garbage collector would go through them again and again, here, in
 # training and at the end: 40 % of the time of a process that does nothing else.
+collecting = gc.isenabled()
 gc.disable()
 with quiet_native_stderr():
     import tensorflow as tf
@@ -51,4 +52,5 @@ with quiet_native_stderr():
     # The first look for GPUs prints lines of its own.
     tf.config.list_physical_devices()
 gc.freeze()
-gc.enable()
+if collecting:
+    gc.enable()
