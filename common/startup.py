@@ -1,4 +1,4 @@
-"""Imports TensorFlow without its start-up banner."""
+"""Imports TensorFlow without its start-up banner, and out of the garbage collector's way."""
 
 import contextlib
 import gc

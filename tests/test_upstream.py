@@ -205,6 +205,8 @@ def test_tensorflow_still_is_objects_by_the_hundred_thousand():
     frozen, others, enabled = run_program("-c", told).stdout.split()
     assert int(frozen) > 300_000, "mended upstream: let the garbage collector be"
     assert (int(others) < 20_000, enabled) == (True, "True")
+    # Who has turned it off, keeps it off.
+    assert run_program("-c", f"import gc; gc.disable(); {told}").stdout.split()[2] == "False"
 
 
 def test_tensorflow_variables_still_lack_the_copy_keyword():
