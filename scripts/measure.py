@@ -82,10 +82,10 @@ def measure(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[str, An
     shared["precision"] = "float32" if way == "naive" else arguments.precision
     config = recipe.Config(**shared, quiet=True, baseline=False, run_dir=str(folder / "run"))
     config = dataclasses.replace(config, epochs=2 if arguments.smoke else MEASURED_EPOCHS.get(name, config.epochs))
-    data = recipe.load_data(config)
-    nothing = Split(data.validation.inputs[:0], data.validation.targets[:0])
-    train = Split(*(part[: MEASURED_EXAMPLES.get(name)] for part in (data.train.inputs, data.train.targets)))
-    data = dataclasses.replace(data, train=train, validation=nothing)
+    whole = recipe.load_data(config)
+    nothing = Split(whole.validation.inputs[:0], whole.validation.targets[:0])
+    train = Split(*(part[: MEASURED_EXAMPLES.get(name)] for part in (whole.train.inputs, whole.train.targets)))
+    data = dataclasses.replace(whole, train=train, validation=nothing)
     batches_of, fit, dealt, figures = recipe.training_batches, keras.Model.fit, [], {}
 
     def remember_split(split: Split, *others: Any, **named: Any) -> Any:
@@ -94,7 +94,7 @@ def measure(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[str, An
 
     def measured_fit(model: keras.Model, batches: Any, callbacks: list, **named: Any) -> None:
         if way == "describe":
-            describe(model, dealt[0], data, config, folder)
+            describe(model, dealt[0], whole, config, folder)
             raise MeasuredError
         clock = Clock(len(dealt[0]))
         if way == "naive":
