@@ -24,8 +24,8 @@ of 32, until there or given up. `workers` compares cifar10_cnn as two workers of
 on the same cores; `strategy` in a strategy with a single replica with no strategy at all; two epochs each.
 
 Round n has seed n. Ratios are given as the median over the rounds, with the lowest and the highest: of five rounds,
-these hold the true median between them in 94 % of the cases. Writes results/benchmark-RECIPE-PRECISION.json or
-results/WORD.json, and brings README.md in step.
+these hold the true median between them in 94 % of the cases. Writes results/benchmark-RECIPE-PRECISION-MACHINE.json
+or results/WORD.json, and brings README.md in step.
 """
 
 import argparse
@@ -44,10 +44,11 @@ from typing import Any
 
 from common.cli import Parser, UserError, run_script, whole_number
 from common.hardware import describe_machine
-from common.records import provenance, write_file
+from common.records import provenance
 
 from measure import TARGET
 from publish import publish, without_places
+from published import benchmark_name, code_sha256, recipe_paths, write_record
 
 ROOT = pathlib.Path(__file__).parent.parent
 # What is compared with what: the first is the measure.
@@ -65,6 +66,7 @@ def compare_speed(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[s
         words = (name, way, *data_flags(arguments), "--precision", arguments.precision, *flags)
         return lambda seed: printed(ROOT / "scripts" / "measure.py", *words, "--seed", str(seed))
 
+    code = code_sha256(ROOT / "recipes" / f"{name}.py")
     in_keras("describe", "--folder", str(folder))(0)
     described = json.loads((folder / "network.json").read_text())
     ways = {way: in_keras(way) for way in KERAS_WAYS}
@@ -87,6 +89,7 @@ def compare_speed(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[s
     best_torch = max(TORCH_WAYS, key=lambda way: speeds.get(way, 0))
     return {
         "recipe": name,
+        "code_sha256": code,
         "data": described["data"],
         "examples_per_second": speeds,
         "to_naive": ratio_to("naive"),
@@ -205,7 +208,7 @@ def data_flags(arguments: argparse.Namespace) -> list[str]:
 
 
 def main() -> None:
-    recipes = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+    recipes = [path.stem for path in recipe_paths()]
     parser = Parser(__doc__)
     parser.add_argument("what", choices=[*recipes, "target", *DISTRIBUTED])
     parser.add_argument("--data", default="auto", help="as for the recipe")
@@ -226,13 +229,10 @@ def main() -> None:
         if name not in ("rounds", "pairs"):
             print(f"{name.replace('_', ' ')}: {json.dumps(value)}")
     if not arguments.smoke:
-        name = arguments.what if arguments.what in kinds else f"benchmark-{arguments.what}-{arguments.precision}"
-        results = ROOT / "results"
-        results.mkdir(exist_ok=True)
         record |= {"hardware": dataclasses.asdict(describe_machine()), **provenance()}
         del record["peak_memory_bytes"]  # This process trains nothing.
         record["command"] = shlex.join(["python", "scripts/benchmark.py", *without_places(sys.argv[1:])])
-        write_file(results / f"{name}.json", json.dumps(record, indent=2) + "\n")
+        write_record(arguments.what if arguments.what in kinds else benchmark_name(record), record)
         publish()
 
 

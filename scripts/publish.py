@@ -6,23 +6,32 @@ scripts/reproduce.py, benchmark.py and ship.py end with it. A record of other co
 shown as stale; its comments and docstrings may change.
 """
 
-import ast
-import hashlib
-import json
-import pathlib
+import itertools
 import re
 import shlex
 import statistics
-from typing import Any
 
 from common.cli import Parser, UserError, run_script
 from common.evaluation import figure_png
 from common.records import write_file
 
-from matplotlib.figure import Figure
+import published
+from pictures import curves, pruning_curve, speeds
+from published import (
+    benchmarks,
+    in_bfloat16,
+    load_runs,
+    machine_of,
+    main_metric,
+    mean,
+    pruned,
+    read_record,
+    read_records,
+    recipe_paths,
+    stale,
+    with_metric,
+)
 
-ROOT = pathlib.Path(__file__).parent.parent
-RESULTS = ROOT / "results"
 RESULT = r"^Result    .*(?:\n {10}.*)*$"  # In the docstring of a recipe, with the lines that belong to it.
 # Metrics beside a recipe's own, and how the table calls them; {} takes the figure.
 BESIDE = {
@@ -49,44 +58,21 @@ def main() -> None:
 
 def publish() -> None:
     """Writes what results/ holds into README.md and the recipes."""
-    readme = ROOT / "README.md"
+    readme = published.ROOT / "README.md"
     text = with_part(readme.read_text(), "results", results_table())
     text = with_part(text, "benchmark", benchmark_table())
     text = with_part(text, "shipped", shipped_tables())
     written = {readme: with_part(text, "distributed", distributed_table())}
-    for path in sorted((ROOT / "recipes").glob("*.py")):
+    for path in recipe_paths():
         written[path] = with_result_line(path.read_text(), result_line(path.stem))
     try:
         for name, picture in (("curves", curves()), ("benchmark", speeds()), ("pruning", pruning_curve())):
             if picture:
-                (RESULTS / f"{name}.png").write_bytes(figure_png(picture))
+                (published.ROOT / "results" / f"{name}.png").write_bytes(figure_png(picture))
         for path, text in written.items():
             write_file(path, text)
     except OSError as error:
         raise UserError(f"{error.filename or readme}: {error.strerror}; make room, then run this again") from error
-
-
-def code_sha256(path: pathlib.Path) -> str:
-    """SHA-256 of a Python file's code: what it says in comments and docstrings, and its layout, make no difference."""
-
-    def said(node: Any) -> Any:
-        # Less what is empty: versions of Python differ in which empty fields there are.
-        if isinstance(node, ast.AST):
-            fields = [(name, said(value)) for name, value in ast.iter_fields(node) if value not in (None, [])]
-            return type(node).__name__, fields
-        return [said(each) for each in node] if isinstance(node, list) else node
-
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            del node.body[0]
-    return hashlib.sha256(repr(said(tree)).encode()).hexdigest()
-
-
-def stale(recipe: str) -> str:
-    """What to say of a record that was made by other code than the recipe has now; nothing if it was not."""
-    record = read_record(RESULTS / f"{recipe}.json", "code_sha256")
-    return "" if record["code_sha256"] == code_sha256(ROOT / "recipes" / f"{recipe}.py") else ", stale"
 
 
 def without_places(flags: list[str]) -> list[str]:
@@ -109,28 +95,6 @@ def set_flags(command: str) -> str:
     return shlex.join(word for word in words if word not in ("--quiet", "--no-baseline"))
 
 
-def read_record(path: pathlib.Path, *needed: str) -> dict:
-    """A file of results/, which must have the entries that are `needed`."""
-    try:
-        record = json.loads(path.read_text())
-        if missing := [name for name in needed if not record[name]]:
-            raise KeyError(*missing)
-        return record
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); get it back with git, or measure again") from error
-
-
-def load_runs(recipe: str) -> list[dict]:
-    """The published runs of a recipe; empty if there are none."""
-    path = RESULTS / f"{recipe}.json"
-    return read_record(path, "runs")["runs"] if path.exists() else []
-
-
-def with_metric(runs: list[dict], metric: str) -> list[dict]:
-    """The runs that have a metric; those made with --no-baseline have none to compare with."""
-    return [run for run in runs if metric in run["metrics"]]
-
-
 def figure(runs: list[dict], metric: str) -> str:
     """Mean ± standard deviation of a metric over the runs, accuracies in per cent."""
     scale, unit, digits = (100, " %", 2) if metric.endswith("accuracy") else (1, "", 4)
@@ -141,22 +105,12 @@ def figure(runs: list[dict], metric: str) -> str:
     return f"{middle} ± {statistics.stdev(values):.{digits}f}{unit}"
 
 
-def mean(runs: list[dict], metric: str) -> float:
-    """Of a metric over the runs."""
-    return statistics.mean(run["metrics"][metric] for run in runs)
-
-
 def margin(runs: list[dict], other: str) -> str:
     """By how much the recipe is better than what stands beside it, on the mean."""
     mine, its = mean(runs, main_metric(runs)), mean(runs, other)
     if other.endswith("accuracy"):
         return f" ({100 * abs(mine - its):.2f} points {'below' if its <= mine else 'above'})"
     return f" ({its / mine:.2f} times the recipe's)"
-
-
-def main_metric(runs: list[dict]) -> str:
-    """What a recipe is judged by."""
-    return "accuracy" if "accuracy" in runs[0]["metrics"] else "mse"
 
 
 def seeds(runs: list[dict]) -> str:
@@ -170,12 +124,6 @@ def minutes(runs: list[dict]) -> str:
     return f"{spent / 60:.1f} min" if spent >= 60 else f"{spent:.0f} s"
 
 
-def hardware(runs: list[dict]) -> str:
-    """Processor or graphics cards of the runs."""
-    machine = runs[0]["hardware"]
-    return ", ".join(machine["gpus"]) or f"{machine['cores']} cores of {machine['processor']}"
-
-
 def result_line(recipe: str) -> str:
     """What the docstring of a recipe says of its result."""
     runs = load_runs(recipe)
@@ -183,7 +131,8 @@ def result_line(recipe: str) -> str:
         return "not yet measured"
     name = "accuracy" if main_metric(runs) == "accuracy" else "mean squared error"
     found = figure(runs, main_metric(runs))
-    line = f"test {name} {found} over {len(runs)} seeds, {minutes(runs)}, {hardware(runs)}{stale(recipe)}"
+    line = f"test {name} {found} over {len(runs)} seeds, {minutes(runs)}, {machine_of(runs[0])}"
+    line += stale(read_record(recipe))
     flags = set_flags(runs[0]["command"])
     return f"{line},\n{' ' * 10}with {flags}" if flags else line
 
@@ -192,7 +141,7 @@ def results_table() -> str:
     """The table of all recipes, in Markdown."""
     lines = ["| recipe | data | test result | to compare | training | seeds |", "|---|---|---|---|---|---|"]
     machines = set()
-    for path in sorted((ROOT / "recipes").glob("*.py")):
+    for path in recipe_paths():
         runs = load_runs(path.stem)
         link = f"[`{path.stem}`](recipes/{path.name})"
         if not runs:
@@ -211,10 +160,10 @@ def results_table() -> str:
         counts = f"{data['train']:,} train, {data['validation']:,} validation, {data['test']:,} test"
         lines.append(
             f"| {link} | {data['name']} ({data['source']}): {counts} | {label} {figure(runs, metric)} "
-            f"| {beside} | {minutes(runs)}{stale(path.stem)} | {seeds(runs)} |"
+            f"| {beside} | {minutes(runs)}{stale(read_record(path.stem))} | {seeds(runs)} |"
         )
         versions = runs[0]["versions"]
-        machines.add(f"{hardware(runs)}, TensorFlow {versions['tensorflow']}, Keras {versions['keras']}")
+        machines.add(f"{machine_of(runs[0])}, TensorFlow {versions['tensorflow']}, Keras {versions['keras']}")
     lines += [
         "",
         "Mean ± standard deviation over the seeds; the time is the median from raw data to the saved "
@@ -227,72 +176,43 @@ def results_table() -> str:
 
 
 def benchmark_table() -> str:
-    """The medians of scripts/benchmark.py, in Markdown."""
-    lines = [
-        "| recipe | examples a second | to the naive way | to PyTorch | share of peak | first execution | callbacks |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    records = benchmarks()
-    for record in records:
-        torch = (
-            f"{spread(record['to_pytorch'])} ({record['better_pytorch']})" if record["to_pytorch"] else "not measured"
-        )
-        lines.append(
-            f"| `{record['recipe']}`{in_bfloat16(record)} | {record['examples_per_second']['recipe']:,.0f} "
-            f"| {spread(record['to_naive'])} | {torch} "
-            f"| {100 * record['share_of_peak']:.0f} % of {record['peak_flops'] / 1e9:,.0f} GFLOPS "
-            f"| {record['first_step_seconds']['recipe']:.1f} s "
-            f"| {percent_lost(record['to_no_callbacks'])} |"
-        )
-    if records:
-        names = sorted({f"{record['data']['name']} ({record['data']['source']})" for record in records})
-        lines += ["", f"Data: {', '.join(names)}."]
-    target = RESULTS / "target.json"
-    if target.exists():
-        record = read_record(target, "rounds")
+    """The medians of scripts/benchmark.py, a table for each machine, in Markdown."""
+    machines, lines = benchmarks(), []
+    header = (
+        "| recipe | examples a second | to the naive way | to PyTorch | share of peak | first execution | callbacks |"
+    )
+    for machine, records in machines.items():
+        lines += [f"On {machine}:", "", header, "|---|---|---|---|---|---|---|", *map(benchmark_row, records), ""]
+    if any("stale" in line for line in lines):
+        lines += ["Stale: the recipe has changed since.", ""]
+    names = sorted(
+        {f"{each['data']['name']} ({each['data']['source']})" for each in itertools.chain(*machines.values())}
+    )
+    if names:
+        lines += [f"Data: {', '.join(names)}.", ""]
+    if record := read_record("target"):
         rounds, missed = len(record["rounds"]), record["naive_missed"]
         lines += [
-            "",
             f"`cifar10_cnn --epochs 5` is at {record['target_validation_accuracy']:.0%} validation accuracy in "
             f"{spread(record['to_naive'])} of the time of the naive script"
-            + (f" (at most: that one gave up in {missed} of {rounds} rounds)." if missed else "."),
+            + (f" (at most: that one gave up in {missed} of {rounds} rounds)" if missed else "")
+            + f", on {machine_of(record)}.",
+            "",
         ]
-    if records:
-        lines += ["", "![Examples per second, against the naive way](results/benchmark.png)"]
-    return "\n".join(lines) if len(lines) > 2 else "Not yet measured."
+    if machines:
+        lines += ["![Examples per second, against the naive way](results/benchmark.png)"]
+    return "\n".join(lines).strip() or "Not yet measured."
 
 
-def benchmarks() -> list[dict]:
-    """The records of scripts/benchmark.py, one for each recipe that has one."""
-    return [read_record(path, "examples_per_second", "rounds") for path in sorted(RESULTS.glob("benchmark-*.json"))]
-
-
-def in_bfloat16(record: dict) -> str:
-    """What is said of a recipe that was measured in mixed precision."""
-    return " in bfloat16" if record["precision"] == "mixed_bfloat16" else ""
-
-
-def speeds() -> Figure | None:
-    """Examples per second of each recipe and of its better twin in PyTorch, in those of the naive way."""
-    records = benchmarks()
-    if not records:
-        return None
-    figure = Figure(figsize=(9, 1.2 + 0.7 * len(records)), layout="constrained")
-    axes = figure.add_subplot(xlabel="examples per second, in those of the naive way")
-    for offset, way in ((0.25, "recipe"), (0.0, "PyTorch"), (-0.25, "naive")):
-        places, widths = [], []
-        for place, record in enumerate(reversed(records)):
-            found = record["examples_per_second"].get(record["better_pytorch"] if way == "PyTorch" else way)
-            if found:
-                places.append(place + offset)
-                widths.append(found / record["examples_per_second"]["naive"])
-        bars = axes.barh(places, widths, height=0.24, label="PyTorch, its better form" if way == "PyTorch" else way)
-        axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(records)), [record["recipe"] + in_bfloat16(record) for record in reversed(records)])
-    axes.margins(x=0.1)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
-    return figure
+def benchmark_row(record: dict) -> str:
+    """One recipe in one precision."""
+    torch = f"{spread(record['to_pytorch'])} ({record['better_pytorch']})" if record["to_pytorch"] else "not measured"
+    return (
+        f"| `{record['recipe']}`{in_bfloat16(record)}{stale(record)} | {record['examples_per_second']['recipe']:,.0f} "
+        f"| {spread(record['to_naive'])} | {torch} "
+        f"| {100 * record['share_of_peak']:.0f} % of {record['peak_flops'] / 1e9:,.0f} GFLOPS "
+        f"| {record['first_step_seconds']['recipe']:.1f} s | {percent_lost(record['to_no_callbacks'])} |"
+    )
 
 
 def percent_lost(interval: dict[str, float]) -> str:
@@ -328,7 +248,7 @@ def quicker(record: dict) -> list[str]:
         timed = f"batch {batch}, one thread"
         return f"{other['seconds'][timed] / one['seconds'][timed]:,.1f}"
 
-    variants, whole, lines = record["variants"], RESULTS / "ship-mnist_cnn.json", []
+    variants, whole, lines = record["variants"], read_record("ship-mnist_cnn"), []
     if {"keras", "litert", "litert int8"} <= set(variants):
         int8, litert = variants["litert int8"], variants["litert"]
         lines += [
@@ -337,8 +257,8 @@ def quicker(record: dict) -> list[str]:
             f"{times(int8, variants['keras'], 1)} times as quick as the Keras model, called as `model(inputs)`.",
             "",
         ]
-    if record["recipe"] == "pruning" and "litert" in variants and whole.exists():
-        before = read_record(whole, "variants")["variants"]["litert"]
+    if record["recipe"] == "pruning" and "litert" in variants and whole:
+        before = whole["variants"]["litert"]
         lines += [
             f"Beside `mnist_cnn`, whose network this was, `litert` is {times(variants['litert'], before, 1)} times as "
             f"quick at batch 1, one thread, and {times(variants['litert'], before, 64)} times at batch 64.",
@@ -350,14 +270,13 @@ def quicker(record: dict) -> list[str]:
 def shipped_tables() -> str:
     """The records of scripts/ship.py, a table each, and what pruning cost and distillation gained, in Markdown."""
     lines = []
-    for path in sorted(RESULTS.glob("ship-*.json")):
-        record = read_record(path, "variants", "trained_by")
+    for record in read_records("ship-*"):
         header, *rows = shipped_rows(record)
-        data, machine = record["data"], record["hardware"]
+        data = record["data"]
         lines += [
             f"`{' '.join([record['recipe'], set_flags(record['trained_by'])]).strip()}`, "
             f"seed {record['seed']}, {data['test']:,} test examples of {data['name']} "
-            f"({data['source']}), {machine['cores']} cores of {machine['processor']}:",
+            f"({data['source']}), {machine_of(record)}:",
             "",
             *(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)),
             "",
@@ -376,7 +295,7 @@ def shipped_tables() -> str:
                 f"| {figure(runs, 'accuracy')} | {lost:.2f} | {seeds(runs)} |"
             )
         lines += ["", "![Test accuracy by the number of weights that are left](results/pruning.png)", ""]
-    taught = [read_record(path, "runs")["runs"] for path in RESULTS.glob("distillation*.json")]
+    taught = [record["runs"] for record in read_records("distillation*")]
     taught = [runs for runs in taught if with_metric(runs, "alone_accuracy") == runs]
     if taught:
         lines += ["| epochs of `distillation` | test accuracy | without a teacher | points gained | seeds |"]
@@ -390,39 +309,6 @@ def shipped_tables() -> str:
     return "\n".join(lines).strip() or "Not yet measured."
 
 
-def pruned() -> list[tuple[str, float, list[dict]]]:
-    """What was removed (weights or filters), which share of it, and the runs of each record of pruning."""
-    found = []
-    for path in RESULTS.glob("pruning*.json"):
-        runs = read_record(path, "runs")["runs"]
-        words = shlex.split(runs[0]["command"].replace("=", " "))
-        given = {word: words[place + 1] for place, word in enumerate(words) if word in ("--remove", "--sparsity")}
-        found.append((given.get("--remove", "weights"), float(given.get("--sparsity", 0.9)), runs))
-    return sorted(found, key=lambda record: record[:2])
-
-
-def pruning_curve() -> Figure | None:
-    """Test accuracy by the number of weights that are left, with single weights removed and with filters."""
-    compared = with_metric(load_runs("pruning"), "unpruned_accuracy")
-    if not compared:
-        return None
-    points: dict[str, list[tuple[float, float, float]]] = {}
-    for kind, _, runs in pruned():
-        deviation = statistics.stdev(run["metrics"]["accuracy"] for run in runs) if len(runs) > 1 else 0.0
-        points.setdefault(kind, []).append((mean(runs, "nonzero_weights"), mean(runs, "accuracy"), deviation))
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="weights that are left", ylabel="test accuracy", xscale="log")
-    for kind, found in sorted(points.items()):
-        left, accuracies, deviations = zip(*sorted(found), strict=True)
-        axes.errorbar(left, accuracies, deviations, marker="o", capsize=3, label=f"{kind} removed")
-    axes.axhline(mean(compared, "unpruned_accuracy"), color="black", linewidth=0.8, label="nothing removed")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.set_minor_formatter("{x:,.0f}")
-    axes.yaxis.set_major_formatter("{x:.2%}")
-    axes.legend(fontsize=8)
-    return figure
-
-
 def distributed_table() -> str:
     """What several workers and a strategy cost, in Markdown."""
     lines = [
@@ -433,39 +319,16 @@ def distributed_table() -> str:
         ("workers", "two workers instead of one process, on the same cores"),
         ("strategy", "a strategy with one replica instead of none"),
     ):
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            record = read_record(path, "pairs")
+        if record := read_record(name):
             one, other = ([pair[way]["metrics"]["accuracy"] for pair in record["pairs"]] for way in record["ways"])
             on_average = 100 * (statistics.mean(other) - statistics.mean(one))
             points = record["largest_difference_of_test_accuracy_in_points"]
             lines.append(
                 f"| {label} | {record['median_ratio_images_per_second']:.2f} times as many "
                 f"| {on_average:+.2f} points on average, at most {points:.2f} apart "
-                f"| {len(record['pairs'])} | {hardware([record])} |"
+                f"| {len(record['pairs'])} | {machine_of(record)} |"
             )
     return "\n".join(lines) if len(lines) > 2 else "Not yet measured."
-
-
-def curves() -> Figure | None:
-    """Each recipe's validation metric by epoch, a line for each seed; without validation examples, the training one."""
-    published = [path.stem for path in sorted((ROOT / "recipes").glob("*.py")) if load_runs(path.stem)]
-    if not published:
-        return None
-    figure = Figure(figsize=(11, 3 * -(-len(published) // 3)), layout="constrained")
-    for place, recipe in enumerate(published, start=1):
-        runs = load_runs(recipe)
-        accuracy = main_metric(runs) == "accuracy"
-        kept, prefix = ("validation", "val_") if runs[0]["data"]["validation"] else ("training", "")
-        axes = figure.add_subplot(-(-len(published) // 3), 3, place, title=recipe, xlabel="epoch")
-        axes.set_ylabel(f"{kept} {'accuracy' if accuracy else 'error'}")
-        for run in runs:
-            values = [epoch[prefix + ("accuracy" if accuracy else "loss")] for epoch in run["history"]]
-            axes.plot(range(1, len(values) + 1), values, linewidth=1.2, label=f"seed {run['seed']}")
-        if not accuracy:
-            axes.set_yscale("log")
-        axes.legend(fontsize=7)
-    return figure
 
 
 def with_part(readme: str, name: str, written: str) -> str:

@@ -19,9 +19,10 @@ import sys
 from typing import Any
 
 from common.cli import Parser, UserError, run_script, whole_number
-from common.records import write_file
 
-from publish import RESULTS, ROOT, code_sha256, publish, without_places
+import published
+from publish import publish, without_places
+from published import code_sha256, recipe_paths, write_record
 
 
 def main() -> None:
@@ -45,12 +46,12 @@ def main() -> None:
 
 def reproduce(recipe: str, seeds: list[int], flags: list[str], variant: str = "") -> None:
     """Trains once per seed, in fresh processes, and writes results/<recipe>[-<variant>].json when all are done."""
-    names = sorted(found.stem for found in (ROOT / "recipes").glob("*.py"))
+    names = [found.stem for found in recipe_paths()]
     if recipe not in names:
         raise UserError(f"no recipe {recipe!r}; choose one of {', '.join(names)}")
-    path = ROOT / "recipes" / f"{recipe}.py"
+    path = published.ROOT / "recipes" / f"{recipe}.py"
     code, runs = code_sha256(path), []
-    unfinished = ROOT / "runs" / "reproduce" / hashlib.sha256(f"{code}{flags}".encode()).hexdigest()[:16]
+    unfinished = published.ROOT / "runs" / "reproduce" / hashlib.sha256(f"{code}{flags}".encode()).hexdigest()[:16]
     for seed in seeds:
         directory = unfinished / str(seed)
         command = [sys.executable, str(path), *flags, "--seed", str(seed), "--run-dir", str(directory)]
@@ -61,10 +62,8 @@ def reproduce(recipe: str, seeds: list[int], flags: list[str], variant: str = ""
         # As anybody would type it: where this machine keeps its data says nothing about the result.
         result["command"] = shlex.join(["python", f"recipes/{recipe}.py", *without_places(flags), "--seed", str(seed)])
         runs.append(result)
-    RESULTS.mkdir(exist_ok=True)
     record = {"recipe": recipe, "code_sha256": code, "runs": runs}
-    name = f"{recipe}-{variant}" if variant else recipe
-    write_file(RESULTS / f"{name}.json", json.dumps(record, indent=2) + "\n")
+    write_record(f"{recipe}-{variant}" if variant else recipe, record)
     shutil.rmtree(unfinished)
 
 

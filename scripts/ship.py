@@ -15,7 +15,6 @@ files of your own.
 
 import dataclasses
 import importlib.util
-import json
 import pathlib
 import shlex
 import statistics
@@ -28,12 +27,13 @@ from common import artefacts
 from common.batches import Split
 from common.cli import Parser, run_script, whole_number
 from common.hardware import describe_machine
-from common.records import provenance, write_file
+from common.records import provenance
 
 import export
 import keras
 import numpy as np
 from publish import publish, shipped_rows, without, without_places
+from published import write_record
 from rich.console import Console
 from rich.table import Table
 
@@ -54,9 +54,7 @@ def main() -> None:
             f"not recorded: a run on {record['data']['name']} ({record['data']['source']}), not on all of the real data"
         )
         return
-    path = ROOT / "results" / f"ship-{record['recipe']}.json"
-    path.parent.mkdir(exist_ok=True)
-    write_file(path, json.dumps(record, indent=2) + "\n")
+    path = write_record(f"ship-{record['recipe']}", record)
     publish()
     print(f"record: {path}")
 

@@ -17,7 +17,9 @@ from common.cli import EXIT_INTERRUPTED
 
 import keras
 import numpy as np
+import pictures
 import publish
+import published
 import pytest
 from conftest import ROOT, run_program
 from test_readme import load_script
@@ -45,16 +47,18 @@ def project(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "README.md", tmp_path)
     (tmp_path / "results").mkdir()
-    for script in (reproduce, publish):
-        monkeypatch.setattr(script, "ROOT", tmp_path)
-        monkeypatch.setattr(script, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(published, "ROOT", tmp_path)
     return tmp_path
+
+
+def publish_runs(project: pathlib.Path, runs: list[dict]) -> None:
+    code = published.code_sha256(project / "recipes" / "mnist_cnn.py")
+    published.write_record("mnist_cnn", {"recipe": "mnist_cnn", "code_sha256": code, "runs": runs})
 
 
 def test_publishing_writes_mean_and_deviation(project):
     runs = [fake_run(accuracy, seed) for seed, accuracy in enumerate((0.991, 0.993, 0.995))]
-    record = {"code_sha256": publish.code_sha256(project / "recipes" / "mnist_cnn.py"), "runs": runs}
-    (project / "results" / "mnist_cnn.json").write_text(json.dumps(record))
+    publish_runs(project, runs)
     publish.publish()
     readme = (project / "README.md").read_text()
     (row,) = [line for line in readme.splitlines() if line.startswith("| [`mnist_cnn`]")]
@@ -75,7 +79,7 @@ def test_publishing_writes_mean_and_deviation(project):
 
 
 def test_on_a_full_disk_what_was_published_stays(project, monkeypatch):
-    (project / "results" / "mnist_cnn.json").write_text(json.dumps({"code_sha256": "0", "runs": [fake_run(0.99, 0)]}))
+    publish_runs(project, [fake_run(0.99, 0)])
     before = (project / "README.md").read_text()
 
     def write_text(path, text, **named):
@@ -90,8 +94,7 @@ def test_on_a_full_disk_what_was_published_stays(project, monkeypatch):
 
 def test_a_record_of_other_code_is_shown_as_stale(project):
     path = project / "recipes" / "mnist_cnn.py"
-    record = {"code_sha256": publish.code_sha256(path), "runs": [fake_run(0.99, 0)]}
-    (project / "results" / "mnist_cnn.json").write_text(json.dumps(record))
+    publish_runs(project, [fake_run(0.99, 0)])
     path.write_text(path.read_text().replace("# Shuffled already.", "# Has been shuffled."))
     publish.publish()
     assert not [line for line in (project / "README.md").read_text().splitlines() if ", stale |" in line]
@@ -173,14 +176,69 @@ def test_what_can_not_be_published_is_named(project, monkeypatch, words, says):
     assert not list((project / "results").iterdir())
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"runs": []}', "[]", '{"runs": '])
+@pytest.mark.parametrize("text", ["", "{}", '{"runs": []}', "[]", '{"runs": ', "NaN"])
 def test_a_damaged_record_is_named(project, text):
     path = project / "results" / "mnist_cnn.json"
     path.write_text(text)
     before = (project / "README.md").read_text()
-    with pytest.raises(publish.UserError, match=r"mnist_cnn\.json: damaged .*; get it back with git"):
+    with pytest.raises(publish.UserError, match=r"mnist_cnn\.json: not written by .*; get it back with git"):
         publish.publish()
     assert (project / "README.md").read_text() == before
+
+
+def test_a_figure_that_is_changed_by_hand_is_not_published(project):
+    publish_runs(project, [fake_run(0.99, 0)])
+    path = project / "results" / "mnist_cnn.json"
+    path.write_text(path.read_text().replace('"accuracy": 0.99,', '"accuracy": 0.999,'))
+    before = (project / "README.md").read_text()
+    with pytest.raises(publish.UserError, match=r"mnist_cnn\.json: changed since it was written; get it back with git"):
+        publish.publish()
+    assert (project / "README.md").read_text() == before
+
+
+def fake_benchmark(project: pathlib.Path, processor: str, to_naive: float) -> None:
+    interval = {"median": to_naive, "lowest": to_naive - 0.1, "highest": to_naive + 0.1}
+    record = {
+        "recipe": "mnist_cnn",
+        "code_sha256": published.code_sha256(project / "recipes" / "mnist_cnn.py"),
+        "precision": "float32",
+        "examples_per_second": {"naive": 1000.0, "recipe": 1000 * to_naive},
+        "rounds": [
+            {"naive": {"examples_per_second": 1000.0}, "recipe": {"examples_per_second": 1000 * (to_naive + offset)}}
+            for offset in (-0.1, 0.0, 0.1)
+        ],
+        "to_naive": interval,
+        "to_pytorch": None,
+        "better_pytorch": None,
+        "to_no_callbacks": {"median": 0.98, "lowest": 0.97, "highest": 0.99},
+        "share_of_peak": 0.5,
+        "peak_flops": 4e11,
+        "first_step_seconds": {"recipe": 5.0},
+        "data": {"name": "MNIST", "source": "tfds"},
+        "hardware": {"cores": 2, "processor": processor, "gpus": []},
+    }
+    published.write_record(published.benchmark_name(record), record)
+
+
+def test_each_machine_has_its_own_benchmarks(project):
+    fake_benchmark(project, "Another(R) CPU", 1.5)
+    fake_benchmark(project, "Some CPU", 1.2)
+    path = project / "recipes" / "mnist_cnn.py"
+    names = [each.name for each in sorted((project / "results").glob("*.json"))]
+    assert names == [f"benchmark-mnist_cnn-float32-2-cores-of-{each}-cpu.json" for each in ("another", "some")]
+    publish.publish()
+    lines = (project / "README.md").read_text().splitlines()
+    for machine, row in (
+        ("Another(R) CPU", "| `mnist_cnn` | 1,500 | 1.50 (1.40 to 1.60) | not measured | 50 % of 400 GFLOPS | 5.0 s "),
+        ("Some CPU", "| `mnist_cnn` | 1,200 | 1.20 (1.10 to 1.30) | not measured | 50 % of 400 GFLOPS | 5.0 s "),
+    ):
+        assert lines[lines.index(f"On 2 cores of {machine}:") + 4] == f"{row}| 2.0 % (1 to 3) |"
+    assert (project / "results" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    middles = {axes.get_title(): axes.containers[0].lines[0].get_xdata() for axes in pictures.speeds().axes}
+    assert middles == {"2 cores of Another(R) CPU": [1.5], "2 cores of Some CPU": [1.2]}
+    path.write_text(path.read_text().replace("weight_decay=config.weight_decay", "weight_decay=0.0"))
+    publish.publish()
+    assert (project / "README.md").read_text().count("| `mnist_cnn`, stale | ") == 2
 
 
 FIXED = '''\
@@ -204,15 +262,15 @@ def test_the_code_is_the_same_to_all_versions_of_python(tmp_path):
     """Those that are installed here, and what 3.11, 3.12 and 3.13 said: another digest would call each record stale."""
     fixed = tmp_path / "fixed.py"
     fixed.write_text(FIXED)
-    assert publish.code_sha256(fixed) == "6c369a4aea7b500ac9d635e6fecb9575926b038f2fb434841da8d60ec8466502"
+    assert published.code_sha256(fixed) == "6c369a4aea7b500ac9d635e6fecb9575926b038f2fb434841da8d60ec8466502"
     others = [found for minor in range(11, 20) if (found := shutil.which(f"python3.{minor}"))]
-    program = f"import ast, hashlib, pathlib, sys\nfrom typing import Any\n{inspect.getsource(publish.code_sha256)}"
+    program = f"import ast, hashlib, pathlib, sys\nfrom typing import Any\n{inspect.getsource(published.code_sha256)}"
     program += "print(code_sha256(pathlib.Path(sys.argv[1])))"
     path = ROOT / "recipes" / "distillation.py"
     for python in [sys.executable, *others]:
         found = subprocess.run([python, "-c", program, str(path)], capture_output=True, text=True, check=False)
         if found.returncode == 0:  # A shim may stand for nothing.
-            assert found.stdout.strip() == publish.code_sha256(path), python
+            assert found.stdout.strip() == published.code_sha256(path), python
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,13 +1,14 @@
 """scripts/ship.py on a small trained model."""
 
-import json
 import shutil
 import sys
 
 from common import artefacts
 
 import numpy as np
+import pictures
 import publish
+import published
 import pytest
 import ship
 from conftest import load_recipe, smoke_config
@@ -48,8 +49,8 @@ def test_the_record_says_what_each_file_is(shipped):
 def test_the_tables_show_the_record(shipped, tmp_path, monkeypatch):
     _, record = shipped
     command = "python recipes/pruning.py --data tfds --remove filters --quiet"
-    (tmp_path / "ship-pruning.json").write_text(json.dumps({**record, "trained_by": command}))
-    monkeypatch.setattr(publish, "RESULTS", tmp_path)
+    monkeypatch.setattr(published, "ROOT", tmp_path)
+    published.write_record("ship-pruning", {**record, "trained_by": command})
     lines = publish.shipped_tables().splitlines()
     assert lines[0].startswith("`pruning --remove filters`, seed 0, 200 test examples of ")
     assert len(lines) == 6 + len(record["variants"])
@@ -63,7 +64,7 @@ def test_the_tables_show_the_record(shipped, tmp_path, monkeypatch):
         f"At batch 1, one thread, `litert int8` is {ratio:.1f} times as quick as `litert`, with "
     )
     assert f"with {share:.1f} % of its bytes" in lines[-1]
-    (tmp_path / "ship-mnist_cnn.json").write_text(json.dumps({**record, "recipe": "mnist_cnn"}))
+    published.write_record("ship-mnist_cnn", {**record, "recipe": "mnist_cnn"})
     assert publish.shipped_tables().endswith(
         "`litert` is 1.0 times as quick at batch 1, one thread, and 1.0 times at batch 64."
     )
@@ -83,7 +84,7 @@ def test_no_figure_is_cut(shipped, monkeypatch, capsys):
 def test_only_runs_on_all_of_the_real_data_are_recorded(shipped, source, smoke, tmp_path, monkeypatch, capsys):
     directory, record = shipped
     record = {**record, "smoke": smoke, "data": {**record["data"], "source": source}}
-    monkeypatch.setattr(ship, "ROOT", tmp_path)
+    monkeypatch.setattr(published, "ROOT", tmp_path)
     monkeypatch.setattr(ship, "ship", lambda *_: record)
     monkeypatch.setattr(sys, "argv", ["ship.py", str(directory)])
     ship.main()
@@ -103,8 +104,8 @@ def test_a_file_that_answers_otherwise_ends_it(shipped, tmp_path, monkeypatch, c
 
 
 def test_pruning_has_a_point_and_a_row_for_each_record(tmp_path, monkeypatch):
-    monkeypatch.setattr(publish, "RESULTS", tmp_path)
-    assert publish.pruning_curve() is None
+    monkeypatch.setattr(published, "ROOT", tmp_path)
+    assert pictures.pruning_curve() is None
     for name, left, flags in (
         ("pruning", 20, ""),
         ("pruning-half", 110, "--sparsity=0.5"),
@@ -118,8 +119,8 @@ def test_pruning_has_a_point_and_a_row_for_each_record(tmp_path, monkeypatch):
             }
             for seed, accuracy in enumerate((0.98, 0.99))
         ]
-        (tmp_path / f"{name}.json").write_text(json.dumps({"runs": runs}))
-    (axes,) = publish.pruning_curve().axes
+        published.write_record(name, {"runs": runs})
+    (axes,) = pictures.pruning_curve().axes
     filters, weights = (container.lines[0].get_xydata().tolist() for container in axes.containers)
     assert filters == [[40, pytest.approx(0.985)]]
     assert weights == [[20, pytest.approx(0.985)], [110, pytest.approx(0.985)]]
@@ -131,14 +132,12 @@ def test_pruning_has_a_point_and_a_row_for_each_record(tmp_path, monkeypatch):
 
 
 def test_distillation_has_a_row_for_each_number_of_epochs(tmp_path, monkeypatch):
-    monkeypatch.setattr(publish, "RESULTS", tmp_path)
+    monkeypatch.setattr(published, "ROOT", tmp_path)
     for name, epochs, accuracy in (("distillation-long", 40, 0.865), ("distillation", 8, 0.84)):
         metrics = {"accuracy": accuracy, "alone_accuracy": 0.82}
-        (tmp_path / f"{name}.json").write_text(
-            json.dumps({"runs": [{"epochs": epochs, "seed": 3, "metrics": metrics}]})
-        )
+        published.write_record(name, {"runs": [{"epochs": epochs, "seed": 3, "metrics": metrics}]})
     without = [{"epochs": 4, "seed": 3, "metrics": {"accuracy": 0.8}}]  # Made with --no-baseline.
-    (tmp_path / "distillation-alone.json").write_text(json.dumps({"runs": without}))
+    published.write_record("distillation-alone", {"runs": without})
     assert publish.shipped_tables().splitlines()[2:] == [
         "| 8 | 84.00 % | 82.00 % | 2.00 | 3 |",
         "| 40 | 86.50 % | 82.00 % | 4.50 | 3 |",
