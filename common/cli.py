@@ -190,6 +190,11 @@ def run_recipe(train: Callable[[Any], dict], config_class: type, description: st
         code, line = 2, f"error: {error}"
     except TrainingFailedError as error:
         code, line = 3, f"training failed: {error}"
+    except BrokenPipeError:
+        # A reader such as `head` has seen enough; Python's farewell would try to write once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = EXIT_INTERRUPTED
+        line = "interrupted: nobody reads the output any more; the same command with --resume goes on"
     except OSError as error:
         if error.errno not in _DISK:
             raise

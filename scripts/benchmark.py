@@ -112,13 +112,19 @@ def compare_speed(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[s
 def printed(script: pathlib.Path, *words: str) -> dict[str, Any]:
     """Runs a script, whose last line is JSON; `first_step`, a point in time, becomes seconds from its start."""
     began = time.time()
-    run = subprocess.run([sys.executable, str(script), *words], check=False, stdout=subprocess.PIPE, text=True)
-    if run.returncode:
-        sys.exit(run.returncode)  # It said why.
+    run = run_program(str(script), *words, stdout=subprocess.PIPE, text=True)
     figures = json.loads(run.stdout.splitlines()[-1])
     if "first_step" in figures:
         figures["first_step_seconds"] = figures.pop("first_step") - began
     return figures
+
+
+def run_program(*words: str, **options: Any) -> subprocess.CompletedProcess:
+    """Runs a Python program; one that fails has said why, and ends this one with its exit code."""
+    run = subprocess.run([sys.executable, *words], check=False, **options)
+    if run.returncode:
+        sys.exit(run.returncode)
+    return run
 
 
 def alternate(ways: dict[str, Way], rounds: int, shown: str) -> list[dict[str, dict[str, Any]]]:
@@ -144,9 +150,7 @@ def run_recipe(arguments: argparse.Namespace, *flags: str, launcher: tuple[str, 
         directory = pathlib.Path(folder, "run")
         command = [*launcher, "recipes/cifar10_cnn.py", *(["--"] if launcher else []), *data_flags(arguments)]
         command += ["--no-baseline", "--quiet", "--run-dir", str(directory), *flags]
-        run = subprocess.run([sys.executable, *command], check=False, cwd=ROOT)
-        if run.returncode:
-            sys.exit(run.returncode)  # It said why.
+        run_program(*command, cwd=ROOT)
         return json.loads((directory / "result.json").read_text())
 
 

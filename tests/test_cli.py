@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from common.cli import (
+    EXIT_INTERRUPTED,
     Count,
     Share,
     SharedConfig,
@@ -124,6 +125,15 @@ def test_a_script_whose_reader_has_seen_enough_says_nothing():
     command = f'{shlex.quote(sys.executable)} -c "{words}" | head -c 1; echo " ${{PIPESTATUS[0]}}"'
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (run.stdout, run.stderr) == (f"x {128 + signal.SIGPIPE}\n", "")
+
+
+def test_a_recipe_whose_reader_has_seen_enough_can_be_resumed():
+    train = "lambda config: [print('x' * 1_000_000) for _ in range(3)]"
+    words = f"from common.cli import SharedConfig, run_recipe; run_recipe({train}, SharedConfig)"
+    command = f'{shlex.quote(sys.executable)} -c "{words}" | head -c 1; echo " ${{PIPESTATUS[0]}}"'
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert run.stdout == f"x {EXIT_INTERRUPTED}\n"
+    assert run.stderr == ("interrupted: nobody reads the output any more; the same command with --resume goes on\n")
 
 
 def test_a_script_on_a_full_disk_says_so_in_one_line():
