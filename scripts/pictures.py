@@ -64,6 +64,7 @@ def draw_speeds(axes: Axes, records: list[dict]) -> None:
             )
     axes.axvline(1, color="black", linewidth=0.8, label="the naive way")
     axes.set_yticks(range(len(records)), [record["recipe"] + in_bfloat16(record) for record in reversed(records)])
+    axes.set_ylim(-0.6, len(records) - 0.4)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.margins(x=0.1)
