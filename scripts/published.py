@@ -15,10 +15,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def write_record(name: str, record: dict[str, Any]) -> pathlib.Path:
-    """Writes results/<name>.json, which holds the SHA-256 of its own content; returns where that is."""
+    """Writes results/<name>.json, which holds its name and the SHA-256 of its own content; returns where that is."""
     path = ROOT / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    write_file(path, sealed(record))
+    write_file(path, sealed({"record": name, **record}))
     return path
 
 
@@ -26,11 +26,14 @@ def read_record(name: str) -> dict[str, Any]:
     """What was given to `write_record`; empty if there is no such record.
 
     Raises:
-        UserError: a byte of it is another, or it can't be read.
+        UserError: a byte of it is another, it was written under another name, or it can't be read.
     """
     path = ROOT / "results" / f"{name}.json"
     try:
-        return unsealed(path.read_bytes())
+        record = unsealed(path.read_bytes())
+        if record.pop("record", "") != name:
+            raise ValueError("written under another name")
+        return record
     except FileNotFoundError:
         return {}
     except OSError as error:

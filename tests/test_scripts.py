@@ -196,6 +196,15 @@ def test_a_figure_that_is_changed_by_hand_is_not_published(project):
     assert (project / "README.md").read_text() == before
 
 
+def test_a_record_under_another_name_is_not_published(project):
+    publish_runs(project, [fake_run(0.99, 0)])
+    before = (project / "README.md").read_text()
+    (project / "results" / "mnist_cnn.json").rename(project / "results" / "benchmark-mnist_cnn.json")
+    with pytest.raises(publish.UserError, match=r"benchmark-mnist_cnn\.json: written under another name; get it back"):
+        publish.publish()
+    assert (project / "README.md").read_text() == before
+
+
 def fake_benchmark(project: pathlib.Path, processor: str, to_naive: float) -> None:
     interval = {"median": to_naive, "lowest": to_naive - 0.1, "highest": to_naive + 0.1}
     record = {
