@@ -18,6 +18,7 @@ from common.upstream import (
     cure_iterator_wait,
     cure_replicas,
     cure_several_workers,
+    cure_silu,
 )
 
 import keras
@@ -168,6 +169,7 @@ def apply(
     cure_fusion()
     cure_gradient_leak()
     cure_iterator_wait()
+    cure_silu()
     if strategy == "none":
         return tf.distribute.get_strategy()
     cure_replicas()

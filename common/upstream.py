@@ -13,6 +13,7 @@ from common.cli import UserError
 import keras
 import tensorflow as tf
 from keras.src import tree
+from keras.src.backend.tensorflow import nn as tensorflow_nn
 from keras.src.backend.tensorflow import random as tensorflow_random
 from keras.src.backend.tensorflow import trainer as tensorflow_trainer
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
@@ -206,6 +207,29 @@ def cure_adam() -> None:
         return tf.raw_ops.ResourceApplyAdam(**changed, **rates, **powers, grad=tf.cast(gradient, variable.dtype))
 
     keras.optimizers.Adam.update_step = in_one_operation
+
+
+@functools.cache
+def cure_silu() -> None:
+    """Lets the gradient of SiLU be computed in one pass through the activations.
+
+    TensorFlow 2.21 does it in seven, and its sigmoid of bfloat16 is the slowest of them: a tenth of the time of
+    cifar10_fast in bfloat16. XLA makes one pass of it, in float32 inside.
+    """
+    original = tensorflow_nn.silu
+
+    @tf.function(jit_compile=True, autograph=False)
+    def gradient(inputs: tf.Tensor, of_outputs: tf.Tensor) -> tf.Tensor:
+        precise = tf.float64 if inputs.dtype == tf.float64 else tf.float32
+        x, of_outputs = tf.cast(inputs, precise), tf.cast(of_outputs, precise)
+        sigmoid = tf.sigmoid(x)
+        return tf.cast(of_outputs * sigmoid * (1 + x * (1 - sigmoid)), inputs.dtype)
+
+    @tf.custom_gradient
+    def silu(inputs: tf.Tensor) -> tuple:
+        return original(inputs), functools.partial(gradient, inputs)
+
+    tensorflow_nn.silu = silu
 
 
 @functools.cache

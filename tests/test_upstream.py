@@ -16,6 +16,7 @@ from common.hardware import apply, choose, describe_machine
 import keras
 import numpy as np
 import pytest
+import scipy.special
 import tensorflow as tf
 from conftest import TWO_DEVICES, run_program
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
@@ -252,6 +253,36 @@ def test_adam_in_one_operation_equals_keras(weight_decay):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
     assert "ResourceApplyAdam" in operations[0]
     assert "ResourceApplyAdam" not in operations[1], "mended upstream: delete the cure"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_gradient_of_silu_in_one_pass_equals_the_formula(dtype):
+    """common/upstream.py: cure_silu."""
+    original = tf.nn.silu
+    upstream.cure_silu()
+    inputs = tf.cast(np.linspace(-100, 100, 40_001), dtype)
+    of_outputs = tf.cast(np.random.default_rng(0).normal(0, 1, inputs.shape), dtype)
+    gradients, passes = [], []
+    for silu in (keras.activations.silu, original):
+
+        @tf.function
+        def gradient(silu=silu):
+            with tf.GradientTape() as tape:
+                tape.watch(inputs)
+                outputs = silu(inputs)
+            return tape.gradient(outputs, inputs, of_outputs)
+
+        gradients.append(gradient())
+        operations = gradient.get_concrete_function().graph.get_operations()
+        passes.append([each for each in operations if each.type not in ("Const", "Identity", "IdentityN")])
+    x, outer = np.asarray(inputs, np.float64), np.asarray(of_outputs, np.float64)
+    sigmoid = scipy.special.expit(x)
+    expected = outer * (sigmoid + x * sigmoid * (1 - sigmoid))
+    precision = {"bfloat16": 2**-8, "float32": 1e-6, "float64": 1e-14}[dtype]
+    np.testing.assert_allclose(np.asarray(gradients[0], np.float64), expected, rtol=precision, atol=precision / 10)
+    assert gradients[0].dtype == inputs.dtype
+    assert passes[0][-1].get_attr("_XlaMustCompile"), "not in one pass"
+    assert len(passes[1]) > len(passes[0]), "mended upstream: delete the cure"
 
 
 @pytest.mark.parametrize(("scale", "center"), [(True, True), (True, False), (False, True)])
