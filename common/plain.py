@@ -29,7 +29,7 @@ from common.data import Data, Dataset, DataUnavailableError
 from common.evaluation import _predict
 from common.records import file_sha256, sealed, weights_sha256, write_file
 from common.runs import with_class_names
-from common.upstream import cure_adam, cure_fusion, cure_symbolic_build
+from common.upstream import cure_adam, cure_fusion, cure_silu, cure_symbolic_build
 
 import keras
 import numpy as np
@@ -100,6 +100,7 @@ def choose_strategy(config: SharedConfig) -> tf.distribute.Strategy:
     keras.config.set_dtype_policy(precision)
     cure_adam()
     cure_fusion()
+    cure_silu()
     if devices == 1 and config.strategy != "mirrored":
         return tf.distribute.get_strategy()
     if not gpus:

@@ -225,11 +225,7 @@ def cure_silu() -> None:
         sigmoid = tf.sigmoid(x)
         return tf.cast(of_outputs * sigmoid * (1 + x * (1 - sigmoid)), inputs.dtype)
 
-    @tf.custom_gradient
-    def silu(inputs: tf.Tensor) -> tuple:
-        return original(inputs), functools.partial(gradient, inputs)
-
-    tensorflow_nn.silu = silu
+    tensorflow_nn.silu = tf.custom_gradient(lambda inputs: (original(inputs), functools.partial(gradient, inputs)))
 
 
 @functools.cache
