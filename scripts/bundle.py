@@ -89,7 +89,7 @@ class Bundle:
         self.needed: dict[str, set[int]] = {}  # Positions of the statements that are used, by module.
         self._found: dict[str, str] = {}
         attributes = {each.attr for each in ast.walk(self.recipe.tree) if isinstance(each, ast.Attribute)}
-        named = attributes | used_names(self.recipe.tree) | set(self.recipe.from_common)
+        named = attributes | used_names(self.recipe.tree)
         self.needless = {cure for cure, names in CURED.items() if not names & named}
         if not ({OWN, "train", "main"} <= self.recipe.definitions.keys() and self.recipe.from_common):
             problem = f"no recipe, which would define {OWN}, train and main, and import from common/"
