@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from common.cli import TrainingFailedError, UserError, warn
+from common.cli import STOPPING, TrainingFailedError, UserError, warn
 from common.multiworker import Cluster
 from common.records import file_sha256, read_sealed, sealed, write_file
 
@@ -108,7 +108,7 @@ class Checkpoints(keras.callbacks.Callback):
             self._restore(*self.resumed)
         self._saved, self._took = time.monotonic(), 0.0
         if threading.current_thread() is threading.main_thread():  # Only there, Python allows it.
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOPPING:
                 self._handlers[number] = signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: Any) -> None:

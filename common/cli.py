@@ -22,6 +22,10 @@ Share = Annotated[float, 0, 1]
 # The last one is refused, with the reason.
 Strategy = Literal["auto", "none", "mirrored", "multi-worker", "tpu", "parameter-server"]
 EXIT_INTERRUPTED = 75
+# What asks a program to end: Ctrl-C, and a cluster that wants its machine back.
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+# The file descriptors to say so on: the last one counts, as others may be kept quiet.
+terminals = [2]
 # Called with the exit code and the line that says why, when a recipe ends.
 endings: list[Callable[[int, str], None]] = []
 # The flags that change nothing of what is computed in training.
@@ -104,7 +108,7 @@ def parse_config(config_class: type, arguments: Sequence[str], description: str 
         kind, text = types[field.name], comments.get(field.name, "").replace("%", "%%")
         options: dict[str, Any] = {"help": f"{text} (default: {field.default!r})"}
         if kind is bool:
-            options = {"help": text, "action": argparse.BooleanOptionalAction}
+            options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is Literal:
             options["choices"] = typing.get_args(kind)
         elif kind is not str:
@@ -147,9 +151,10 @@ def warn(line: str) -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """The whole of a script: a `UserError` ends it with one line and exit code 2, Ctrl-C with 130 as in a shell."""
-    # Python would end at once, and leave temporary files and what else a script ends and removes behind.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    """The whole of a script: a `UserError` ends it with one line and exit code 2, Ctrl-C and `SIGTERM` with 75."""
+    # An exception, so that temporary files, and what else a script ends and removes, are not left behind.
+    for number in STOPPING:
+        signal.signal(number, signal.default_int_handler)
     try:
         main()
         sys.stdout.flush()
@@ -166,7 +171,7 @@ def run_script(main: Callable[[], None]) -> None:
         os._exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def _of_the_disk(error: OSError) -> str:
@@ -179,8 +184,7 @@ def run_recipe(train: Callable[[Any], dict], config_class: type, description: st
     0 done; 2 something the user can mend; 3 the loss is no longer a finite number; 75 interrupted; and, with
     several workers, 76 when one of them is lost.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _exit_interrupted)
+    exit_when_stopped("interrupted: the same command with --resume goes on")
     try:
         train(parse_config(config_class, sys.argv[1:], description or ""))
         code, line = 0, ""
@@ -204,20 +208,27 @@ def run_recipe(train: Callable[[Any], dict], config_class: type, description: st
     line = " ".join(line.split())
     for say in endings:
         say(code, line)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)  # The outcome is settled; Python's farewell shall not change it.
     if line:
         print(line, file=sys.stderr if code else sys.stdout)
     sys.exit(code)
 
 
-def _exit_interrupted(number: int, frame: Any) -> None:
-    # During `fit` another handler saves first. At any other time nothing is unsaved, and to exit at once is safer
-    # than an exception, which a library might swallow.
-    with contextlib.suppress(RuntimeError):  # The signal came while a line was being printed.
-        sys.stdout.flush()
-    line = "interrupted: the same command with --resume goes on"
-    os.write(2, f"{line}\n".encode())
-    for say in endings:
-        say(EXIT_INTERRUPTED, line)
-    os._exit(EXIT_INTERRUPTED)
+def exit_when_stopped(line: str) -> None:
+    """Lets a signal that asks the program to end do so at once, with this line and exit code 75.
+
+    During `fit` another handler saves first. At any other time nothing is unsaved, and to exit at once is safer than
+    an exception, which a library might swallow.
+    """
+
+    def exit_interrupted(number: int, frame: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # The signal came while a line was being printed.
+            sys.stdout.flush()
+        os.write(terminals[-1], f"{line}\n".encode())
+        for say in endings:
+            say(EXIT_INTERRUPTED, line)
+        os._exit(EXIT_INTERRUPTED)
+
+    for number in STOPPING:
+        signal.signal(number, exit_interrupted)

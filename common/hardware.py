@@ -30,7 +30,7 @@ class Machine:
     """What `choose` needs to know of a machine; a test can describe any.
 
     `gpus` holds the name of each graphics card and its CUDA compute capability, such as (8, 6); `tpus` is the
-    number of TPU cores.
+    number of TPU cores; `bfloat16` is whether the processor has instructions for it, or nobody knows.
     """
 
     processor: str
@@ -38,6 +38,7 @@ class Machine:
     memory_bytes: int
     gpus: tuple[tuple[str, tuple[int, int]], ...] = ()
     tpus: int = 0
+    bfloat16: bool = True
 
 
 def describe_machine() -> Machine:
@@ -45,9 +46,10 @@ def describe_machine() -> Machine:
     gpus = map(tf.config.experimental.get_device_details, tf.config.list_physical_devices("GPU"))
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            named = re.search(r"model name\s*: (.*)", lines.read())
+            about = lines.read()
     except OSError:
-        named = None
+        about = ""
+    named = re.search(r"model name\s*: (.*)", about)
     return Machine(
         named[1].strip() if named else platform.processor() or platform.machine(),
         # The cores this process may use, which in a container can be fewer than the machine has.
@@ -55,6 +57,7 @@ def describe_machine() -> Machine:
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         tuple((gpu.get("device_name", "GPU"), gpu.get("compute_capability", (0, 0))) for gpu in gpus),
         len(tf.config.list_physical_devices("TPU")),
+        not about or bool(re.search(r"(avx512_|amx_|\b)bf16\b", about)),
     )
 
 
@@ -100,7 +103,9 @@ def choose(machine: Machine, config: SharedConfig, workers: int = 0) -> dict[str
         problem = "--precision mixed_float16: a CPU computes it many times slower; use float32 or mixed_bfloat16"
     if problem:
         raise UserError(problem)
-    if config.precision != "auto":
+    if config.precision == "mixed_bfloat16" and not (gpus or machine.tpus or machine.bfloat16):
+        precision = "mixed_bfloat16", "by --precision; SLOW: float32 is quicker on a processor without bfloat16"
+    elif config.precision != "auto":
         precision = config.precision, "by --precision"
     elif strategy == "tpu":
         precision = "mixed_bfloat16", "TPU"

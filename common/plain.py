@@ -363,7 +363,7 @@ def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> np.ndarray:
     return np.asarray(ImageOps.pad(image, (width, height))).reshape(shape)
 
 
-def read_csv(path: pathlib.Path, columns: list[str]) -> pd.DataFrame:
+def read_csv(path: pathlib.Path, columns: list[str], remedy: str = "") -> pd.DataFrame:
     """A CSV as text, every value as it stands; `columns` must be among its columns."""
     try:
         names = pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0]
@@ -374,5 +374,5 @@ def read_csv(path: pathlib.Path, columns: list[str]) -> pd.DataFrame:
         raise UserError(f"{path}: needs rows, and a name of its own for each column; add them")
     for column in columns:
         if column not in table:
-            raise UserError(f"{path}: no column {column!r} among {', '.join(table)}; name another")
+            raise UserError(f"{path}: no column {column!r} among {', '.join(table)}; {remedy}")
     return table

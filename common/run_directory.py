@@ -9,7 +9,7 @@ import platform
 from typing import Any, BinaryIO
 
 from common.cli import BESIDE_TRAINING, AlreadyFinishedError, SharedConfig, UserError, warn
-from common.records import read_sealed, sealed, unsealed
+from common.records import file_sha256, read_sealed, sealed, unsealed
 
 # What may be left of a run that was killed before it had begun.
 TRACES = {"lock", "config.json.part"}
@@ -128,6 +128,8 @@ def resumed_settings(directory: pathlib.Path, settings: dict[str, Any]) -> dict[
             f"--resume: in {directory}, {'; '.join(differing.values())}; give the same flags, or start a new run"
         )
     if (directory / "result.json").exists():
-        read_sealed(directory / "result.json")
+        result, model = read_sealed(directory / "result.json"), directory / "model.keras"
+        if not model.is_file() or file_sha256(model) != result["model_sha256"]:
+            raise UserError(f"{model}: missing, or not what the training wrote; get it back, or start a new run")
         raise AlreadyFinishedError(f"{directory}: finished already; leave --resume out to start a new run")
     return {**before, "resumed": before["resumed"] + 1}

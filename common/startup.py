@@ -5,7 +5,10 @@ import gc
 import os
 import sys
 import tempfile
+import types
 from collections.abc import Iterator
+
+from common.cli import exit_when_stopped, terminals
 
 # These recipes are TensorFlow's, whatever backend others are set to.
 os.environ.update(KERAS_BACKEND="tensorflow")
@@ -29,6 +32,7 @@ def quiet_native_stderr() -> Iterator[None]:
     sys.stderr.flush()
     with tempfile.TemporaryFile() as held:
         os.dup2(held.fileno(), 2)
+        terminals.append(saved)
         try:
             yield
         except Exception:
@@ -37,7 +41,20 @@ def quiet_native_stderr() -> Iterator[None]:
             raise
         finally:
             os.dup2(saved, 2)
+            terminals.remove(saved)
             os.close(saved)
+
+
+def is_program(frame: types.FrameType | None) -> bool:
+    """Whether what imports `common` is a program that is run, and not, say, a test or a notebook."""
+    while frame and frame.f_globals["__name__"].partition(".")[0] in ("common", "importlib"):
+        frame = frame.f_back
+    return frame is not None and frame.f_globals["__name__"] == "__main__" and "__file__" in frame.f_globals
+
+
+# The imports take seconds. A signal would end them with a traceback from somewhere in their middle.
+if is_program(sys._getframe()):
+    exit_when_stopped("interrupted before it had begun")
 
 
 # TensorFlow is 700,000 objects that stay. Python's garbage collector would go through them again and again, here, in

@@ -43,14 +43,16 @@ def read_labelled_texts(path: pathlib.Path, text_column: str, label_column: str)
             split: (np.array([_read_text(file) for file, _ in found], object), np.array([name for _, name in found]))
             for split, found in _class_files(path, (".txt",), "texts (.txt)").items()
         }
-    table = read_csv(path, [text_column, label_column])
+    if text_column == label_column:
+        raise UserError(f"--text-column {text_column}: is the --label-column too; name another")
+    table = read_csv(path, [text_column, label_column], "name others with --text-column and --label-column")
     texts = np.array([text.encode() for text in _filled(path, table[text_column])], object)
     return {"train": (texts, _filled(path, table[label_column]))}
 
 
 def read_table(path: pathlib.Path, target: str, classes: bool) -> tuple[Arrays, tuple[str, ...]]:
     """Rows of numbers from a CSV: column `target` to predict, all others as inputs, and their names."""
-    table = read_csv(path, [target])
+    table = read_csv(path, [target], "name another with --target")
     inputs = table.drop(columns=target)
     if inputs.empty:
         raise UserError(f"{path}: there is no column beside {target!r}; add the inputs")
@@ -132,8 +134,8 @@ def read_texts(path: pathlib.Path, column: str) -> list[bytes]:
     return lines
 
 
-def read_csv(path: pathlib.Path, columns: list[str]) -> pd.DataFrame:
-    """A CSV as text, every value as it stands; `columns` must be among its columns."""
+def read_csv(path: pathlib.Path, columns: list[str], remedy: str = "rename one") -> pd.DataFrame:
+    """A CSV as text, every value as it stands; `columns` must be among its columns, or `remedy` is what to do."""
     if path.is_dir():
         raise UserError(f"--data {path}: a folder; give a CSV file")
     options = {"dtype": str, "keep_default_na": False, "index_col": False, "skip_blank_lines": False}
@@ -160,7 +162,6 @@ def read_csv(path: pathlib.Path, columns: list[str]) -> pd.DataFrame:
     for column in columns:
         if column not in table:
             problem = f"no column {column!r} among {', '.join(names)}"
-            remedy = "name another with --target, --text-column or --label-column"
             raise UserError(f"{path}: {problem}; {remedy}, or save it with commas if these are several")
     if table.empty:
         raise UserError(f"{path}: no rows below the column names; add some")

@@ -8,21 +8,22 @@ from published import benchmarks, in_bfloat16, load_runs, main_metric, mean, pru
 
 
 def curves() -> Figure | None:
-    """Each recipe's validation metric by epoch, a line for each seed; without validation examples, the training one."""
+    """Each recipe's main metric by epoch, a line for each seed; without validation examples, the training one."""
     published = [path.stem for path in recipe_paths() if load_runs(path.stem)]
     if not published:
         return None
     figure = Figure(figsize=(11, 3 * -(-len(published) // 3)), layout="constrained")
     for place, recipe in enumerate(published, start=1):
         runs = load_runs(recipe)
-        accuracy = main_metric(runs) == "accuracy"
+        metric = main_metric(runs)
         kept, prefix = ("validation", "val_") if runs[0]["data"]["validation"] else ("training", "")
         axes = figure.add_subplot(-(-len(published) // 3), 3, place, title=recipe, xlabel="epoch")
-        axes.set_ylabel(f"{kept} {'accuracy' if accuracy else 'error'}")
+        axes.set_ylabel(f"{kept} {'accuracy' if metric == 'accuracy' else 'mean squared error'}")
         for run in runs:
-            values = [epoch[prefix + ("accuracy" if accuracy else "loss")] for epoch in run["history"]]
+            # Where it is the loss as it stands, it is no metric beside it.
+            values = [epoch.get(prefix + metric, epoch[f"{prefix}loss"]) for epoch in run["history"]]
             axes.plot(range(1, len(values) + 1), values, linewidth=1.2, label=f"seed {run['seed']}")
-        if not accuracy:
+        if metric != "accuracy":
             axes.set_yscale("log")
         axes.legend(fontsize=7)
     return figure

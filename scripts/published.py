@@ -75,6 +75,12 @@ def stale(record: dict[str, Any]) -> str:
     return "" if path.exists() and record["code_sha256"] == code_sha256(path) else ", stale"
 
 
+def marks(record: dict[str, Any]) -> str:
+    """What a table says of a record that is stale, or that was made with changes that were in no commit."""
+    commits = [each.get("commit") or "" for each in (record, *record.get("runs", ()))]
+    return stale(record) + (", uncommitted" if any(commit.endswith("-dirty") for commit in commits) else "")
+
+
 def load_runs(recipe: str) -> list[dict]:
     """The published runs of a recipe; empty if there are none."""
     return read_record(recipe).get("runs", [])
@@ -98,7 +104,9 @@ def main_metric(runs: list[dict]) -> str:
 def machine_of(record: dict) -> str:
     """Processor or graphics cards that a run or a record was measured on."""
     machine = record["hardware"]
-    return ", ".join(machine["gpus"]) or f"{machine['cores']} cores of {machine['processor']}"
+    # Processors of one name differ; records from before this was noted are of some that have it.
+    without = "" if machine.get("bfloat16", True) else " without bfloat16"
+    return ", ".join(machine["gpus"]) or f"{machine['cores']} cores of {machine['processor']}{without}"
 
 
 def benchmark_name(record: dict) -> str:

@@ -4,6 +4,11 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 recipe=${1:-}
 recipe=${recipe%.py}
+if [ "$recipe" = --help ] || [ "$recipe" = -h ]; then
+    echo "scripts/run.sh NAME [FLAGS]: sets up and trains; scripts/run.sh NAME --help lists the flags. Names:" \
+        $(cd "$here/../recipes" && ls -- *.py | sed 's/\.py$//')
+    exit
+fi
 if [ ! -f "$here/../recipes/$recipe.py" ]; then
     echo "error: no recipe '$recipe'; choose one of:" $(cd "$here/../recipes" && ls -- *.py | sed 's/\.py$//') >&2
     exit 2

@@ -7,6 +7,7 @@ import sys
 
 from common.cli import (
     EXIT_INTERRUPTED,
+    STOPPING,
     Count,
     Share,
     SharedConfig,
@@ -18,6 +19,7 @@ from common.cli import (
 )
 
 import pytest
+from conftest import run_program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,17 +109,32 @@ def test_exit_codes(monkeypatch, capsys, raised, code, line):
     assert capsys.readouterr() == ("", line)
 
 
-@pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "interrupted\n"), (signal.SIGTERM, "")])
-def test_a_script_that_is_stopped_leaves_nothing_behind(number, said, tmp_path):
-    """And ends as a shell expects it of the signal."""
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_script_that_is_stopped_leaves_nothing_behind(number, tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # What a shell starts in the background ignores it.
     words = [sys.executable, "-c", STOPPED, str(tmp_path)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as script:
         assert script.stdout.readline() == "at work\n", script.stderr.read()
         script.send_signal(number)
-        assert script.stderr.read() == said
-    assert script.returncode == 128 + number
+        assert script.stderr.read() == "interrupted\n"
+    assert script.returncode == EXIT_INTERRUPTED
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", STOPPING)
+@pytest.mark.parametrize("module", ["tensorflow.python", "sklearn.metrics"])
+def test_a_program_that_is_stopped_while_it_imports_says_so(module, number, tmp_path):
+    """Within the import of TensorFlow, when its native messages are held back, and behind it."""
+    (tmp_path / "program.py").write_text(STOPPED_IN_AN_IMPORT)
+    run = run_program("program.py", module, str(int(number)), cwd=tmp_path)
+    assert (run.returncode, run.stdout, run.stderr) == (EXIT_INTERRUPTED, "", "interrupted before it had begun\n")
+
+
+def test_signals_of_what_is_no_program_of_ours_are_left_alone():
+    """As in a notebook, or where a test imports a recipe."""
+    words = "import signal, common; print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)"
+    run = run_program("-c", words)
+    assert (run.stdout, run.stderr) == ("True\n", "")
 
 
 def test_a_script_whose_reader_has_seen_enough_says_nothing():
@@ -144,6 +161,16 @@ def test_a_script_on_a_full_disk_says_so_in_one_line():
     assert run.stderr == "error: output: No space left on device; make room, or choose a place that can be written to\n"
 
 
+STOPPED_IN_AN_IMPORT = """
+import importlib.abc, os, sys
+class Stop(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), int(sys.argv[2]))
+sys.meta_path.insert(0, Stop())
+from common.evaluation import Report
+print("not to be reached")
+"""
 STOPPED = """
 import sys, tempfile, time
 from common.cli import run_script

@@ -1,5 +1,7 @@
 """The decisions are a pure function of a description of the machine, so they are tested without a GPU."""
 
+import io
+
 from common.cli import SharedConfig, UserError
 from common.hardware import Machine, choose, describe_machine
 
@@ -70,6 +72,30 @@ def test_choices_in_a_cluster(machine, flags, workers, expected):
 def test_what_the_machine_cannot_do_is_refused(machine, flags, named):
     with pytest.raises(UserError, match=named):
         choose(machine, SharedConfig(**flags))
+
+
+@pytest.mark.parametrize(
+    ("machine", "precision", "slow"),
+    [
+        (Machine("Old", 2, 8 << 30, bfloat16=False), "mixed_bfloat16", True),
+        (Machine("Old", 2, 8 << 30, bfloat16=False), "auto", False),
+        (Machine("Old", 2, 8 << 30, (A100,), bfloat16=False), "mixed_bfloat16", False),
+        (LAPTOP, "mixed_bfloat16", False),
+    ],
+)
+def test_who_asks_a_processor_for_what_it_lacks_is_told(machine, precision, slow):
+    _, reason = choose(machine, SharedConfig(precision=precision))["precision"]
+    assert ("SLOW: float32 is quicker" in reason) is slow
+
+
+@pytest.mark.parametrize(
+    ("flags", "bfloat16"), [("avx2 avx512_bf16", True), ("amx_bf16", True), ("asimd bf16", True), ("avx2 f16c", False)]
+)
+def test_what_a_processor_can_is_read_from_its_flags(flags, bfloat16, monkeypatch):
+    lines = f"model name\t: Some CPU\nflags\t\t: fpu {flags} sse\n"
+    monkeypatch.setattr("builtins.open", lambda *words, **named: io.StringIO(lines))
+    machine = describe_machine()
+    assert (machine.processor, machine.bfloat16) == ("Some CPU", bfloat16)
 
 
 def test_this_machine_is_described():

@@ -340,6 +340,13 @@ def test_exit_code_75_from_a_recipe(tmp_path, how):
     again = run_program(*command[1:], "--resume", cwd=tmp_path)
     assert (again.returncode, again.stdout.count("\n"), again.stderr) == (0, 1, "")
     assert again.stdout.startswith("run: finished already;")
+    model = tmp_path / "run" / "model.keras"
+    for do_damage in (lambda: model.write_bytes(model.read_bytes()[:-1]), model.unlink):
+        do_damage()
+        damaged = run_program(*command[1:], "--resume", cwd=tmp_path)
+        assert (damaged.returncode, damaged.stdout, damaged.stderr.count("\n")) == (2, "", 1)
+        assert damaged.stderr.startswith("error: run/model.keras: missing, or not what the training wrote;")
+        assert not (tmp_path / "run" / "lock").exists()
 
 
 def test_resume_alone_takes_the_latest_unfinished_run(tmp_path, monkeypatch):

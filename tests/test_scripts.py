@@ -205,6 +205,36 @@ def test_a_record_under_another_name_is_not_published(project):
     assert (project / "README.md").read_text() == before
 
 
+def test_a_readme_without_its_markers_is_left_alone(project):
+    readme = project / "README.md"
+    readme.write_text(readme.read_text().replace("<!-- end of benchmark -->", ""))
+    before = readme.read_text()
+    with pytest.raises(publish.UserError, match=r"README\.md: lacks .*benchmark.*; put them where the figures"):
+        publish.publish()
+    assert readme.read_text() == before
+
+
+def test_a_record_of_uncommitted_code_is_shown_as_such(project):
+    publish_runs(project, [fake_run(0.99, 0) | {"commit": "1234-dirty"}, fake_run(0.99, 1) | {"commit": "1234"}])
+    publish.publish()
+    readme = (project / "README.md").read_text()
+    assert "| 1.7 min, uncommitted | 0, 1 |" in readme
+    assert "\nUncommitted: measured with changes" in readme
+    publish_runs(project, [fake_run(0.99, 0) | {"commit": "1234"}, fake_run(0.99, 1) | {"commit": None}])
+    publish.publish()
+    assert "uncommitted" not in (project / "README.md").read_text().lower()
+
+
+def test_the_curves_show_the_metric_that_a_recipe_is_judged_by(project):
+    """A weighted loss is another number."""
+    run = fake_run(0.99, 0) | {"metrics": {"mse": 2.0}}
+    run["history"] = [{"val_loss": 1.0, "val_mse": 4.0}, {"val_loss": 0.5, "val_mse": 2.0}]
+    publish_runs(project, [run])
+    (axes,) = pictures.curves().axes
+    assert list(axes.lines[0].get_ydata()) == [4.0, 2.0]
+    assert axes.get_ylabel() == "validation mean squared error"
+
+
 def fake_benchmark(project: pathlib.Path, processor: str, to_naive: float) -> None:
     interval = {"median": to_naive, "lowest": to_naive - 0.1, "highest": to_naive + 0.1}
     record = {
@@ -237,9 +267,10 @@ def test_each_machine_has_its_own_benchmarks(project):
     assert names == [f"benchmark-mnist_cnn-float32-2-cores-of-{each}-cpu.json" for each in ("another", "some")]
     publish.publish()
     lines = (project / "README.md").read_text().splitlines()
+    rest = "| not measured | 50 % of 400 GFLOPS | 5.0 s "
     for machine, row in (
-        ("Another(R) CPU", "| `mnist_cnn` | 1,500 | 1.50 (1.40 to 1.60) | not measured | 50 % of 400 GFLOPS | 5.0 s "),
-        ("Some CPU", "| `mnist_cnn` | 1,200 | 1.20 (1.10 to 1.30) | not measured | 50 % of 400 GFLOPS | 5.0 s "),
+        ("Another(R) CPU", f"| `mnist_cnn` | 1,500 | 1.50 (1.40 to 1.60) {rest}"),
+        ("Some CPU", f"| `mnist_cnn` | 1,200 | 1.20 (1.10 to 1.30) {rest}"),
     ):
         assert lines[lines.index(f"On 2 cores of {machine}:") + 4] == f"{row}| 2.0 % (1 to 3) |"
     assert (project / "results" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
@@ -248,6 +279,23 @@ def test_each_machine_has_its_own_benchmarks(project):
     path.write_text(path.read_text().replace("weight_decay=config.weight_decay", "weight_decay=0.0"))
     publish.publish()
     assert (project / "README.md").read_text().count("| `mnist_cnn`, stale | ") == 2
+
+
+def test_a_benchmark_below_what_is_aimed_at_is_marked(project):
+    fake_benchmark(project, "Some CPU", 1.2)
+    publish.publish()
+    assert publish.BELOW not in (project / "README.md").read_text()
+    fake_benchmark(project, "Some CPU", 1.19)
+    publish.publish()
+    readme = (project / "README.md").read_text()
+    assert "| 1.19 (1.09 to 1.29) ▼ | not measured | 50 % of 400 GFLOPS | 5.0 s | 2.0 % (1 to 3) |" in readme
+    assert "\n▼: below what this project aims at" in readme
+
+
+def test_processors_of_one_name_that_differ_in_bfloat16_are_told_apart():
+    machine = {"cores": 2, "processor": "AMD EPYC", "gpus": []}
+    for more, said in (({}, ""), ({"bfloat16": True}, ""), ({"bfloat16": False}, " without bfloat16")):
+        assert published.machine_of({"hardware": machine | more}) == f"2 cores of AMD EPYC{said}"
 
 
 FIXED = '''\
@@ -380,6 +428,14 @@ def test_the_target_clock_stops_at_the_target():
     assert clock.reached
     assert clock.model.stop_training
     assert clock.seconds > 0
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_run_sh_says_how_it_is_used(flag):
+    run = subprocess.run([ROOT / "scripts" / "run.sh", flag], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith("scripts/run.sh NAME [FLAGS]")
+    assert " mnist_cnn " in run.stdout
 
 
 def test_run_sh_names_the_recipes():

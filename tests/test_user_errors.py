@@ -201,6 +201,11 @@ def index_column(folder):
     return folder / "table.csv"
 
 
+def one_column_for_both(folder):
+    (folder / "texts.csv").write_text("text,label\nfine,pos\n")
+    return ["--data", str(folder / "texts.csv"), "--label-column", "text"]
+
+
 def unquoted_commas(folder):
     (folder / "texts.csv").write_text("text,label\nfine,pos\nwell, well,pos\n")
     return folder / "texts.csv"
@@ -393,6 +398,7 @@ def never_so_often(folder):
         ("text_classifier", no_words, "the training texts hold no words"),
         ("text_classifier", no_word_twice, "no two training texts share a word"),
         ("text_classifier", missing_column, "no column 'text'"),
+        ("text_classifier", one_column_for_both, "--text-column text: is the --label-column too; name another"),
         ("text_classifier", text_without_label, "row 3: column 'label' is empty"),
         ("text_classifier", empty_text, "row 3: column 'text' is empty"),
         ("text_classifier", latin_text, "neg/b.txt: not readable as UTF-8 text"),
