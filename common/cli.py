@@ -158,6 +158,8 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
         sys.stdout.flush()
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)  # All is done; Python's farewell shall not change it.
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

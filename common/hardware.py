@@ -8,7 +8,7 @@ import re
 import signal
 from typing import Any
 
-from common.cli import SharedConfig, UserError
+from common.cli import STOPPING, SharedConfig, UserError
 from common.multiworker import Cluster
 from common.upstream import (
     cure_adam,
@@ -213,7 +213,7 @@ def _multi_worker(cluster: Cluster, gpus: bool) -> tf.distribute.Strategy:
     except (RuntimeError, tf.errors.OpError) as error:
         raise UserError(f"{cluster.name(cluster.index)}: TensorFlow can't join the cluster ({error})") from error
     # TensorFlow has taken SIGTERM for a notifier of its own, which nobody listens to.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING:
         signal.signal(number, signal.getsignal(number))
     return strategy
 

@@ -69,7 +69,7 @@ def start_run(config: SharedConfig, **files: str) -> "Run":
     unfinished = [run for run in begun if config.resume and not (run / "result.json").exists()]
     directory = pathlib.Path(config.run_dir or (unfinished or [new])[-1])
     if config.resume and (directory / "result.json").exists():
-        raise UserError(f"--resume: {directory} is finished already; leave --resume out to start a new run")
+        sys.exit(print(f"{directory}: finished already; a new run needs another folder, and no --resume"))
     if not config.resume and (directory.is_file() or (directory.exists() and os.listdir(directory))):
         raise UserError(f"--run-dir {directory}: is not empty; choose a new folder, or go on with its run by --resume")
     keras.utils.clear_session()

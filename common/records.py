@@ -64,6 +64,8 @@ def read_run(folder: pathlib.Path) -> dict[str, Any]:
     Raises:
         UserError: the folder holds no such run.
     """
+    if (folder / "config.json").exists() and not (folder / "result.json").exists():
+        raise UserError(f"{folder}: a run that is not finished; go on with it by --resume, or name another")
     result, settings = read_sealed(folder / "result.json"), read_sealed(folder / "config.json")
     return {**result, "config": settings["config"]}
 

@@ -131,5 +131,5 @@ def resumed_settings(directory: pathlib.Path, settings: dict[str, Any]) -> dict[
         result, model = read_sealed(directory / "result.json"), directory / "model.keras"
         if not model.is_file() or file_sha256(model) != result["model_sha256"]:
             raise UserError(f"{model}: missing, or not what the training wrote; get it back, or start a new run")
-        raise AlreadyFinishedError(f"{directory}: finished already; leave --resume out to start a new run")
+        raise AlreadyFinishedError(f"{directory}: finished already; a new run needs another folder, and no --resume")
     return {**before, "resumed": before["resumed"] + 1}

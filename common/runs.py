@@ -283,7 +283,10 @@ class Run:
             table.add_row("examples per second", f"{result['examples_per_second'] or math.nan:,.0f}")
             Console(markup=False).print(table)  # A path may hold brackets.
             print(f"run directory: {self.directory}")
-            print(f"watch it: tensorboard --logdir {shlex.quote(str(self.directory))}")
+            # Beside this Python, where nobody has activated its environment.
+            beside = os.path.relpath(pathlib.Path(sys.executable).with_name("tensorboard"))
+            tensorboard = "tensorboard" if shutil.which("tensorboard") else shlex.quote(beside)
+            print(f"watch it: {tensorboard} --logdir {shlex.quote(str(self.directory))}")
         return metrics
 
 

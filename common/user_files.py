@@ -80,7 +80,7 @@ def _class_files(
         for of_class in sorted(place.glob("[!.]*/")):
             if re.search("[\ud800-\udfff]", of_class.name):  # What Python puts in the place of bytes that are no UTF-8.
                 raise UserError(f"{str(of_class)!r}: no name for a class; rename the folder, in UTF-8")
-            files = sorted(file for file in of_class.iterdir() if file.suffix.lower() in suffixes and file.is_file())
+            files = sorted(file for file in of_class.iterdir() if file.suffix.lower() in suffixes and not file.is_dir())
             if not files:
                 raise UserError(f"{of_class}: no {kind} in this folder; add some or remove it")
             for file in files:

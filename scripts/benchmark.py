@@ -66,7 +66,6 @@ def compare_speed(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[s
         words = (name, way, *data_flags(arguments), "--precision", arguments.precision, *flags)
         return lambda seed: printed(ROOT / "scripts" / "measure.py", *words, "--seed", str(seed))
 
-    code = code_sha256(ROOT / "recipes" / f"{name}.py")
     in_keras("describe", "--folder", str(folder))(0)
     described = json.loads((folder / "network.json").read_text())
     ways = {way: in_keras(way) for way in KERAS_WAYS}
@@ -89,7 +88,6 @@ def compare_speed(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[s
     best_torch = max(TORCH_WAYS, key=lambda way: speeds.get(way, 0))
     return {
         "recipe": name,
-        "code_sha256": code,
         "data": described["data"],
         "examples_per_second": speeds,
         "to_naive": ratio_to("naive"),
@@ -226,6 +224,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what not in recipes and arguments.precision != "float32":
         parser.error("--precision: goes with a recipe")
+    code = code_sha256(ROOT / "recipes" / f"{arguments.what if arguments.what in recipes else 'cifar10_cnn'}.py")
     kinds = {"target": compare_target, **dict.fromkeys(DISTRIBUTED, compare_distributed)}
     with tempfile.TemporaryDirectory() as folder:
         record = kinds.get(arguments.what, compare_speed)(arguments, pathlib.Path(folder))
@@ -233,6 +232,7 @@ def main() -> None:
         if name not in ("rounds", "pairs"):
             print(f"{name.replace('_', ' ')}: {json.dumps(value)}")
     if not arguments.smoke:
+        record |= {"recipe": record.get("recipe", "cifar10_cnn"), "code_sha256": code}
         record |= {"hardware": dataclasses.asdict(describe_machine()), **provenance()}
         del record["peak_memory_bytes"]  # This process trains nothing.
         record["command"] = shlex.join(["python", "scripts/benchmark.py", *without_places(sys.argv[1:])])

@@ -323,6 +323,7 @@ def main() -> None:
     try:
         arguments.output.write_text(written, encoding="utf-8")
     except OSError as error:
+        arguments.output.unlink(missing_ok=True)
         raise UserError(f"{arguments.output}: can't be written ({error.strerror}); choose another place") from error
     print(f"wrote {arguments.output}, {written.count(chr(10))} lines")
 

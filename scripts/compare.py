@@ -6,6 +6,8 @@
 Without folders, all runs below runs/. The table shows what differs between them: settings, data, metrics, time.
 """
 
+import contextlib
+import os
 import pathlib
 
 from common.cli import BESIDE_TRAINING, Parser, UserError, run_script
@@ -30,9 +32,13 @@ def main() -> None:
     if not folders:
         raise UserError("runs: no finished runs below this folder; train a recipe, or name run directories")
     runs = {str(folder): read_run(folder) for folder in folders}
+    part = arguments.output.with_name(f"{arguments.output.name}.part")  # Renamed when whole.
     try:
-        arguments.output.write_bytes(figure_png(curves(runs)))
+        part.write_bytes(figure_png(curves(runs)))
+        os.replace(part, arguments.output)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise UserError(f"{arguments.output}: can't be written ({error.strerror}); choose another file") from error
     rich.print(table(runs))
     print(f"curves: {arguments.output}")

@@ -7,6 +7,7 @@ shown as stale; its comments and docstrings may change.
 """
 
 import itertools
+import pathlib
 import re
 import shlex
 import statistics
@@ -30,6 +31,8 @@ from published import (
     read_records,
     recipe_paths,
     stale,
+    uncommitted,
+    variant_records,
     with_metric,
 )
 
@@ -42,7 +45,7 @@ BESIDE = {
     "dynamic_litert_accuracy": "weights in eight bits: {}",
     "float16_litert_accuracy": "weights in sixteen bits: {}",
     "int8_litert_accuracy": "all in eight bits: {}",
-    "naive_accuracy": "the same network trained naively: {}",
+    "naive_accuracy": "the same network trained naively, for at most 10 epochs: {}",
     "logistic_regression_accuracy": "logistic regression: {}",
     "bag_of_words_accuracy": "bag-of-words logistic regression: {}",
     "majority_accuracy": "commonest class: {}",
@@ -70,12 +73,15 @@ def main() -> None:
 def publish() -> None:
     """Writes what results/ holds into README.md and the recipes."""
     readme = published.ROOT / "README.md"
-    text = with_part(readme.read_text(), "results", results_table())
+    try:
+        text = with_part(readme.read_text(), "results", results_table())
+    except OSError as error:
+        raise UserError(f"{readme}: can't be read ({error.strerror}); get it back with git") from error
     text = with_part(text, "benchmark", benchmark_table())
     text = with_part(text, "shipped", shipped_tables())
     written = {readme: with_part(text, "distributed", distributed_table())}
     for path in recipe_paths():
-        written[path] = with_result_line(path.read_text(), result_line(path.stem))
+        written[path] = with_result_line(path, result_line(path.stem))
     try:
         for name, picture in (("curves", curves()), ("benchmark", speeds()), ("pruning", pruning_curve())):
             if picture:
@@ -137,27 +143,33 @@ def minutes(runs: list[dict]) -> str:
 
 def result_line(recipe: str) -> str:
     """What the docstring of a recipe says of its result."""
-    runs = load_runs(recipe)
-    if not runs:
-        return "not yet measured"
-    name = "accuracy" if main_metric(runs) == "accuracy" else "mean squared error"
-    found = figure(runs, main_metric(runs))
-    line = f"test {name} {found} over {len(runs)} seeds, {minutes(runs)}, {machine_of(runs[0])}"
-    line += stale(read_record(recipe))
-    flags = set_flags(runs[0]["command"])
-    return f"{line},\n{' ' * 10}with {flags}" if flags else line
+    lines = []
+    for record in (read_record(recipe), *variant_records(recipe)):
+        if not record:
+            lines.append("not yet measured")
+            continue
+        runs = record["runs"]
+        name = "accuracy" if main_metric(runs) == "accuracy" else "mean squared error"
+        found = figure(runs, main_metric(runs))
+        line = f"test {name} {found} over {len(runs)} seeds, {minutes(runs)}, {machine_of(runs[0])}{stale(record)}"
+        flags = set_flags(runs[0]["command"])
+        lines += [f"{line},", f"with {flags}"] if flags else [line]
+    return f"\n{' ' * 10}".join(lines)
 
 
 def results_table() -> str:
     """The table of all recipes, in Markdown."""
     lines = ["| recipe | data | test result | to compare | training | seeds |", "|---|---|---|---|---|---|"]
     machines = set()
-    for path in recipe_paths():
-        runs = load_runs(path.stem)
+    records = [
+        (path, each) for path in recipe_paths() for each in (read_record(path.stem), *variant_records(path.stem))
+    ]
+    for path, record in records:
         link = f"[`{path.stem}`](recipes/{path.name})"
-        if not runs:
+        if not record:
             lines.append(f"| {link} | | not yet measured | | | |")
             continue
+        runs = record["runs"]
         flags = set_flags(runs[0]["command"])
         link += f"<br>`{flags}`" if flags else ""
         metric = main_metric(runs)
@@ -171,7 +183,7 @@ def results_table() -> str:
         counts = f"{data['train']:,} train, {data['validation']:,} validation, {data['test']:,} test"
         lines.append(
             f"| {link} | {data['name']} ({data['source']}): {counts} | {label} {figure(runs, metric)} "
-            f"| {beside} | {minutes(runs)}{marks(read_record(path.stem))} | {seeds(runs)} |"
+            f"| {beside} | {minutes(runs)}{marks(record)} | {seeds(runs)} |"
         )
         versions = runs[0]["versions"]
         machines.add(f"{machine_of(runs[0])}, TensorFlow {versions['tensorflow']}, Keras {versions['keras']}")
@@ -219,8 +231,8 @@ def benchmark_table() -> str:
         lines += [
             f"`cifar10_cnn --epochs 5` is at {record['target_validation_accuracy']:.0%} validation accuracy in "
             f"{spread(record['to_naive'])} of the time of the naive script"
-            + (f" (at most: that one gave up in {missed} of {rounds} rounds)" if missed else "")
-            + f", on {machine_of(record)}.",
+            + (f" (which never came there in {missed} of {rounds} rounds; till it gave up, then)" if missed else "")
+            + f", on {machine_of(record)}{marks(record)}.",
             "",
         ]
     if machines:
@@ -309,7 +321,7 @@ def shipped_tables() -> str:
         lines += [
             f"`{' '.join([record['recipe'], set_flags(record['trained_by'])]).strip()}`, "
             f"seed {record['seed']}, {data['test']:,} test examples of {data['name']} "
-            f"({data['source']}), {machine_of(record)}:",
+            f"({data['source']}), {machine_of(record)}{marks(record)}:",
             "",
             *(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)),
             "",
@@ -325,7 +337,7 @@ def shipped_tables() -> str:
             lost = 100 * (whole - mean(runs, "accuracy"))
             lines.append(
                 f"| {100 * share:.0f} % of the {kind} | {mean(runs, 'nonzero_weights'):,.0f} "
-                f"| {figure(runs, 'accuracy')} | {lost:.2f} | {seeds(runs)} |"
+                f"| {figure(runs, 'accuracy')} | {lost:.2f} | {seeds(runs)}{uncommitted({'runs': runs})} |"
             )
         lines += ["", "![Test accuracy by the number of weights that are left](results/pruning.png)", ""]
     taught = [record["runs"] for record in read_records("distillation*")]
@@ -359,7 +371,7 @@ def distributed_table() -> str:
             lines.append(
                 f"| {label} | {record['median_ratio_images_per_second']:.2f} times as many "
                 f"| {on_average:+.2f} points on average, at most {points:.2f} apart "
-                f"| {len(record['pairs'])} | {machine_of(record)} |"
+                f"| {len(record['pairs'])} | {machine_of(record)}{marks(record)} |"
             )
     return "\n".join(lines) if len(lines) > 2 else "Not yet measured."
 
@@ -374,9 +386,12 @@ def with_part(readme: str, name: str, written: str) -> str:
     return f"{before}{begin}\n\n{written}\n\n{end}{after}"
 
 
-def with_result_line(source: str, line: str) -> str:
-    """A recipe with the Result line of its docstring replaced."""
-    return re.sub(RESULT, lambda _: f"Result    {line}", source, count=1, flags=re.MULTILINE)
+def with_result_line(path: pathlib.Path, line: str) -> str:
+    """The source of a recipe with the Result line of its docstring replaced."""
+    source, found = re.subn(RESULT, lambda _: f"Result    {line}", path.read_text(), count=1, flags=re.MULTILINE)
+    if not found:
+        raise UserError(f"{path}: no line of its docstring begins with 'Result    '; put one above 'Run'")
+    return source
 
 
 if __name__ == "__main__":

@@ -47,6 +47,11 @@ def read_records(pattern: str) -> list[dict[str, Any]]:
     return [read_record(path.stem) for path in sorted((ROOT / "results").glob(f"{pattern}.json"))]
 
 
+def variant_records(recipe: str) -> list[dict[str, Any]]:
+    """The records of a recipe with other flags than those of its own record, see scripts/reproduce.py."""
+    return [record for record in read_records(f"{recipe}-*") if record.get("recipe") == recipe]
+
+
 def recipe_paths() -> list[pathlib.Path]:
     """The files of all recipes, by name."""
     return sorted((ROOT / "recipes").glob("*.py"))
@@ -77,8 +82,13 @@ def stale(record: dict[str, Any]) -> str:
 
 def marks(record: dict[str, Any]) -> str:
     """What a table says of a record that is stale, or that was made with changes that were in no commit."""
+    return (stale(record) if "code_sha256" in record else "") + uncommitted(record)
+
+
+def uncommitted(record: dict[str, Any]) -> str:
+    """What to say of a record that was made with changes that were in no commit."""
     commits = [each.get("commit") or "" for each in (record, *record.get("runs", ()))]
-    return stale(record) + (", uncommitted" if any(commit.endswith("-dirty") for commit in commits) else "")
+    return ", uncommitted" if any(commit.endswith("-dirty") for commit in commits) else ""
 
 
 def load_runs(recipe: str) -> list[dict]:

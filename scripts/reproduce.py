@@ -18,7 +18,7 @@ import subprocess
 import sys
 from typing import Any
 
-from common.cli import Parser, UserError, run_script, whole_number
+from common.cli import EXIT_INTERRUPTED, Parser, UserError, run_script, whole_number
 
 import published
 from publish import publish, without_places
@@ -56,6 +56,8 @@ def reproduce(recipe: str, seeds: list[int], flags: list[str], variant: str = ""
         directory = unfinished / str(seed)
         command = [sys.executable, str(path), *flags, "--seed", str(seed), "--run-dir", str(directory)]
         code_of_exit = run_training(command + ["--resume"] * directory.exists())
+        if code_of_exit == EXIT_INTERRUPTED:
+            print("reproduce: the same command, as it is, goes on there", file=sys.stderr)
         if code_of_exit:
             sys.exit(code_of_exit)  # It said why.
         result = json.loads((directory / "result.json").read_text())

@@ -122,6 +122,8 @@ def test_a_bundle_resumes_exactly_and_what_it_trained_can_be_used(alone, tmp_pat
     (tmp_path / "cut" / "checkpoints" / "step-99_temp").mkdir()  # As TensorFlow leaves it, killed while it writes.
     resumed = run("my_train.py", "--run-dir", "cut", "--resume")
     assert resumed.returncode == 0, resumed.stderr
+    again = run("my_train.py", "--run-dir", "cut", "--resume")  # As a scheduler does that repeats until it gets a 0.
+    assert (again.returncode, again.stdout.split(";")[0]) == (0, "cut: finished already"), again.stderr
     whole, cut = (read_run(tmp_path / name) for name in ("whole", "cut"))
     for key in ("weights_sha256", "metrics", "history"):
         assert whole[key] == cut[key], key
