@@ -231,7 +231,7 @@ def benchmark_table() -> str:
         lines += [
             f"`cifar10_cnn --epochs 5` is at {record['target_validation_accuracy']:.0%} validation accuracy in "
             f"{spread(record['to_naive'])} of the time of the naive script"
-            + (f" (which never came there in {missed} of {rounds} rounds; till it gave up, then)" if missed else "")
+            + (f" (never there in {missed} of {rounds} rounds: until it gave up)" if missed else "")
             + f", on {machine_of(record)}{marks(record)}.",
             "",
         ]

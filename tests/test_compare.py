@@ -49,9 +49,13 @@ def test_the_figures_are_those_of_the_results(folder):
 
 def test_what_cannot_be_compared_is_named(folder, tmp_path):
     program = str(ROOT / "scripts" / "compare.py")
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "config.json").touch()
     for words, named in (
         ((), "runs: no finished runs"),
         ((str(tmp_path),), "result.json: can't be read (No such file or directory)"),
+        ((str(begun),), "begun: a run that is not finished; go on with it by --resume, or name another"),
     ):
         run = run_program(program, *words, cwd=tmp_path)
         assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
@@ -62,3 +66,31 @@ def test_what_cannot_be_compared_is_named(folder, tmp_path):
     assert "can't be written (No such file or directory)" in run.stderr
     run = run_program(program, "-o", "x.pdf", cwd=tmp_path)
     assert (run.returncode, run.stderr) == (2, "error: -o x.pdf: give a name that ends in .png\n")
+
+
+FULL = """
+import pathlib, runpy, sys
+def write(path, content, **named):
+    with open(path, "wb") as file:
+        file.write(b"the beginning")
+    raise OSError(28, "No space left on device", str(path))
+pathlib.Path.write_bytes = pathlib.Path.write_text = write
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_on_a_full_disk_nothing_half_written_is_left(folder, tmp_path):
+    """Neither by compare.py, which also keeps the picture that was there, nor by bundle.py."""
+    (tmp_path / "full.py").write_text(FULL)
+    (tmp_path / "before.png").write_bytes(b"before")
+    for words in (
+        ("compare.py", str(folder / "runs" / "linear_regression" / "seed 0"), "-o", "before.png"),
+        ("bundle.py", str(ROOT / "recipes" / "linear_regression.py"), "-o", "mine.py"),
+        ("bundle.py", str(ROOT / "recipes" / "linear_regression.py"), "-o", "mine.ipynb", "--notebook"),
+    ):
+        run = run_program("full.py", str(ROOT / "scripts" / words[0]), *words[1:], cwd=tmp_path)
+        assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+        assert "can't be written (No space left on device)" in run.stderr
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["before.png", "full.py"]
+    assert (tmp_path / "before.png").read_bytes() == b"before"

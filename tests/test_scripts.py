@@ -214,6 +214,35 @@ def test_a_readme_without_its_markers_is_left_alone(project):
     assert readme.read_text() == before
 
 
+def test_a_project_without_readme_or_result_line_is_left_alone(project):
+    readme, path = project / "README.md", project / "recipes" / "mnist_cnn.py"
+    path.write_text(path.read_text().replace("Result  ", "Outcome "))
+    before = readme.read_text(), path.read_text()
+    with pytest.raises(publish.UserError, match=r"mnist_cnn\.py: no line of its docstring begins with 'Result"):
+        publish.publish()
+    assert (readme.read_text(), path.read_text()) == before
+    readme.unlink()
+    with pytest.raises(publish.UserError, match=r"README\.md: can't be read \(No such file or directory\)"):
+        publish.publish()
+
+
+def test_runs_with_other_flags_have_their_own_row(project):
+    publish_runs(project, [fake_run(0.99, 0)])
+    code = published.code_sha256(project / "recipes" / "mnist_cnn.py")
+    short = fake_run(0.98, 0) | {"command": "python recipes/mnist_cnn.py --epochs 3 --seed 0"}
+    published.write_record("mnist_cnn-short", {"recipe": "mnist_cnn", "code_sha256": code, "runs": [short]})
+    publish.publish()
+    rows = [line for line in (project / "README.md").read_text().splitlines() if line.startswith("| [`mnist_cnn`]")]
+    flags = [row.split("<br>")[1].split(" |")[0] for row in rows]
+    assert flags == ["`--epochs 15`", "`--epochs 3`"]
+    assert ["accuracy 99.00 %" in rows[0], "accuracy 98.00 %" in rows[1]] == [True, True]
+    source = (project / "recipes" / "mnist_cnn.py").read_text()
+    assert "          with --epochs 15\n          test accuracy 98.00 % over 1 seeds, " in source
+    assert source.count("with --epochs") == 2
+    publish.publish()
+    assert (project / "recipes" / "mnist_cnn.py").read_text() == source
+
+
 def test_a_record_of_uncommitted_code_is_shown_as_such(project):
     publish_runs(project, [fake_run(0.99, 0) | {"commit": "1234-dirty"}, fake_run(0.99, 1) | {"commit": "1234"}])
     publish.publish()
@@ -355,6 +384,7 @@ def test_a_reproduction_that_is_told_to_end_saves_first(tmp_path, number):
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == EXIT_INTERRUPTED, errors
     assert "interrupted: " in errors
+    assert errors.endswith("reproduce: the same command, as it is, goes on there\n")
     assert "Traceback" not in errors
     assert not list(tmp_path.glob("results/*"))
 

@@ -201,6 +201,12 @@ def index_column(folder):
     return folder / "table.csv"
 
 
+def link_to_nowhere(folder):
+    pictures(folder, "cat", "dog")
+    (folder / "dog" / "gone.png").symlink_to(folder / "dog" / "nowhere.png")
+    return folder
+
+
 def one_column_for_both(folder):
     (folder / "texts.csv").write_text("text,label\nfine,pos\n")
     return ["--data", str(folder / "texts.csv"), "--label-column", "text"]
@@ -403,6 +409,7 @@ def never_so_often(folder):
         ("text_classifier", empty_text, "row 3: column 'text' is empty"),
         ("text_classifier", latin_text, "neg/b.txt: not readable as UTF-8 text"),
         ("text_classifier", empty_file, "empty.csv: the file is empty"),
+        ("mnist_cnn", link_to_nowhere, "dog/gone.png: not a readable image; repair or remove it"),
         ("mnist_cnn", class_name_in_no_utf8, "no name for a class; rename the folder, in UTF-8"),
         ("text_classifier", one_label_of_texts, "only one class to train on, 'pos'"),
         ("text_classifier", header_of_texts_only, "no rows below the column names"),
