@@ -111,8 +111,9 @@ def export(
                 os.replace(part, path)
                 os.replace(pathlib.Path(folder, beside.name), beside)
     except (OSError, tf.errors.OpError) as error:  # TensorFlow writes SavedModels.
-        reason = getattr(error, "strerror", None) or "can't be written"
-        raise UserError(f"{path}: {reason}; make room there or choose another place") from error
+        where, reason = getattr(error, "filename", None), getattr(error, "strerror", None) or "can't be written"
+        where = where if where and pathlib.Path(where) in path.parents else path  # And not a temporary folder.
+        raise UserError(f"{where}: {reason}; make room there or choose another place") from error
     finally:
         for parent in made:
             with contextlib.suppress(OSError):  # It holds the artefact.

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import pathlib
@@ -243,6 +244,17 @@ def test_always_the_same_answer_is_no_parity(first, enough):
         assert checked["passed"] == (equal >= enough), equal
     constant = np.full([100, 2], [0.6, 0.4])
     assert export.compare(lambda _: wanted, lambda _: constant, np.zeros(100), 0.5)["passed"] == (first == 100)
+
+
+def test_a_folder_that_can_not_be_written_to_is_not_named_by_what_is_temporary(run_of, tmp_path, monkeypatch):
+    def no_folder(dir):
+        raise OSError(errno.EROFS, "Read-only file system", f"{dir}/tmpabc")
+
+    result, model = artefacts.load_run(run_of("linear_regression"))
+    monkeypatch.setattr(export.tempfile, "TemporaryDirectory", no_folder)
+    path = tmp_path / "model.tflite"
+    with pytest.raises(UserError, match=rf"^{path}: Read-only file system; make room there or choose another place$"):
+        export.export(model, result, "litert", path, np.zeros([1, 2], np.float32), 0.0)
 
 
 def test_a_missing_package_is_named(run_of, tmp_path, monkeypatch):
