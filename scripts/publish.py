@@ -183,7 +183,7 @@ def results_table() -> str:
         counts = f"{data['train']:,} train, {data['validation']:,} validation, {data['test']:,} test"
         lines.append(
             f"| {link} | {data['name']} ({data['source']}): {counts} | {label} {figure(runs, metric)} "
-            f"| {beside} | {minutes(runs)}{marks(record)} | {seeds(runs)} |"
+            f"| {beside} | {minutes(runs)}, {machine_of(runs[0])}{marks(record)} | {seeds(runs)} |"
         )
         versions = runs[0]["versions"]
         machines.add(f"{machine_of(runs[0])}, TensorFlow {versions['tensorflow']}, Keras {versions['keras']}")

@@ -248,7 +248,7 @@ def test_always_the_same_answer_is_no_parity(first, enough):
 
 def test_a_folder_that_can_not_be_written_to_is_not_named_by_what_is_temporary(run_of, tmp_path, monkeypatch):
     def no_folder(dir):
-        raise OSError(errno.EROFS, "Read-only file system", f"{dir}/tmpabc")
+        raise OSError(errno.EROFS, "Read-only file system", f"{dir}/temporary")
 
     result, model = artefacts.load_run(run_of("linear_regression"))
     monkeypatch.setattr(export.tempfile, "TemporaryDirectory", no_folder)

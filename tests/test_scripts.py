@@ -66,7 +66,7 @@ def test_publishing_writes_mean_and_deviation(project):
     assert "accuracy 99.30 ± 0.20 %" in row
     assert "logistic regression: 92.00 ± 0.00 % (7.30 points below)" in row
     assert "MNIST (tfds): 54,000 train, 6,000 validation, 10,000 test" in row
-    assert "| 1.7 min | 0, 1, 2 |" in row
+    assert "| 1.7 min, 2 cores of Some CPU | 0, 1, 2 |" in row
     assert "2 cores of Some CPU, TensorFlow 2.21.0, Keras 3.15.1" in readme
     source = (project / "recipes" / "mnist_cnn.py").read_text()
     line = "Result    test accuracy 99.30 ± 0.20 % over 3 seeds, 1.7 min, 2 cores of Some CPU,\n"
@@ -102,7 +102,7 @@ def test_a_record_of_other_code_is_shown_as_stale(project):
     publish.publish()
     readme = (project / "README.md").read_text()
     (row,) = [line for line in readme.splitlines() if line.startswith("| [`mnist_cnn`]")]
-    assert "| 1.7 min, stale | 0 |" in row
+    assert "| 1.7 min, 2 cores of Some CPU, stale | 0 |" in row
     assert "Stale: the recipe has changed since" in readme
     assert "1.7 min, 2 cores of Some CPU, stale,\n" in path.read_text()
 
@@ -247,7 +247,7 @@ def test_a_record_of_uncommitted_code_is_shown_as_such(project):
     publish_runs(project, [fake_run(0.99, 0) | {"commit": "1234-dirty"}, fake_run(0.99, 1) | {"commit": "1234"}])
     publish.publish()
     readme = (project / "README.md").read_text()
-    assert "| 1.7 min, uncommitted | 0, 1 |" in readme
+    assert "| 1.7 min, 2 cores of Some CPU, uncommitted | 0, 1 |" in readme
     assert "\nUncommitted: measured with changes" in readme
     publish_runs(project, [fake_run(0.99, 0) | {"commit": "1234"}, fake_run(0.99, 1) | {"commit": None}])
     publish.publish()
