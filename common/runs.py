@@ -283,16 +283,21 @@ class Run:
             table.add_row("examples per second", f"{result['examples_per_second'] or math.nan:,.0f}")
             Console(markup=False).print(table)  # A path may hold brackets.
             print(f"run directory: {self.directory}")
-            # Beside this Python, where nobody has activated its environment.
-            beside = os.path.relpath(pathlib.Path(sys.executable).with_name("tensorboard"))
-            tensorboard = "tensorboard" if shutil.which("tensorboard") else shlex.quote(beside)
-            print(f"watch it: {tensorboard} --logdir {shlex.quote(str(self.directory))}")
+            print(f"watch it: {shlex.join([tensorboard_program(), '--logdir', str(self.directory)])}")
         return metrics
 
 
 def once(run: Run, make: Callable[[], Any]) -> Any:
     """What `make` returns: of several workers, the chief alone calls it, and all have its answer."""
     return run.cluster.from_chief(make() if run.cluster.chief else None)
+
+
+def tensorboard_program() -> str:
+    """What starts TensorBoard in a shell: where its environment is not active, the program beside this Python."""
+    beside = pathlib.Path(sys.executable).with_name("tensorboard")
+    if shutil.which("tensorboard") or not beside.exists():
+        return "tensorboard"
+    return min(str(beside), os.path.relpath(beside), key=len)
 
 
 def with_class_names(model: keras.Model, class_names: tuple[str, ...]) -> keras.Model:
