@@ -115,8 +115,8 @@ def test_the_tables_and_result_lines_are_those_of_the_results():
     assert publish.with_part(README, "shipped", publish.shipped_tables()) == README
     assert publish.with_part(README, "distributed", publish.distributed_table()) == README
     for recipe in RECIPES:
-        source = (ROOT / "recipes" / f"{recipe}.py").read_text()
-        assert publish.with_result_line(source, publish.result_line(recipe)) == source
+        path = ROOT / "recipes" / f"{recipe}.py"
+        assert publish.with_result_line(path, publish.result_line(recipe)) == path.read_text()
 
 
 def test_no_figure_stands_outside_the_tables():
