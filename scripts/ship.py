@@ -33,7 +33,7 @@ import export
 import keras
 import numpy as np
 from publish import publish, shipped_rows, without, without_places
-from published import code_sha256, write_record
+from published import write_record
 from rich.console import Console
 from rich.table import Table
 
@@ -86,7 +86,6 @@ def ship(run_dir: pathlib.Path, data_dir: str, rounds: int) -> dict[str, Any]:
             variants[name] |= found
     return {
         "recipe": result["recipe"],
-        "code_sha256": code_sha256(ROOT / "recipes" / f"{result['recipe']}.py"),
         "data": result["data"],
         "weights_sha256": result["weights_sha256"],
         "seed": result["seed"],
