@@ -143,9 +143,9 @@ def evaluation_batches(split: Split, batch_size: int, strategy: tf.distribute.St
     """Every example once, in order, in batches of up to `batch_size` whose sizes differ by one at most.
 
     Returns:
-        A `tf.data.Dataset` of (inputs, targets); under several replicas a `DistributedDataset` that begins
-        again at its end, since Keras takes a batch more than it evaluates: pass `validation_steps` or
-        `steps` to Keras. None where the split is empty.
+        A `tf.data.Dataset` of (inputs, targets); under several replicas a `DistributedDataset`. Pass
+        `validation_steps` or `steps` to Keras, which otherwise asks for its length: it is not told, as Keras
+        makes a second iterator at the end of each validation of a known length. None where the split is empty.
     """
     return _deal(split, batch_size, strategy) if len(split) else None
 
@@ -196,14 +196,15 @@ def _deal(
             weight = tf.cast(tf.size(examples, tf.int64) * replicas / batch, tf.float32)
             return inputs, targets, tf.fill(tf.shape(examples), weight)
 
-        if seed is None and replicas == 1:
-            numbers = tf.data.Dataset.range(steps)
-        else:
-            numbers = tf.data.Dataset.range(start_step * local, tf.int64.max)
-            numbers = numbers.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
+        numbers = tf.data.Dataset.range(start_step * local, tf.int64.max)
+        numbers = numbers.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
+        if seed is None:
+            numbers = numbers.take_while(lambda number: number < steps * local)
         options = tf.data.Options()
         # The rewriting of the graph would copy the tensors it captures: the whole data set.
         options.experimental_optimization.apply_default_optimizations = False
+        # TensorFlow 2.21 waits for it, up to a minute, when an iterator goes. Without, `AUTOTUNE` is a thread per core.
+        options.autotune.enabled = False
         batches = numbers.map(replica_slice, num_parallel_calls=tf.data.AUTOTUNE)
         return batches.prefetch(tf.data.AUTOTUNE).with_options(options)
 

@@ -15,7 +15,6 @@ from common.upstream import (
     cure_distiller,
     cure_fusion,
     cure_gradient_leak,
-    cure_iterator_wait,
     cure_replicas,
     cure_several_workers,
     cure_silu,
@@ -173,7 +172,6 @@ def apply(
     cure_distiller()
     cure_fusion()
     cure_gradient_leak()
-    cure_iterator_wait()
     cure_silu()
     if strategy == "none":
         return tf.distribute.get_strategy()

@@ -19,7 +19,6 @@ from keras.src.backend.tensorflow import trainer as tensorflow_trainer
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.losses import loss as loss_module
-from tensorflow.python.data.ops import dataset_ops
 from tensorflow.python.distribute import input_lib, input_util
 
 
@@ -33,20 +32,19 @@ def cure_replicas() -> None:
 
 @functools.cache
 def cure_symbolic_build() -> None:
-    """Lets `fit` and `evaluate` build a model from one replica's slice of the first batch.
+    """Lets `fit` and `evaluate` build a model from what one replica's slice of a batch looks like.
 
     Keras 3.15 adds the replicas' slices up to get a batch to build with, which fails as soon as their
     sizes differ ("Inputs to operation AddN must have the same size and shape"); the same place breaks
     several workers (https://github.com/keras-team/keras/issues/20585). Only shapes and types are
-    looked at, and any one slice has those.
+    looked at, so here no batch is taken: it would be missing from a validation that goes on with its iterator.
     """
     original = TensorFlowTrainer._maybe_symbolic_build
 
     def from_one_slice(self: TensorFlowTrainer, iterator: Any = None, data_batch: Any = None) -> None:
         if self._distribute_strategy is not None and iterator is not None:
-            _, _, batches = next(iter(iterator))
-            local = self._distribute_strategy.experimental_local_results
-            data_batch = tree.map_structure(lambda leaf: local(leaf)[0], next(batches))
+            batches = iterator._get_iterator().element_spec
+            data_batch = tree.map_structure(lambda leaf: tf.nest.flatten(leaf, expand_composites=True)[0], batches)
         original(self, data_batch=data_batch)
 
     TensorFlowTrainer._maybe_symbolic_build = from_one_slice
@@ -167,24 +165,6 @@ def cure_several_workers() -> None:
         return original(values, strategy, reduction)
 
     tensorflow_trainer.reduce_per_replica = over_all_workers
-
-
-@functools.cache
-def cure_iterator_wait() -> None:
-    """Lets an iterator go at once when it is no longer needed: at the end of `fit`, and of each validation.
-
-    The thread by which tf.data tunes parallelism sleeps for 10 ms, then 20, and so on up to a minute. In TensorFlow
-    2.21 it mostly sleeps on when the iterator is deleted, which waits for it: up to as long again as `fit` has
-    taken. Here nothing is tuned: `tf.data.AUTOTUNE` means as many threads as there are cores.
-    """
-    original = dataset_ops.DatasetV2._apply_debug_options  # What every iterator calls first.
-
-    def without_tuning(self: tf.data.Dataset) -> tf.data.Dataset:
-        options = tf.data.Options()
-        options.autotune.enabled = False
-        return original(self.with_options(options))
-
-    dataset_ops.DatasetV2._apply_debug_options = without_tuning
 
 
 @functools.cache

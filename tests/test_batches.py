@@ -12,6 +12,7 @@ from common.batches import (
     training_batches,
 )
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -119,6 +120,20 @@ def test_evaluation_on_two_workers_sees_every_example_once():
     parts = [first(each, steps) for each in evaluation_batches(numbered, 33, Workers(2, 2))]
     seen = [part[step][0] for step in range(steps) for part in parts]
     np.testing.assert_array_equal(np.concatenate(seen), np.arange(100))
+
+
+def test_a_validation_makes_one_iterator(monkeypatch):
+    """Keras makes a second one where it knows the length; each takes as long as a short epoch."""
+    numbered, made = Split.of(np.zeros((40, 1), np.float32), np.zeros((40, 1), np.float32)), []
+    make = tf.data.Dataset.__iter__
+    monkeypatch.setattr(tf.data.Dataset, "__iter__", lambda dataset: made.append(dataset) or make(dataset))
+    model = keras.Sequential([keras.Input([1]), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    training, validation = training_batches(numbered, 10, seed=0), evaluation_batches(numbered, 10)
+    model.fit(
+        training, steps_per_epoch=4, epochs=3, validation_data=validation, validation_steps=4, shuffle=False, verbose=0
+    )
+    assert [made.count(each) for each in (training, validation)] == [1, 3]
 
 
 def test_an_empty_split_gives_no_batches():
