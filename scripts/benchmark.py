@@ -47,8 +47,8 @@ from common.hardware import describe_machine
 from common.records import provenance
 
 from measure import TARGET
-from publish import publish, without_places
-from published import benchmark_name, code_sha256, recipe_paths, write_record
+from publish import publish
+from published import benchmark_name, code_sha256, recipe_paths, without_places, write_record
 
 ROOT = pathlib.Path(__file__).parent.parent
 # What is compared with what: the first is the measure.

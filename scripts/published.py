@@ -146,3 +146,23 @@ def pruned() -> list[tuple[str, float, list[dict]]]:
         given = {word: words[place + 1] for place, word in enumerate(words) if word in ("--remove", "--sparsity")}
         found.append((given.get("--remove", "weights"), float(given.get("--sparsity", 0.9)), runs))
     return sorted(found, key=lambda record: record[:2])
+
+
+def without_places(flags: list[str]) -> list[str]:
+    """The flags less `--data-dir PLACE`."""
+    return without(flags, "--data-dir")
+
+
+def without(words: list[str], *flags: str) -> list[str]:
+    """The words less some flags and their values, written as `--flag value` or `--flag=value`."""
+    return [
+        word
+        for word, before in zip(words, ["", *words], strict=False)
+        if before not in flags and word.partition("=")[0] not in flags
+    ]
+
+
+def set_flags(command: str) -> str:
+    """The flags of a recipe in the command that trained it; those for data, seed and display aside."""
+    words = without(shlex.split(command)[2:], "--data", "--seed")
+    return shlex.join(word for word in words if word not in ("--quiet", "--no-baseline"))

@@ -21,8 +21,8 @@ from typing import Any
 from common.cli import EXIT_INTERRUPTED, Parser, UserError, run_script, whole_number
 
 import published
-from publish import publish, without_places
-from published import code_sha256, recipe_paths, write_record
+from publish import publish
+from published import code_sha256, recipe_paths, without_places, write_record
 
 
 def main() -> None:

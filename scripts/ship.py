@@ -32,10 +32,11 @@ from common.records import provenance
 import export
 import keras
 import numpy as np
-from publish import publish, shipped_rows, without, without_places
-from published import write_record
+from publish import publish
+from published import without, without_places, write_record
 from rich.console import Console
 from rich.table import Table
+from tables import shipped_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
 BATCHES = (1, 64)

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import publish
 import pytest
+import tables
 from conftest import RECIPES, ROOT
 from PIL import Image
 
@@ -110,13 +111,13 @@ def test_every_recipe_is_in_the_table():
 
 
 def test_the_tables_and_result_lines_are_those_of_the_results():
-    assert publish.with_part(README, "results", publish.results_table()) == README
-    assert publish.with_part(README, "benchmark", publish.benchmark_table()) == README
-    assert publish.with_part(README, "shipped", publish.shipped_tables()) == README
-    assert publish.with_part(README, "distributed", publish.distributed_table()) == README
+    assert publish.with_part(README, "results", tables.results_table()) == README
+    assert publish.with_part(README, "benchmark", tables.benchmark_table()) == README
+    assert publish.with_part(README, "shipped", tables.shipped_tables()) == README
+    assert publish.with_part(README, "distributed", tables.distributed_table()) == README
     for recipe in RECIPES:
         path = ROOT / "recipes" / f"{recipe}.py"
-        assert publish.with_result_line(path, publish.result_line(recipe)) == path.read_text()
+        assert publish.with_result_line(path, tables.result_line(recipe)) == path.read_text()
 
 
 def test_no_figure_stands_outside_the_tables():

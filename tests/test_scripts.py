@@ -21,6 +21,7 @@ import pictures
 import publish
 import published
 import pytest
+import tables
 from conftest import ROOT, run_program
 from test_readme import load_script
 
@@ -313,7 +314,7 @@ def test_each_machine_has_its_own_benchmarks(project):
 def test_a_benchmark_below_what_is_aimed_at_is_marked(project):
     fake_benchmark(project, "Some CPU", 1.2)
     publish.publish()
-    assert publish.BELOW not in (project / "README.md").read_text()
+    assert tables.BELOW not in (project / "README.md").read_text()
     fake_benchmark(project, "Some CPU", 1.19)
     publish.publish()
     readme = (project / "README.md").read_text()

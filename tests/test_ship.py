@@ -7,10 +7,10 @@ from common import artefacts
 
 import numpy as np
 import pictures
-import publish
 import published
 import pytest
 import ship
+import tables
 from conftest import load_recipe, smoke_config
 
 
@@ -51,7 +51,7 @@ def test_the_tables_show_the_record(shipped, tmp_path, monkeypatch):
     command = "python recipes/pruning.py --data tfds --remove filters --quiet"
     monkeypatch.setattr(published, "ROOT", tmp_path)
     published.write_record("ship-pruning", {**record, "trained_by": command})
-    lines = publish.shipped_tables().splitlines()
+    lines = tables.shipped_tables().splitlines()
     assert lines[0].startswith("`pruning --remove filters`, seed 0, 200 test examples of ")
     assert len(lines) == 6 + len(record["variants"])
     row = next(line for line in lines if line.startswith("| litert int8 "))
@@ -65,7 +65,7 @@ def test_the_tables_show_the_record(shipped, tmp_path, monkeypatch):
     )
     assert f"with {share:.1f} % of its bytes" in lines[-1]
     published.write_record("ship-mnist_cnn", {**record, "recipe": "mnist_cnn"})
-    assert publish.shipped_tables().endswith(
+    assert tables.shipped_tables().endswith(
         "`litert` is 1.0 times as quick at batch 1, one thread, and 1.0 times at batch 64."
     )
 
@@ -124,7 +124,7 @@ def test_pruning_has_a_point_and_a_row_for_each_record(tmp_path, monkeypatch):
     filters, weights = (container.lines[0].get_xydata().tolist() for container in axes.containers)
     assert filters == [[40, pytest.approx(0.985)]]
     assert weights == [[20, pytest.approx(0.985)], [110, pytest.approx(0.985)]]
-    assert publish.shipped_tables().splitlines()[2:5] == [
+    assert tables.shipped_tables().splitlines()[2:5] == [
         "| 75 % of the filters | 40 | 98.50 ± 0.71 % | 1.00 | 0, 1 |",
         "| 50 % of the weights | 110 | 98.50 ± 0.71 % | 1.00 | 0, 1 |",
         "| 90 % of the weights | 20 | 98.50 ± 0.71 % | 1.00 | 0, 1 |",
@@ -138,7 +138,7 @@ def test_distillation_has_a_row_for_each_number_of_epochs(tmp_path, monkeypatch)
         published.write_record(name, {"runs": [{"epochs": epochs, "seed": 3, "metrics": metrics}]})
     without = [{"epochs": 4, "seed": 3, "metrics": {"accuracy": 0.8}}]  # Made with --no-baseline.
     published.write_record("distillation-alone", {"runs": without})
-    assert publish.shipped_tables().splitlines()[2:] == [
+    assert tables.shipped_tables().splitlines()[2:] == [
         "| 8 | 84.00 % | 82.00 % | 2.00 | 3 |",
         "| 40 | 86.50 % | 82.00 % | 4.50 | 3 |",
     ]

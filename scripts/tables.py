@@ -1,0 +1,314 @@
+"""The tables that scripts/publish.py writes of what results/ holds, in Markdown."""
+
+import itertools
+import statistics
+
+from published import (
+    benchmarks,
+    in_bfloat16,
+    load_runs,
+    machine_of,
+    main_metric,
+    marks,
+    mean,
+    pruned,
+    read_record,
+    read_records,
+    recipe_paths,
+    set_flags,
+    stale,
+    uncommitted,
+    variant_records,
+    with_metric,
+)
+
+# Metrics beside a recipe's own, and how the table calls them; {} takes the figure.
+BESIDE = {
+    "one_view_accuracy": "without averaging over views: {}",
+    "alone_accuracy": "the same network without a teacher: {}",
+    "unpruned_accuracy": "nothing removed: {}",
+    "dynamic_litert_accuracy": "weights in eight bits: {}",
+    "float16_litert_accuracy": "weights in sixteen bits: {}",
+    "int8_litert_accuracy": "all in eight bits: {}",
+    "naive_accuracy": "the same network trained naively, for at most 10 epochs: {}",
+    "logistic_regression_accuracy": "logistic regression: {}",
+    "bag_of_words_accuracy": "bag-of-words logistic regression: {}",
+    "majority_accuracy": "commonest class: {}",
+    "ridge_mse": "ridge regression: {}",
+    "lstsq_mse": "least squares: {}",
+    "noise_floor_mse": "noise floor: {}",
+}
+
+# What the project aims at in scripts/benchmark.py, and the mark of a figure that is below.
+PICTURES = ("cifar10_cnn", "cifar10_fast", "mnist_cnn")
+AIMS = {
+    "to_naive": {**dict.fromkeys(PICTURES, 1.2), "dense_classifier": 3.0, "dense_regression": 3.0},
+    "to_pytorch": dict.fromkeys(PICTURES, 1.2),
+    "share_of_peak": {"cifar10_cnn": 0.30, "cifar10_fast": 0.55, "mnist_cnn": 0.25},
+}
+NO_CALLBACKS = 0.97
+BELOW = " ▼"
+
+
+def figure(runs: list[dict], metric: str) -> str:
+    """Mean ± standard deviation of a metric over the runs, accuracies in per cent."""
+    scale, unit, digits = (100, " %", 2) if metric.endswith("accuracy") else (1, "", 4)
+    values = [run["metrics"][metric] * scale for run in runs]
+    middle = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return middle + unit
+    return f"{middle} ± {statistics.stdev(values):.{digits}f}{unit}"
+
+
+def margin(runs: list[dict], other: str) -> str:
+    """By how much the recipe is better than what stands beside it, on the mean."""
+    mine, its = mean(runs, main_metric(runs)), mean(runs, other)
+    if other.endswith("accuracy"):
+        return f" ({100 * abs(mine - its):.2f} points {'below' if its <= mine else 'above'})"
+    return f" ({its / mine:.2f} times the recipe's)"
+
+
+def seeds(runs: list[dict]) -> str:
+    """Of the runs, with commas."""
+    return ", ".join(str(run["seed"]) for run in runs)
+
+
+def minutes(runs: list[dict]) -> str:
+    """Median time from the raw data to the saved model, without evaluation and baselines."""
+    spent = statistics.median(run["seconds"]["total"] - run["seconds"]["evaluate"] for run in runs)
+    return f"{spent / 60:.1f} min" if spent >= 60 else f"{spent:.0f} s"
+
+
+def result_line(recipe: str) -> str:
+    """What the docstring of a recipe says of its result."""
+    lines = []
+    for record in (read_record(recipe), *variant_records(recipe)):
+        if not record:
+            lines.append("not yet measured")
+            continue
+        runs = record["runs"]
+        name = "accuracy" if main_metric(runs) == "accuracy" else "mean squared error"
+        found = figure(runs, main_metric(runs))
+        line = f"test {name} {found} over {len(runs)} seeds, {minutes(runs)}, {machine_of(runs[0])}{stale(record)}"
+        flags = set_flags(runs[0]["command"])
+        lines += [f"{line},", f"with {flags}"] if flags else [line]
+    return f"\n{' ' * 10}".join(lines)
+
+
+def results_table() -> str:
+    """The table of all recipes, in Markdown."""
+    lines = ["| recipe | data | test result | to compare | training | seeds |", "|---|---|---|---|---|---|"]
+    machines = set()
+    records = [
+        (path, each) for path in recipe_paths() for each in (read_record(path.stem), *variant_records(path.stem))
+    ]
+    for path, record in records:
+        link = f"[`{path.stem}`](recipes/{path.name})"
+        if not record:
+            lines.append(f"| {link} | | not yet measured | | | |")
+            continue
+        runs = record["runs"]
+        flags = set_flags(runs[0]["command"])
+        link += f"<br>`{flags}`" if flags else ""
+        metric = main_metric(runs)
+        label = "accuracy" if metric == "accuracy" else "mean squared error"
+        beside = "<br>".join(
+            text.format(figure(runs, name)) + margin(runs, name)
+            for name, text in BESIDE.items()
+            if name in runs[0]["metrics"]
+        )
+        data = runs[0]["data"]
+        counts = f"{data['train']:,} train, {data['validation']:,} validation, {data['test']:,} test"
+        lines.append(
+            f"| {link} | {data['name']} ({data['source']}): {counts} | {label} {figure(runs, metric)} "
+            f"| {beside} | {minutes(runs)}, {machine_of(runs[0])}{marks(record)} | {seeds(runs)} |"
+        )
+        versions = runs[0]["versions"]
+        machines.add(f"{machine_of(runs[0])}, TensorFlow {versions['tensorflow']}, Keras {versions['keras']}")
+    lines += [
+        "",
+        "Mean ± standard deviation over the seeds; the time is the median from raw data to the saved "
+        "model, less evaluation and what the result is compared with.",
+    ]
+    lines += ["Measured on: " + "; ".join(sorted(machines)) + "."]
+    return "\n".join([*lines, "", *what_marks_say(lines)]).rstrip()
+
+
+def what_marks_say(lines: list[str]) -> list[str]:
+    """A line for each of `published.marks` that is among the lines of a table."""
+    legend = {
+        "stale": "Stale: the recipe has changed since, and was not measured again yet.",
+        "uncommitted": "Uncommitted: measured with changes that were not committed at that time.",
+    }
+    return [part for mark, said in legend.items() if any(f", {mark}" in line for line in lines) for part in (said, "")]
+
+
+def benchmark_table() -> str:
+    """The medians of scripts/benchmark.py, a table for each machine, in Markdown."""
+    machines, lines = benchmarks(), []
+    header = (
+        "| recipe | examples a second | to the naive way | to PyTorch | share of peak | first execution | callbacks |"
+    )
+    for machine, records in machines.items():
+        lines += [f"On {machine}:", "", header, "|---|---|---|---|---|---|---|", *map(benchmark_row, records), ""]
+    if any(BELOW in line for line in lines):
+        lines += [
+            f"{BELOW.strip()}: below what this project aims at, which is 1.2 times the naive way and PyTorch for the "
+            "three recipes of pictures, 3 times the naive way for the two of dense networks, 30, 55 and 25 % of the "
+            "peak for `cifar10_cnn`, `cifar10_fast` and `mnist_cnn`, and 3 % of the time, at most, for callbacks.",
+            "",
+        ]
+    lines += what_marks_say(lines)
+    names = sorted(
+        {f"{each['data']['name']} ({each['data']['source']})" for each in itertools.chain(*machines.values())}
+    )
+    if names:
+        lines += [f"Data: {', '.join(names)}.", ""]
+    if record := read_record("target"):
+        rounds, missed = len(record["rounds"]), record["naive_missed"]
+        lines += [
+            f"`cifar10_cnn --epochs 5` is at {record['target_validation_accuracy']:.0%} validation accuracy in "
+            f"{spread(record['to_naive'])} of the time of the naive script"
+            + (f" (never there in {missed} of {rounds} rounds: until it gave up)" if missed else "")
+            + f", on {machine_of(record)}{marks(record)}.",
+            "",
+        ]
+    if machines:
+        lines += ["![Examples per second, against the naive way](results/benchmark.png)"]
+    return "\n".join(lines).strip() or "Not yet measured."
+
+
+def benchmark_row(record: dict) -> str:
+    """One recipe in one precision."""
+
+    def marked(figure: str, text: str) -> str:
+        found = record[figure]["median"] if isinstance(record[figure], dict) else record[figure]
+        aim = NO_CALLBACKS if figure == "to_no_callbacks" else AIMS[figure].get(record["recipe"], 0)
+        return text + BELOW * (found < aim)
+
+    torch = "not measured"
+    if record["to_pytorch"]:
+        torch = marked("to_pytorch", f"{spread(record['to_pytorch'])} ({record['better_pytorch']})")
+    share = f"{100 * record['share_of_peak']:.0f} % of {record['peak_flops'] / 1e9:,.0f} GFLOPS"
+    return (
+        f"| `{record['recipe']}`{in_bfloat16(record)}{marks(record)} | {record['examples_per_second']['recipe']:,.0f} "
+        f"| {marked('to_naive', spread(record['to_naive']))} | {torch} | {marked('share_of_peak', share)} "
+        f"| {record['first_step_seconds']['recipe']:.1f} s "
+        f"| {marked('to_no_callbacks', percent_lost(record['to_no_callbacks']))} |"
+    )
+
+
+def percent_lost(interval: dict[str, float]) -> str:
+    """What ratios below 1 cost, with the least and the most."""
+    least, middle, most = (100 * (1 - interval[name]) for name in ("highest", "median", "lowest"))
+    return f"{middle:.1f} % ({least:.0f} to {most:.0f})"
+
+
+def spread(interval: dict[str, float]) -> str:
+    """A median with its lowest and highest."""
+    return f"{interval['median']:.2f} ({interval['lowest']:.2f} to {interval['highest']:.2f})"
+
+
+def shipped_rows(record: dict) -> list[list[str]]:
+    """A record of scripts/ship.py as a table, the header first: times in milliseconds."""
+    variants = record["variants"]
+    first = next(iter(variants.values()))
+    score = "accuracy" if "accuracy" in first else "mse"
+    header = ["variant", "KiB", "parameters", "not zero", score, *(f"ms, {each}" for each in first["seconds"]), "MiB"]
+    rows = [header]
+    for name, found in variants.items():
+        quality = f"{100 * found[score]:.2f} %" if score == "accuracy" else f"{found[score]:.4f}"
+        row = [name, f"{found['bytes'] / 1024:,.0f}", f"{found['parameters']:,}", f"{found['nonzero']:,}", quality]
+        times = [f"{1000 * seconds:.3f}" for seconds in found["seconds"].values()]
+        rows.append([*row, *times, f"{found['memory_bytes'] / 2**20:,.0f}"])
+    return rows
+
+
+def quicker(record: dict) -> list[str]:
+    """How much quicker and smaller eight bits are, and a network without half of its filters than the whole one."""
+
+    def times(one: dict, other: dict, batch: int) -> str:
+        timed = f"batch {batch}, one thread"
+        return f"{other['seconds'][timed] / one['seconds'][timed]:,.1f}"
+
+    variants, whole, lines = record["variants"], read_record("ship-mnist_cnn"), []
+    if {"keras", "litert", "litert int8"} <= set(variants):
+        int8, litert = variants["litert int8"], variants["litert"]
+        lines += [
+            f"At batch 1, one thread, `litert int8` is {times(int8, litert, 1)} times as quick as `litert`, with "
+            f"{100 * int8['bytes'] / litert['bytes']:.1f} % of its bytes, and "
+            f"{times(int8, variants['keras'], 1)} times as quick as the Keras model, called as `model(inputs)`.",
+            "",
+        ]
+    if record["recipe"] == "pruning" and "litert" in variants and whole:
+        before = whole["variants"]["litert"]
+        lines += [
+            f"Beside `mnist_cnn`, whose network this was, `litert` is {times(variants['litert'], before, 1)} times as "
+            f"quick at batch 1, one thread, and {times(variants['litert'], before, 64)} times at batch 64.",
+            "",
+        ]
+    return lines
+
+
+def shipped_tables() -> str:
+    """The records of scripts/ship.py, a table each, and what pruning cost and distillation gained, in Markdown."""
+    lines = []
+    for record in read_records("ship-*"):
+        header, *rows = shipped_rows(record)
+        data = record["data"]
+        lines += [
+            f"`{' '.join([record['recipe'], set_flags(record['trained_by'])]).strip()}`, "
+            f"seed {record['seed']}, {data['test']:,} test examples of {data['name']} "
+            f"({data['source']}), {machine_of(record)}{marks(record)}:",
+            "",
+            *(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)),
+            "",
+            *quicker(record),
+        ]
+    if compared := with_metric(load_runs("pruning"), "unpruned_accuracy"):
+        whole = mean(compared, "unpruned_accuracy")
+        lines += [
+            "| removed by `pruning` | weights left | test accuracy | points lost | seeds |",
+            "|---|---|---|---|---|",
+        ]
+        for kind, share, runs in pruned():
+            lost = 100 * (whole - mean(runs, "accuracy"))
+            lines.append(
+                f"| {100 * share:.0f} % of the {kind} | {mean(runs, 'nonzero_weights'):,.0f} "
+                f"| {figure(runs, 'accuracy')} | {lost:.2f} | {seeds(runs)}{uncommitted({'runs': runs})} |"
+            )
+        lines += ["", "![Test accuracy by the number of weights that are left](results/pruning.png)", ""]
+    taught = [record["runs"] for record in read_records("distillation*")]
+    taught = [runs for runs in taught if with_metric(runs, "alone_accuracy") == runs]
+    if taught:
+        lines += ["| epochs of `distillation` | test accuracy | without a teacher | points gained | seeds |"]
+        lines += ["|---|---|---|---|---|"]
+    for runs in sorted(taught, key=lambda runs: runs[0]["epochs"]):
+        gained = 100 * (mean(runs, "accuracy") - mean(runs, "alone_accuracy"))
+        lines.append(
+            f"| {runs[0]['epochs']} | {figure(runs, 'accuracy')} | {figure(runs, 'alone_accuracy')} | {gained:.2f} "
+            f"| {seeds(runs)} |"
+        )
+    return "\n".join(lines).strip() or "Not yet measured."
+
+
+def distributed_table() -> str:
+    """What several workers and a strategy cost, in Markdown."""
+    lines = [
+        "| cifar10_cnn, two epochs | images per second | test accuracy | pairs | machine |",
+        "|---|---|---|---|---|",
+    ]
+    for name, label in (
+        ("workers", "two workers instead of one process, on the same cores"),
+        ("strategy", "a strategy with one replica instead of none"),
+    ):
+        if record := read_record(name):
+            one, other = ([pair[way]["metrics"]["accuracy"] for pair in record["pairs"]] for way in record["ways"])
+            on_average = 100 * (statistics.mean(other) - statistics.mean(one))
+            points = record["largest_difference_of_test_accuracy_in_points"]
+            lines.append(
+                f"| {label} | {record['median_ratio_images_per_second']:.2f} times as many "
+                f"| {on_average:+.2f} points on average, at most {points:.2f} apart "
+                f"| {len(record['pairs'])} | {machine_of(record)}{marks(record)} |"
+            )
+    return "\n".join(lines) if len(lines) > 2 else "Not yet measured."
