@@ -143,9 +143,9 @@ def evaluation_batches(split: Split, batch_size: int, strategy: tf.distribute.St
     """Every example once, in order, in batches of up to `batch_size` whose sizes differ by one at most.
 
     Returns:
-        A `tf.data.Dataset` of (inputs, targets); under several replicas a `DistributedDataset`. Pass
-        `validation_steps` or `steps` to Keras, which otherwise asks for its length: it is not told, as Keras
-        makes a second iterator at the end of each validation of a known length. None where the split is empty.
+        A `tf.data.Dataset` of (inputs, targets), under several replicas a `DistributedDataset`; None where the
+        split is empty. Its length is left unknown, as Keras makes a second iterator for each validation of a known
+        one: pass `validation_steps` or `steps`.
     """
     return _deal(split, batch_size, strategy) if len(split) else None
 
