@@ -203,8 +203,6 @@ def _deal(
         options = tf.data.Options()
         # The rewriting of the graph would copy the tensors it captures: the whole data set.
         options.experimental_optimization.apply_default_optimizations = False
-        # TensorFlow 2.21 waits for it, up to a minute, when an iterator goes. Without, `AUTOTUNE` is a thread per core.
-        options.autotune.enabled = False
         batches = numbers.map(replica_slice, num_parallel_calls=tf.data.AUTOTUNE)
         return batches.prefetch(tf.data.AUTOTUNE).with_options(options)
 

@@ -193,7 +193,7 @@ class Checkpoints(keras.callbacks.Callback):
     def _metrics(self) -> list[np.ndarray]:
         """Of each variable of the metrics its parts on all replicas, [replicas, ...]; on the chief only."""
 
-        def read(part: tf.Variable) -> np.ndarray:  # `part.numpy()` takes several times as long.
+        def read(part: tf.Variable) -> np.ndarray:  # `np.asarray(part)` takes more than twice as long.
             return tf.raw_ops.ReadVariableOp(resource=part.handle, dtype=part.dtype).numpy()
 
         parts = [np.stack(list(map(read, self._parts(each)))) for each in self.model.metrics_variables]

@@ -15,6 +15,7 @@ from common.upstream import (
     cure_distiller,
     cure_fusion,
     cure_gradient_leak,
+    cure_iterator_wait,
     cure_replicas,
     cure_several_workers,
     cure_silu,
@@ -172,6 +173,7 @@ def apply(
     cure_distiller()
     cure_fusion()
     cure_gradient_leak()
+    cure_iterator_wait()
     cure_silu()
     if strategy == "none":
         return tf.distribute.get_strategy()

@@ -19,6 +19,7 @@ from keras.src.backend.tensorflow import trainer as tensorflow_trainer
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.losses import loss as loss_module
+from tensorflow.python.data.ops import dataset_ops
 from tensorflow.python.distribute import input_lib, input_util
 
 
@@ -165,6 +166,24 @@ def cure_several_workers() -> None:
         return original(values, strategy, reduction)
 
     tensorflow_trainer.reduce_per_replica = over_all_workers
+
+
+@functools.cache
+def cure_iterator_wait() -> None:
+    """Lets an iterator go at once when it is no longer needed: at the end of `fit`, and of each validation.
+
+    The thread by which tf.data tunes parallelism sleeps for 10 ms, then 20, and so on up to a minute. In TensorFlow
+    2.21 it mostly sleeps on when the iterator is deleted, which waits for it: up to as long again as `fit` has
+    taken. Here nothing is tuned: `tf.data.AUTOTUNE` means as many threads as there are cores.
+    """
+    original = dataset_ops.DatasetV2._apply_debug_options  # What every iterator calls first.
+
+    def without_tuning(self: tf.data.Dataset) -> tf.data.Dataset:
+        options = tf.data.Options()
+        options.autotune.enabled = False
+        return original(self.with_options(options))
+
+    dataset_ops.DatasetV2._apply_debug_options = without_tuning
 
 
 @functools.cache
