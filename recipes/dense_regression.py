@@ -26,8 +26,8 @@ CAUSES, COLUMNS, NOISE = 6, 1000, 0.5
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
     epochs: Count = 20  # passes over the training examples
-    batch_size: Count = 256  # examples per step, over all devices together
-    learning_rate: Positive = 0.001  # highest step size of AdamW, which falls to zero along a cosine
+    batch_size: Count = 64  # examples per step, over all devices together
+    learning_rate: Positive = 0.0003  # highest step size of AdamW, which falls to zero along a cosine
     weight_decay: float = 1.0  # pull of AdamW on the weights towards zero
     target: str = "target"  # the column to predict, with --data FILE.csv
 
@@ -81,7 +81,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             loss_weights=1 / max(float(np.var(data.train.targets)), 1e-30),
             metrics=["mse", "mae"],
             # A step is over in less than it takes Keras to look at it: best a whole epoch at once.
-            steps_per_execution=steps_per_execution(steps, run.strategy, at_most=128),
+            steps_per_execution=steps_per_execution(steps, run.strategy, at_most=512),
         )
     model.fit(
         training_batches(data.train, config.batch_size, config.seed, strategy=run.strategy, start_step=run.start_step),
