@@ -44,10 +44,11 @@ Augment = Callable[[tf.Tensor, tf.Tensor, "BatchRandom"], tuple[tf.Tensor, tf.Te
 def steps_per_epoch(split: Split, batch_size: int) -> int:
     """The number of batches that deal `split` out evenly, none larger than `batch_size`.
 
-    From 32 on a multiple of 8, so that there are executions of several steps: see `steps_per_execution`.
+    From 32 on a multiple of 8, so that there are executions of several steps: see `steps_per_execution`; but never
+    more batches than examples.
     """
     steps = -(-len(split) // batch_size)
-    return steps if steps <= 32 else -(-steps // 8) * 8
+    return steps if steps <= 32 else min(-(-steps // 8) * 8, len(split))
 
 
 def steps_per_execution(steps: int, strategy: tf.distribute.Strategy, at_most: int = 32) -> int:

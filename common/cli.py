@@ -131,7 +131,8 @@ def _number(kind: type, lowest: float, below: float, text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from error
     if not lowest <= value < below:
         limits = f"at least {lowest:,}" + (f" and less than {below:,}" if below < math.inf else "")
-        raise argparse.ArgumentTypeError(f"{value} must be {'finite' if value == math.inf else limits}")
+        problem = "is not a number" if math.isnan(value) else f"must be {'finite' if value == math.inf else limits}"
+        raise argparse.ArgumentTypeError(f"{value} {problem}")
     return value
 
 

@@ -54,7 +54,7 @@ def _draw(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
     def uniform(low: float, high: float, channels: int = 1) -> np.ndarray:
         return random.uniform(low, high, (len(labels), channels, 1, 1)).astype(np.float32)
 
-    # Colours come first until the end: over a last axis of three, NumPy takes three times as long.
+    # The axis of colours comes first until the end: as the last one, it would make NumPy three times as slow.
     rows, columns = np.float32(np.linspace(-1, 1, 32))[:, None], np.float32(np.linspace(-1, 1, 32))
     # A background that runs from one colour to another, strewn with dots.
     dark, bright = uniform(20, 235, 3), uniform(20, 235, 3)

@@ -173,15 +173,20 @@ def numbers(path: pathlib.Path, columns: pd.DataFrame) -> np.ndarray:
     with np.errstate(over="ignore"):
         found = columns.apply(pd.to_numeric, errors="coerce").to_numpy(np.float32)
     for row, column in np.argwhere(~(abs(found) < 1e15)):  # So that sums of their squares are finite.
-        raise UserError(
-            f"{path}, row {row + 2}: {columns.iloc[row, column]!r} in column {columns.columns[column]!r} is "
-            "not a number below 1e15; correct it or remove the row"
-        )
+        cell, name = columns.iloc[row, column], columns.columns[column]
+        if not cell.strip():
+            raise _empty(path, row, name)
+        problem = f"{cell!r} in column {name!r} is not a number below 1e15"
+        raise UserError(f"{path}, row {row + 2}: {problem}; correct it or remove the row")
     return found
+
+
+def _empty(path: pathlib.Path, row: int, column: str) -> UserError:
+    return UserError(f"{path}, row {row + 2}: column {column!r} is empty; fill it or remove the row")
 
 
 def _filled(path: pathlib.Path, column: pd.Series) -> np.ndarray:
     values = column.str.strip().to_numpy(str)
     for row in np.flatnonzero(values == ""):
-        raise UserError(f"{path}, row {row + 2}: column {column.name!r} is empty; fill it or remove the row")
+        raise _empty(path, row, column.name)
     return values

@@ -28,7 +28,7 @@ class Config(SharedConfig):
     epochs: Count = 20  # passes over the training examples
     batch_size: Count = 64  # examples per step, over all devices together
     learning_rate: Positive = 0.0003  # highest step size of AdamW, which falls to zero along a cosine
-    weight_decay: float = 1.0  # pull of AdamW on the weights towards zero
+    weight_decay: float = 1.0  # pull of AdamW on the weights towards zero, times the learning rate
     target: str = "target"  # the column to predict, with --data FILE.csv
 
 
@@ -78,6 +78,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             optimizer=keras.optimizers.AdamW(learning_rate, weight_decay=config.weight_decay),
             loss="mse",
             # The share of the variance that is left: whatever the unit of the target, gradients are of one size.
+            # It is what `loss` shows; `mse` is in the units of the target.
             loss_weights=1 / max(float(np.var(data.train.targets)), 1e-30),
             metrics=["mse", "mae"],
             # A step is over in less than it takes Keras to look at it: best a whole epoch at once.

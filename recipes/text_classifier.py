@@ -33,7 +33,7 @@ class Config(SharedConfig):
     label_smoothing: Share = 0.1  # share of each label that is spread over all classes
     start: float = 0.25  # scale of the log-count ratios that training starts from; 0: from nothing
     vocabulary: Annotated[int, 3, 2_000_000] = 200_000  # words that are known: the most frequent ones
-    length: Annotated[int, 3, math.inf] = 1000  # words of a text that are looked at, and n-grams: its rarest
+    length: Annotated[int, 3, math.inf] = 1000  # words of a text that are looked at, and n-grams kept: the rarest
     text_column: str = "text"  # the column with the text, with --data FILE.csv
     label_column: str = "label"  # the column with the class, with --data FILE.csv
 
@@ -73,7 +73,8 @@ def build_tokenizer(config: Config, data: Data) -> keras.Model:
     if not len(known):
         raise UserError(f"{data.name}: no two training texts share a word; give more texts")
     numbers = keras.layers.IntegerLookup(vocabulary=known, mask_token=0, name="ngrams")(ngrams)
-    tokens, _ = keras.ops.top_k(numbers - 1, config.length)  # The unknown, number 1, joins the padding.
+    # The largest numbers are the rarest n-grams; the unknown, number 1, joins the padding.
+    tokens, _ = keras.ops.top_k(numbers - 1, config.length)
     return keras.Model(texts, keras.ops.cast(keras.ops.maximum(tokens, 0), "int32"), name="tokenizer")
 
 

@@ -212,16 +212,19 @@ def data_flags(arguments: argparse.Namespace) -> list[str]:
 def main() -> None:
     recipes = [path.stem for path in recipe_paths()]
     parser = Parser(__doc__)
-    parser.add_argument("what", choices=[*recipes, "target", *DISTRIBUTED])
+    parser.add_argument("what", choices=[*recipes, "target", *DISTRIBUTED], help="a recipe, or a comparison: see above")
     parser.add_argument("--data", default="auto", help="as for the recipe")
     parser.add_argument("--data-dir", default="", help="as for the recipe")
     parser.add_argument("--precision", choices=("float32", "mixed_bfloat16"), default="float32", help="of the recipe")
-    parser.add_argument("--rounds", type=whole_number(1), default=5, help="how often each way is run (default: 5)")
+    parser.add_argument(
+        "--rounds", type=whole_number(1), help="how often each way is run (default: 5, or 1 with --smoke)"
+    )
     parser.add_argument(
         "--naive-epochs", type=whole_number(1), default=20, help="when the naive script gives up (default: 20)"
     )
     parser.add_argument("--smoke", action="store_true", help="a few examples and epochs; writes no record")
     arguments = parser.parse_args()
+    arguments.rounds = arguments.rounds or (1 if arguments.smoke else 5)
     if arguments.what not in recipes and arguments.precision != "float32":
         parser.error("--precision: goes with a recipe")
     code = code_sha256(ROOT / "recipes" / f"{arguments.what if arguments.what in recipes else 'cifar10_cnn'}.py")

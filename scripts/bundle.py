@@ -49,9 +49,8 @@ def read_module(path: pathlib.Path) -> Module:
         source = path.read_text(encoding="utf-8")
         tree = ast.parse(source)
     except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(
-            f"{path}: can't be read as Python ({error}); give a recipe such as recipes/mnist_cnn.py"
-        ) from error
+        problem = f"{path}: can't be read as Python ({getattr(error, 'strerror', None) or error})"
+        raise UserError(f"{problem}; give a recipe such as recipes/mnist_cnn.py") from error
     module = Module(path.stem, source.splitlines(), tree, {}, {}, [])
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "common":

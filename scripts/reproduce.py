@@ -51,7 +51,10 @@ def reproduce(recipe: str, seeds: list[int], flags: list[str], variant: str = ""
         raise UserError(f"no recipe {recipe!r}; choose one of {', '.join(names)}")
     path = published.ROOT / "recipes" / f"{recipe}.py"
     code, runs = code_sha256(path), []
-    unfinished = published.ROOT / "runs" / "reproduce" / hashlib.sha256(f"{code}{flags}".encode()).hexdigest()[:16]
+    # All seeds are trained by the same code: after a change, also of common/, none goes on that was begun before it.
+    shared = [code_sha256(each) for each in sorted((published.ROOT / "common").glob("*.py"))]
+    begun = hashlib.sha256(f"{code}{shared}{flags}".encode()).hexdigest()[:16]
+    unfinished = published.ROOT / "runs" / "reproduce" / begun
     for seed in seeds:
         directory = unfinished / str(seed)
         command = [sys.executable, str(path), *flags, "--seed", str(seed), "--run-dir", str(directory)]

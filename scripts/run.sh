@@ -10,7 +10,7 @@ if [ "$recipe" = --help ] || [ "$recipe" = -h ]; then
     exit
 fi
 if [ ! -f "$here/../recipes/$recipe.py" ]; then
-    echo "error: no recipe '$recipe'; choose one of:" $(cd "$here/../recipes" && ls -- *.py | sed 's/\.py$//') >&2
+    echo "error: no recipe${recipe:+ '$recipe'}; choose one of:" $(cd "$here/../recipes" && ls -- *.py | sed 's/\.py$//') >&2
     exit 2
 fi
 shift

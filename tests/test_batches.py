@@ -152,6 +152,13 @@ def test_there_are_executions_of_several_steps_whatever_the_number_of_examples()
         assert steps_per_execution(steps, tf.distribute.get_strategy()) >= min(8, steps)
 
 
+def test_batches_of_one_are_as_many_as_examples():
+    split = Split.of(np.arange(49.0)[:, None], np.zeros((49, 1)))
+    assert steps_per_epoch(split, 1) == 49
+    dealt = [inputs.numpy().item() for inputs, _ in training_batches(split, 1, seed=0).take(49)]
+    assert sorted(dealt) == [*range(49)]
+
+
 def batch_random(size: int) -> BatchRandom:
     seed, batch = tf.constant([5, 7], tf.int64), tf.constant(size, tf.int64)
     return BatchRandom(seed, batch, tf.range(size) % 2 == 0, itertools.count())

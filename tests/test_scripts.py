@@ -131,6 +131,19 @@ def test_reproducing_goes_on_where_it_was(project, monkeypatch):
     assert not list((project / "runs" / "reproduce").iterdir())
 
 
+def test_no_run_goes_on_with_other_code(project, monkeypatch):
+    """Its first part would come from the code before."""
+    commands, run_training = [], reproduce.run_training
+    flags = ["--smoke", "--quiet", "--no-baseline"]
+    with pytest.raises(SystemExit, match=r"^2$"):
+        reproduce.reproduce("linear_regression", [3, -1], flags)
+    (project / "common").mkdir()
+    (project / "common" / "changed.py").write_text("order = 'another'")
+    monkeypatch.setattr(reproduce, "run_training", lambda command: commands.append(command) or run_training(command))
+    reproduce.reproduce("linear_regression", [3], flags)
+    assert ["--resume" in command for command in commands] == [False]
+
+
 def test_reproducing_trains_once_per_seed(project):
     flags = ["--smoke", "--quiet", "--no-baseline", "--data-dir", "/some/place"]
     reproduce.reproduce("linear_regression", [3, 5], flags, "short")

@@ -382,7 +382,7 @@ def never_so_often(folder):
         ("dense_classifier", missing_column, "no column 'target' among a, b; name another with --target"),
         ("linear_regression", missing_column, "no column 'y'"),
         ("dense_regression", text_among_numbers, "row 4: 'three' in column 'a' is not a number below 1e15"),
-        ("dense_classifier", missing_number, "row 3: '' in column 'a' is not a number below 1e15"),
+        ("dense_classifier", missing_number, "row 3: column 'a' is empty; fill it or remove the row"),
         ("dense_classifier", infinite_number, "row 5: 'inf' in column 'a' is not a number below 1e15"),
         ("dense_classifier", empty_file, "empty.csv: the file is empty"),
         ("dense_classifier", header_only, "no rows below the column names"),
