@@ -44,8 +44,7 @@ Augment = Callable[[tf.Tensor, tf.Tensor, "BatchRandom"], tuple[tf.Tensor, tf.Te
 def steps_per_epoch(split: Split, batch_size: int) -> int:
     """The number of batches that deal `split` out evenly, none larger than `batch_size`.
 
-    From 32 on a multiple of 8, so that there are executions of several steps: see `steps_per_execution`; but never
-    more batches than examples.
+    From 32 on a multiple of 8, for executions of several steps (see `steps_per_execution`), or the number of examples.
     """
     steps = -(-len(split) // batch_size)
     return steps if steps <= 32 else min(-(-steps // 8) * 8, len(split))

@@ -131,8 +131,7 @@ def _number(kind: type, lowest: float, below: float, text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from error
     if not lowest <= value < below:
         limits = f"at least {lowest:,}" + (f" and less than {below:,}" if below < math.inf else "")
-        problem = "is not a number" if math.isnan(value) else f"must be {'finite' if value == math.inf else limits}"
-        raise argparse.ArgumentTypeError(f"{value} {problem}")
+        raise argparse.ArgumentTypeError(f"{value} must be {limits if math.isfinite(value) else 'finite'}")
     return value
 
 

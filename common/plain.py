@@ -92,12 +92,10 @@ def choose_strategy(config: SharedConfig) -> tf.distribute.Strategy:
         tf.config.threading.set_inter_op_parallelism_threads(config.threads)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
-    precision = config.precision
-    if precision == "auto":
-        capabilities = [tf.config.experimental.get_device_details(gpu).get("compute_capability") for gpu in gpus]
-        newer = all((capability or (0, 0)) >= (8, 0) for capability in capabilities)
-        precision = "float32" if not gpus else "mixed_bfloat16" if newer else "mixed_float16"
-    keras.config.set_dtype_policy(precision)
+    details = map(tf.config.experimental.get_device_details, gpus)
+    newer = all(each.get("compute_capability", (0, 0)) >= (8, 0) for each in details)
+    fitting = "float32" if not gpus else "mixed_bfloat16" if newer else "mixed_float16"
+    keras.config.set_dtype_policy(fitting if config.precision == "auto" else config.precision)
     cure_adam()
     cure_fusion()
     cure_silu()

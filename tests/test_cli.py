@@ -66,7 +66,7 @@ def test_every_field_has_a_comment(recipe):
         (["--batch-size", "many"], "--batch-size"),
         (["--epochs", "-1"], "--epochs: -1 must be at least 1"),
         (["--learning-rate", "0"], "--learning-rate: 0.0 must be at least 1e-30"),
-        (["--learning-rate", "nan"], "--learning-rate: nan is not a number"),
+        (["--learning-rate", "nan"], "--learning-rate: nan must be finite"),
         (["--learning-rate", "inf"], "--learning-rate: inf must be finite"),
         (["--validation-size", "1"], "--validation-size: 1.0 must be at least 0 and less than 1"),
         (["--seed", "-3"], "--seed: -3 must be at least 0"),
