@@ -61,6 +61,11 @@ def _tensors(checkpoint: pathlib.Path) -> dict[str, np.ndarray]:
         return {name: np.asarray(reader.get_tensor(name)) for name in names}
 
 
+def _unnumbered(variable: list) -> list:
+    """Path, shape and type of a variable, less what Keras counts in a process: `muon_1` is its second optimizer."""
+    return [re.sub(r"_\d+/", "/", variable[0]), *variable[1:]]
+
+
 # How much of the time checkpoints at the ends of epochs may take: where epochs are over in no time, not each has one.
 _SHARE = 0.01
 
@@ -278,7 +283,7 @@ class Checkpoints(keras.callbacks.Callback):
 
     def _restore(self, checkpoint: pathlib.Path, state: dict[str, Any]) -> None:
         for there, here in zip(state["variables"], self._shapes(), strict=False):
-            if there != here:
+            if _unnumbered(there) != _unnumbered(here):
                 raise UserError(f"{checkpoint}: holds {there} where this model has {here}; start a new run")
         names = [type(callback).__name__ for callback in self.others]
         if len(state["variables"]) != len(self._shapes()) or [each["class"] for each in state["callbacks"]] != names:

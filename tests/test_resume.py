@@ -144,6 +144,24 @@ MOMENTS = [
 ]
 
 
+def test_a_network_that_only_one_of_the_processes_trained_before(tmp_path, alone, monkeypatch):
+    """As the teacher of distillation, which a resumed run finds trained: with its optimizer, Keras counts one more."""
+
+    begin = start_run
+
+    def start_run_after_another(config):
+        run = begin(config)
+        assert keras.optimizers.Adam().name == "adam"
+        return run
+
+    with monkeypatch.context() as patched:
+        patched.setitem(fit.__globals__, "start_run", start_run_after_another)
+        with pytest.raises(KeyboardInterrupt):
+            fit(tmp_path / "run", ("end", 0, 0))
+    fit(tmp_path / "run", resume=True)
+    assert torture.outcome(tmp_path / "run") == alone
+
+
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: "-".join(map(str, moment)))
 def test_interrupted_anywhere_the_end_is_the_same(tmp_path, alone, moment):
     with pytest.raises(KeyboardInterrupt, match="the same command with --resume goes on"):
