@@ -93,7 +93,7 @@ def choose_strategy(config: SharedConfig) -> tf.distribute.Strategy:
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     details = map(tf.config.experimental.get_device_details, gpus)
-    newer = all(each.get("compute_capability", (0, 0)) >= (8, 0) for each in details)
+    newer = all((each.get("compute_capability") or (0, 0)) >= (8, 0) for each in details)
     fitting = "float32" if not gpus else "mixed_bfloat16" if newer else "mixed_float16"
     keras.config.set_dtype_policy(fitting if config.precision == "auto" else config.precision)
     cure_adam()
