@@ -244,8 +244,8 @@ def _cut(
         order["test"] = np.random.default_rng(0).permutation(order["test"])[: max(1, len(order["test"]) // 10)]
         order["train"] = order["train"][~np.isin(order["train"], order["test"])]
     if config.smoke:
-        order["train"] = order["train"][:600]
-        order["test"] = np.random.default_rng(0).permutation(order["test"])[:200]
+        order["train"] = order["train"][:300]
+        order["test"] = np.random.default_rng(0).permutation(order["test"])[:100]
     if "validation" not in arrays:
         count = round(len(order["train"]) * config.validation_size)
         order["validation"], order["train"] = np.split(order["train"], [count])

@@ -19,6 +19,7 @@ from common.upstream import (
     cure_replicas,
     cure_several_workers,
     cure_silu,
+    cure_symbolic_build,
 )
 
 import keras
@@ -175,6 +176,7 @@ def apply(
     cure_gradient_leak()
     cure_iterator_wait()
     cure_silu()
+    cure_symbolic_build()
     if strategy == "none":
         return tf.distribute.get_strategy()
     cure_replicas()

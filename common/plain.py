@@ -99,11 +99,11 @@ def choose_strategy(config: SharedConfig) -> tf.distribute.Strategy:
     cure_adam()
     cure_fusion()
     cure_silu()
+    cure_symbolic_build()
     if devices == 1 and config.strategy != "mirrored":
         return tf.distribute.get_strategy()
     if not gpus:
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * devices)
-    cure_symbolic_build()
     return tf.distribute.MirroredStrategy([f"{'GPU' if gpus else 'CPU'}:{number}" for number in range(devices)])
 
 
@@ -313,8 +313,8 @@ def _cut(name: str, source: str, arrays: Arrays, config: SharedConfig, started: 
         order["test"] = np.random.default_rng(0).permutation(order["test"])[: max(1, len(order["test"]) // 10)]
         order["train"] = order["train"][~np.isin(order["train"], order["test"])]
     if config.smoke:
-        order["train"] = order["train"][:600]
-        order["test"] = np.random.default_rng(0).permutation(order["test"])[:200]
+        order["train"] = order["train"][:300]
+        order["test"] = np.random.default_rng(0).permutation(order["test"])[:100]
     if "validation" not in arrays:
         count = round(len(order["train"]) * config.validation_size)
         order["validation"], order["train"] = np.split(order["train"], [count])

@@ -25,7 +25,6 @@ from tensorflow.python.distribute import input_lib, input_util
 
 def cure_replicas() -> None:
     """Makes several replicas compute what one would; each cure does nothing where there is only one."""
-    cure_symbolic_build()
     cure_loss_average()
     cure_batch_normalization()
     cure_dropout()
@@ -33,20 +32,24 @@ def cure_replicas() -> None:
 
 @functools.cache
 def cure_symbolic_build() -> None:
-    """Lets `fit` and `evaluate` build a model from what one replica's slice of a batch looks like.
+    """Lets `fit` and `evaluate` build a model before its first step, from what one replica's slice of a batch is like.
 
-    Keras 3.15 adds the replicas' slices up to get a batch to build with, which fails as soon as their
-    sizes differ ("Inputs to operation AddN must have the same size and shape"); the same place breaks
-    several workers (https://github.com/keras-team/keras/issues/20585). Only shapes and types are
-    looked at, so here no batch is taken: it would be missing from a validation that goes on with its iterator.
+    On one device, Keras 3.15 creates the variables of metrics and optimizer while the first step is traced, and
+    TensorFlow then traces it anew, as whatever creates variables: a second more for each training of a small network.
+    On several, Keras adds the replicas' slices up to get a batch to build with, which fails as soon as their sizes
+    differ ("Inputs to operation AddN must have the same size and shape"); the same place breaks several workers
+    (https://github.com/keras-team/keras/issues/20585). Only shapes and types are looked at, so here no batch is taken:
+    it would be missing from a validation that goes on with its iterator.
     """
     original = TensorFlowTrainer._maybe_symbolic_build
 
     def from_one_slice(self: TensorFlowTrainer, iterator: Any = None, data_batch: Any = None) -> None:
-        if self._distribute_strategy is not None and iterator is not None:
-            batches = iterator._get_iterator().element_spec
-            data_batch = tree.map_structure(lambda leaf: tf.nest.flatten(leaf, expand_composites=True)[0], batches)
-        original(self, data_batch=data_batch)
+        if iterator is None:
+            return original(self, data_batch=data_batch)
+        batches = iterator._get_iterator().element_spec
+        one_slice = tree.map_structure(lambda leaf: tf.nest.flatten(leaf, expand_composites=True)[0], batches)
+        with self.distribute_strategy.scope():
+            return self._symbolic_build(data_batch=one_slice)
 
     TensorFlowTrainer._maybe_symbolic_build = from_one_slice
 

@@ -41,6 +41,7 @@ from launch import own_and_recipe_flags
 ROOT = pathlib.Path(__file__).parent.parent
 STANDARD_FLAGS = ["--data", "sample", "--epochs", "4", "--checkpoint-every", "5"]
 FIXED_FLAGS = ["--deterministic", "--no-baseline"]
+WRITTEN = "torture: a checkpoint is written"
 
 
 def main() -> None:
@@ -82,10 +83,14 @@ class Torture:
     def run(self) -> int:
         """Prints the comparison; 0 if all is identical, else 1."""
         began = time.monotonic()
-        done = subprocess.run(self.command(self.folder / "alone"), capture_output=True, text=True, check=False)
+        command = self.command(self.folder / "alone")
+        if not self.workers:
+            command[:1] = [sys.executable, __file__, "victim", "0"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             print(done.stderr, file=sys.stderr)
             return done.returncode
+        self.writes = done.stdout.count(WRITTEN)
         # What comes before and behind the training, and the training itself.
         seconds = json.loads((self.folder / "alone" / "result.json").read_text())["seconds"]
         self.around = (
@@ -124,7 +129,7 @@ class Torture:
             moment = None
         elif self.signal == "KILL" and counts["in write"] * 4 <= counts["kills"]:
             moment = None
-            command[:1] = [sys.executable, __file__, "victim", str(self.random.randint(1, 4))]
+            command[:1] = [sys.executable, __file__, "victim", str(self.random.randint(1, min(4, self.writes)))]
         else:
             # Half of them early enough in training that it takes many lives, the others at any moment.
             early = self.random.uniform(0.3 * self.around, self.around + 2 * self.training / self.kills)
@@ -224,7 +229,7 @@ def curves(folder: pathlib.Path) -> list[tuple[str, str, int]]:
 
 
 def be_victim(write: int, recipe: str) -> None:
-    """Runs a recipe that dies inside the given checkpoint write, counted from 1."""
+    """Runs a recipe that dies inside the given checkpoint write, counted from 1; 0: none, but says when one is done."""
     from common.checkpoints import Checkpoints
 
     save, writes = Checkpoints._save, 0
@@ -239,6 +244,8 @@ def be_victim(write: int, recipe: str) -> None:
             save(*arguments)
             os.kill(os.getpid(), signal.SIGKILL)
         save(*arguments)
+        if write == 0:
+            print(WRITTEN, flush=True)
 
     Checkpoints._save = save_and_die
     runpy.run_path(recipe, run_name="__main__")

@@ -114,8 +114,8 @@ def test_examples_are_kept_small(recipe):
 
 def test_smoke_shrinks_both_splits(recipe):
     data, whole = smoke_data(recipe.__name__), full_sample(recipe)
-    assert len(data.train) + len(data.validation) == min(600, len(whole.train) + len(whole.validation))
-    assert len(data.test) == 200
+    assert len(data.train) + len(data.validation) == min(300, len(whole.train) + len(whole.validation))
+    assert len(data.test) == 100
     assert set(rows(data.test)) < set(rows(whole.test))
 
 

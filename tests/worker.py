@@ -72,7 +72,7 @@ def main() -> None:
             smoke=True,
             epochs=STEPS.get(name, STEPS_OF_OTHERS) // STEPS_PER_EPOCH,
             validation_size=0.13,
-            batch_size=4 if name == "linear_regression" else 80,
+            batch_size=4 if name == "linear_regression" else 40,
             threads=1,
             deterministic=True,
             baseline=False,
