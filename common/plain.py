@@ -143,7 +143,6 @@ class Run(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self.began = time.perf_counter()
-        self.model.optimizer.build(self.model.trainable_variables)
         self.checkpoint = tf.train.Checkpoint(variables=[*self.model.variables, *self.model.optimizer.variables])
         if self.start_step:
             self.checkpoint.read(str(self.directory / self.state["variables"])).assert_consumed()

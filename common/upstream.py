@@ -46,10 +46,9 @@ def cure_symbolic_build() -> None:
     def from_one_slice(self: TensorFlowTrainer, iterator: Any = None, data_batch: Any = None) -> None:
         if iterator is None:
             return original(self, data_batch=data_batch)
-        batches = iterator._get_iterator().element_spec
-        one_slice = tree.map_structure(lambda leaf: tf.nest.flatten(leaf, expand_composites=True)[0], batches)
+        batch = tree.map_structure(lambda leaf: tf.nest.flatten(leaf, True)[0], iterator._get_iterator().element_spec)
         with self.distribute_strategy.scope():
-            return self._symbolic_build(data_batch=one_slice)
+            return self._symbolic_build(data_batch=batch)
 
     TensorFlowTrainer._maybe_symbolic_build = from_one_slice
 
