@@ -52,7 +52,7 @@ def test_the_tables_show_the_record(shipped, tmp_path, monkeypatch):
     monkeypatch.setattr(published, "ROOT", tmp_path)
     published.write_record("ship-pruning", {**record, "trained_by": command})
     lines = tables.shipped_tables().splitlines()
-    assert lines[0].startswith("`pruning --remove filters`, seed 0, 200 test examples of ")
+    assert lines[0].startswith("`pruning --remove filters`, seed 0, 100 test examples of ")
     assert len(lines) == 6 + len(record["variants"])
     row = next(line for line in lines if line.startswith("| litert int8 "))
     found = record["variants"]["litert int8"]
