@@ -83,8 +83,6 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             metrics=["mse", "mae"],
             # A step is over in less than it takes Keras to look at it: best a whole epoch at once.
             steps_per_execution=steps_per_execution(steps, run.strategy, at_most=512),
-            # XLA joins a step's many small operations. Left to itself, Keras leaves it off on a CPU.
-            jit_compile=run.strategy.num_replicas_in_sync == 1 and not config.deterministic,
         )
     model.fit(
         training_batches(data.train, config.batch_size, config.seed, strategy=run.strategy, start_step=run.start_step),
