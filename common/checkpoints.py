@@ -107,8 +107,6 @@ class Checkpoints(keras.callbacks.Callback):
         self._failed, self._best, self._last_loss = False, None, "none before it was finite"
 
     def on_train_begin(self, logs=None):
-        if not self.model.optimizer.built:
-            self.model.optimizer.build(self.model.trainable_variables)
         if self.resumed:
             self._restore(*self.resumed)
         self._saved, self._took = time.monotonic(), 0.0
