@@ -16,6 +16,7 @@ from common.upstream import (
     cure_fusion,
     cure_gradient_leak,
     cure_iterator_wait,
+    cure_max_pooling,
     cure_replicas,
     cure_several_workers,
     cure_silu,
@@ -175,6 +176,7 @@ def apply(
     cure_fusion()
     cure_gradient_leak()
     cure_iterator_wait()
+    cure_max_pooling()
     cure_silu()
     cure_symbolic_build()
     if strategy == "none":
