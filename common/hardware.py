@@ -176,9 +176,10 @@ def apply(
     cure_fusion()
     cure_gradient_leak()
     cure_iterator_wait()
-    cure_max_pooling()
     cure_silu()
     cure_symbolic_build()
+    if not gpus and strategy != "tpu":
+        cure_max_pooling()
     if strategy == "none":
         return tf.distribute.get_strategy()
     cure_replicas()

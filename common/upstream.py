@@ -258,9 +258,9 @@ def cure_max_pooling() -> None:
         (inputs,), (outputs,), window = pooling.inputs, pooling.outputs, pooling.get_attr("ksize")
         _, rows, columns, channels = window
         apart = window == pooling.get_attr("strides") and pooling.get_attr("padding") == b"VALID" and channels == 1
-        if not apart or inputs.shape.rank != 4 or None in inputs.shape[1:] or tf.config.list_physical_devices("GPU"):
-            return original(pooling, of_outputs)
-        return spread(rows, columns, inputs, outputs, of_outputs)
+        if apart and inputs.shape.rank == 4 and None not in inputs.shape[1:]:
+            return spread(rows, columns, inputs, outputs, of_outputs)
+        return original(pooling, of_outputs)
 
     gradient_registry._registry["MaxPool"]["type"] = gradient
 
