@@ -137,7 +137,7 @@ def test_a_bundle_trains_on_several_devices(alone, tmp_path):
     bundle(recipe, tmp_path / "my_train.py")
     losses = []
     for devices in ("1", "2"):
-        # 7 batches of 77 and 78 pictures: the halves of some are not of one size.
+        # Batches of 67 and 68 pictures: the halves of some are not of one size.
         flags = ("--batch-size", "78", "--devices", devices, "--run-dir", devices)
         command = [alone(recipe), "my_train.py", *SMOKE, *flags]
         run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
