@@ -16,7 +16,6 @@ from common.upstream import (
     cure_fusion,
     cure_gradient_leak,
     cure_iterator_wait,
-    cure_max_pooling,
     cure_replicas,
     cure_several_workers,
     cure_silu,
@@ -178,8 +177,6 @@ def apply(
     cure_iterator_wait()
     cure_silu()
     cure_symbolic_build()
-    if not gpus and strategy != "tpu":
-        cure_max_pooling()
     if strategy == "none":
         return tf.distribute.get_strategy()
     cure_replicas()

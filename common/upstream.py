@@ -21,7 +21,6 @@ from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.losses import loss as loss_module
 from tensorflow.python.data.ops import dataset_ops
 from tensorflow.python.distribute import input_lib, input_util
-from tensorflow.python.framework.ops import gradient_registry
 
 
 def cure_replicas() -> None:
@@ -228,41 +227,6 @@ def cure_silu() -> None:
         return tf.cast(of_outputs * sigmoid * (1 + x * (1 - sigmoid)), inputs.dtype)
 
     tensorflow_nn.silu = tf.custom_gradient(lambda inputs: (original(inputs), functools.partial(gradient, inputs)))
-
-
-@functools.cache
-def cure_max_pooling() -> None:
-    """Lets the gradient of max pooling be computed in one pass through the activations, on a CPU.
-
-    TensorFlow 2.21 goes through them one number at a time: a fifth of the time of a step of cifar10_cnn in float32, of
-    which XLA needs a fifth. Of equal numbers in a window the first has the gradient, as in TensorFlow. Windows that
-    overlap are left to it.
-    """
-    original = gradient_registry.lookup("MaxPool")
-
-    @tf.function(jit_compile=True, autograph=False)
-    def spread(rows: int, columns: int, inputs: tf.Tensor, outputs: tf.Tensor, of_outputs: tf.Tensor) -> tf.Tensor:
-        _, height, width, channels = outputs.shape
-        windows = inputs[:, : height * rows, : width * columns]
-        windows = tf.reshape(windows, [-1, height, rows, width, columns, channels])
-        first = tf.fill(tf.shape(outputs), rows * columns - 1)  # The place of the maximum in its window.
-        for place in reversed(range(rows * columns - 1)):
-            first = tf.where(windows[:, :, place // columns, :, place % columns] == outputs, place, first)
-        places = tf.reshape(tf.range(rows * columns), [rows, 1, columns, 1])
-        of_windows = tf.where(first[:, :, None, :, None] == places, of_outputs[:, :, None, :, None], 0)
-        of_inputs = tf.reshape(of_windows, [-1, height * rows, width * columns, channels])
-        left_out = [[0, inputs.shape[axis] - of_inputs.shape[axis]] for axis in (1, 2)]
-        return tf.pad(of_inputs, [[0, 0], *left_out, [0, 0]])
-
-    def gradient(pooling: tf.Operation, of_outputs: tf.Tensor) -> tf.Tensor:
-        (inputs,), (outputs,), window = pooling.inputs, pooling.outputs, pooling.get_attr("ksize")
-        _, rows, columns, channels = window
-        apart = window == pooling.get_attr("strides") and pooling.get_attr("padding") == b"VALID" and channels == 1
-        if apart and inputs.shape.rank == 4 and None not in inputs.shape[1:]:
-            return spread(rows, columns, inputs, outputs, of_outputs)
-        return original(pooling, of_outputs)
-
-    gradient_registry._registry["MaxPool"]["type"] = gradient
 
 
 @functools.cache

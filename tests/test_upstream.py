@@ -6,7 +6,6 @@ import inspect
 import json
 import subprocess
 import sys
-import timeit
 import warnings
 import weakref
 
@@ -284,70 +283,6 @@ def test_gradient_of_silu_in_one_pass_equals_the_formula(dtype):
     assert gradients[0].dtype == inputs.dtype
     assert passes[0][-1].get_attr("_XlaMustCompile"), "not in one pass"
     assert len(passes[1]) > len(passes[0]), "mended upstream: delete the cure"
-
-
-@pytest.fixture
-def max_pooling_gradients(monkeypatch):
-    """Calls a function that makes a gradient of max pooling, with and without the cure."""
-    upstream.cure_max_pooling()
-    registry = upstream.gradient_registry._registry["MaxPool"]
-    cured = registry["type"]
-
-    def both(make):
-        made = []
-        for gradient in (cured, inspect.getclosurevars(cured).nonlocals["original"]):
-            monkeypatch.setitem(registry, "type", gradient)
-            made.append(make())
-        return made
-
-    return both
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
-@pytest.mark.parametrize("settings", [{}, {"pool_size": (3, 2)}, {"pool_size": 1}, {"strides": 1}, {"padding": "same"}])
-@pytest.mark.parametrize("shape", [(3, 4, 4, 2), (3, 7, 5, 3)])
-def test_gradient_of_max_pooling_in_one_pass_equals_tensorflows(max_pooling_gradients, shape, settings, dtype):
-    """common/upstream.py: cure_max_pooling. Of equal numbers, of which there are many here, it is the same one's."""
-    random = np.random.default_rng(0)
-    images = tf.constant(random.integers(0, 4, shape), dtype)
-    layer = keras.layers.MaxPooling2D(**settings, dtype=dtype)
-    of_outputs = tf.constant(random.integers(1, 9, layer(images).shape), dtype)
-
-    def gradient():
-        with tf.GradientTape() as tape:
-            tape.watch(images)
-            outputs = layer(images)
-        return tape.gradient(outputs, images, of_outputs)
-
-    (eager, compiled), (expected, _) = max_pooling_gradients(lambda: (gradient(), tf.function(gradient)()))
-    assert np.count_nonzero(expected) > 0
-    for cured in (eager, compiled):
-        assert cured.dtype == images.dtype
-        np.testing.assert_array_equal(cured, expected)
-
-
-@pytest.mark.skipif(bool(tf.config.list_physical_devices("GPU")), reason="the cure is for machines without a GPU")
-def test_max_pooling_is_slow_without_the_cure(max_pooling_gradients):
-    """common/upstream.py: cure_max_pooling, in a model whose batches are of any size."""
-    pooling = keras.Sequential([keras.Input((30, 30, 32)), keras.layers.MaxPooling2D()])
-    images = tf.constant(np.random.default_rng(0).normal(0, 1, (64, 30, 30, 32)), tf.float32)
-
-    def make():
-        @tf.function(input_signature=[tf.TensorSpec([None, 30, 30, 32])])
-        def gradient(images):
-            with tf.GradientTape() as tape:
-                tape.watch(images)
-                outputs = pooling(images)
-            return tape.gradient(outputs, images)
-
-        for count in (63, 64):
-            assert np.count_nonzero(gradient(images[:count])) == count * 15 * 15 * 32
-        return gradient
-
-    gradients = max_pooling_gradients(make)
-    seconds = [[timeit.timeit(functools.partial(each, images), number=1) for each in gradients] for _ in range(10)]
-    cured, original = np.min(seconds, axis=0)
-    assert original > 1.3 * cured, "mended upstream: delete the cure, if a training is no slower without"
 
 
 @pytest.mark.parametrize(("scale", "center"), [(True, True), (True, False), (False, True)])
