@@ -87,9 +87,8 @@ def choose_strategy(config: SharedConfig) -> tf.distribute.Strategy:
         raise UserError(f"--devices {config.devices}: there are {len(gpus)} GPUs, and --strategy none uses one device")
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
-    if config.threads:
-        tf.config.threading.set_intra_op_parallelism_threads(config.threads)
-        tf.config.threading.set_inter_op_parallelism_threads(config.threads)
+    tf.config.threading.set_intra_op_parallelism_threads(config.threads)
+    tf.config.threading.set_inter_op_parallelism_threads(config.threads)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     details = map(tf.config.experimental.get_device_details, gpus)

@@ -14,6 +14,9 @@ from common.cli import exit_when_stopped, terminals
 os.environ.update(KERAS_BACKEND="tensorflow")
 # What matters comes as an exception; the native log repeats it, among much that is harmless.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# By itself, TensorFlow 2.21 uses oneDNN on processors with VNNI only, but those with AVX2 alone gain as well: a step of
+# cifar10_cnn takes three quarters of the time.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 
 @contextlib.contextmanager

@@ -7,12 +7,12 @@
     python scripts/benchmark.py strategy --data tfds
 
 For a recipe, each round runs: the naive way (the same layers and batches, arrays from NumPy, pixels divided to float64,
-no augmentation, Adam as it comes, float32, plain `fit`, none of this project's cures); the recipe; the recipe without
-TensorBoard, checkpoints and its other callbacks; its twin in PyTorch, as it is and with `torch.compile`
-(scripts/pytorch_twin.py, where requirements-benchmark.txt is installed), in the precision of the recipe; and products
-of large matrices in that precision, for the peak of the machine. Examples per second leave out the first execution, and
-validation. The first execution, of one step or of several, counts from the start of the process. The share of the peak
-takes from each layer with a kernel, for each example,
+no augmentation, Adam as it comes, float32, plain `fit`, none of this project's cures, oneDNN where TensorFlow uses it
+by itself); the recipe; the recipe without TensorBoard, checkpoints and its other callbacks; its twin in PyTorch, as it
+is and with `torch.compile` (scripts/pytorch_twin.py, where requirements-benchmark.txt is installed), in the precision
+of the recipe; and products of large matrices in that precision, for the peak of the machine. Examples per second leave
+out the first execution, and validation. The first execution, of one step or of several, counts from the start of the
+process. The share of the peak takes from each layer with a kernel, for each example,
 
     2 x (numbers in the kernel) x (places where it is applied)
 
@@ -32,6 +32,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import os
 import pathlib
 import shlex
 import statistics
@@ -64,7 +65,7 @@ def compare_speed(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[s
 
     def in_keras(way: str, *flags: str) -> Way:
         words = (name, way, *data_flags(arguments), "--precision", arguments.precision, *flags)
-        return lambda seed: printed(ROOT / "scripts" / "measure.py", *words, "--seed", str(seed))
+        return lambda seed: printed(ROOT / "scripts" / "measure.py", *words, "--seed", str(seed), naive=way == "naive")
 
     in_keras("describe", "--folder", str(folder))(0)
     described = json.loads((folder / "network.json").read_text())
@@ -107,10 +108,12 @@ def compare_speed(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[s
     }
 
 
-def printed(script: pathlib.Path, *words: str) -> dict[str, Any]:
+def printed(script: pathlib.Path, *words: str, naive: bool = False) -> dict[str, Any]:
     """Runs a script, whose last line is JSON; `first_step`, a point in time, becomes seconds from its start."""
+    # Empty, the variable that common/startup.py sets leaves TensorFlow its own choice.
+    environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": ""} if naive else None
     began = time.time()
-    run = run_program(str(script), *words, stdout=subprocess.PIPE, text=True)
+    run = run_program(str(script), *words, stdout=subprocess.PIPE, text=True, env=environment)
     figures = json.loads(run.stdout.splitlines()[-1])
     if "first_step" in figures:
         figures["first_step_seconds"] = figures.pop("first_step") - began
@@ -162,7 +165,7 @@ def compare_target(arguments: argparse.Namespace, _: pathlib.Path) -> dict[str, 
 
     def naive(seed: int) -> dict[str, Any]:
         flags = [*data_flags(arguments), "--naive-epochs", str(arguments.naive_epochs), "--seed", str(seed)]
-        return printed(ROOT / "scripts" / "measure.py", "cifar10_cnn", "target", *flags)
+        return printed(ROOT / "scripts" / "measure.py", "cifar10_cnn", "target", *flags, naive=True)
 
     def recipe(seed: int) -> dict[str, Any]:
         result = run_recipe(arguments, "--epochs", "5", "--seed", str(seed))

@@ -1,11 +1,13 @@
 """The decisions are a pure function of a description of the machine, so they are tested without a GPU."""
 
 import io
+import platform
 
 from common.cli import SharedConfig, UserError
 from common.hardware import Machine, choose, describe_machine
 
 import pytest
+from conftest import run_program
 
 LAPTOP = Machine("Laptop", 4, 8 << 30)
 TPU = Machine("Server", 96, 64 << 30, tpus=8)
@@ -103,3 +105,13 @@ def test_this_machine_is_described():
     assert machine.processor
     assert machine.cores >= 1
     assert machine.memory_bytes > 1 << 28
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="TensorFlow has oneDNN for such processors")
+@pytest.mark.parametrize(("given", "used"), [({}, True), ({"TF_ENABLE_ONEDNN_OPTS": "0"}, False)])
+def test_onednn_is_used_unless_the_user_says_otherwise(given, used, monkeypatch):
+    """common/startup.py: TF_ENABLE_ONEDNN_OPTS."""
+    monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS", raising=False)
+    program = "import common; from tensorflow.python.util import _pywrap_util_port as port; print(port.IsMklEnabled())"
+    run = run_program("-c", program, **given)
+    assert (run.returncode, run.stdout.strip()) == (0, str(used)), run.stderr
