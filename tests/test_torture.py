@@ -1,5 +1,6 @@
 """What takes many processes or many fits: kills at random moments, and memory."""
 
+import itertools
 import json
 import sys
 
@@ -46,7 +47,9 @@ def test_ten_fits_in_one_process_keep_no_memory(tmp_path):
     run = run_program("-c", TEN_FITS, str(tmp_path), cwd=ROOT / "tests")  # Where it finds conftest.
     assert run.returncode == 0, run.stderr
     sizes, objects = zip(*json.loads(run.stdout.splitlines()[-1]), strict=True)
-    assert (sizes[-1] - sizes[2]) / 7 < 0.2, sizes  # MiB for each fit; the graph of one would be 10.
+    growth = sorted(later - earlier for earlier, later in itertools.pairwise(sizes[2:]))
+    # MiB for each fit; the graph of one would be 10. But for one fit: a buffer for all that follow may come late.
+    assert sum(growth[:-1]) / 6 < 0.2, sizes
     assert (objects[-1] - objects[2]) / 7 < 100, objects
 
 
