@@ -87,8 +87,9 @@ def choose_strategy(config: SharedConfig) -> tf.distribute.Strategy:
         raise UserError(f"--devices {config.devices}: there are {len(gpus)} GPUs, and --strategy none uses one device")
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
-    tf.config.threading.set_intra_op_parallelism_threads(config.threads)
-    tf.config.threading.set_inter_op_parallelism_threads(config.threads)
+    if config.threads:
+        tf.config.threading.set_intra_op_parallelism_threads(config.threads)
+        tf.config.threading.set_inter_op_parallelism_threads(config.threads)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     details = map(tf.config.experimental.get_device_details, gpus)
@@ -268,9 +269,8 @@ def evaluate_classifier(
     one_hot = split.targets.numpy()
     true, predicted, confidence = one_hot.argmax(axis=1), probabilities.argmax(axis=1), probabilities.max(axis=1)
     averages = sklearn.metrics.precision_recall_fscore_support(true, predicted, average="macro", zero_division=0)
-    loss = float(np.mean(keras.losses.get(model.loss)(one_hot, probabilities)))
-    metrics = {"loss": loss, "accuracy": float(np.mean(true == predicted))}
-    metrics |= dict(zip(("precision", "recall", "f1"), averages[:3], strict=True))
+    metrics = {"loss": float(np.mean(keras.losses.get(model.loss)(one_hot, probabilities)))}
+    metrics |= zip(("accuracy", "precision", "recall", "f1"), (np.mean(true == predicted), *averages[:3]), strict=True)
     surest = sorted(np.flatnonzero(true != predicted).tolist(), key=lambda example: -confidence[example])[:25]
     worst = [{"example": n, "true": class_names[true[n]], "predicted": class_names[predicted[n]]} for n in surest]
     confusion = sklearn.metrics.confusion_matrix(true, predicted, labels=range(len(class_names)))
