@@ -85,7 +85,7 @@ def _class_files(
                 raise UserError(f"{of_class}: no {kind} in this folder; add some or remove it")
             for file in files:
                 if not file.resolve().is_relative_to(folder.resolve()):
-                    raise UserError(f"{file}: a link out of {folder}; copy what it points to, or name its folder")
+                    raise UserError(f"{file}: a link out of {folder}; put what it points to in its place, or remove it")
             found[split] += [(file, of_class.name) for file in files]
         if not found[split]:
             raise UserError(f"{place}: no folders of {kind}; make one for each class")
@@ -149,8 +149,13 @@ def read_csv(path: pathlib.Path, columns: list[str], remedy: str = "rename one")
     except pd.errors.ParserWarning as error:
         raise UserError(f"{path}: rows have more values than there are column names; mend those rows") from error
     except pd.errors.ParserError as error:
-        raise UserError(f"{path}: not readable as CSV ({error}); put texts with commas into quotes") from error
-    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError.
+        problem = str(error).strip()
+        raise UserError(f"{path}: not readable as CSV ({problem}); put values with commas into quotes") from error
+    except UnicodeDecodeError as error:  # It says where in the part of the file that pandas had just read.
+        lines = path.read_bytes().decode(errors="replace").split("\n")
+        line = next(number for number, line in enumerate(lines, start=1) if "\ufffd" in line)
+        raise UserError(f"{path}, line {line}: not UTF-8; save the file as UTF-8 with commas") from error
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as CSV ({error}); save it as UTF-8 with commas") from error
     if "" in set(names):
         raise UserError(
@@ -176,8 +181,9 @@ def numbers(path: pathlib.Path, columns: pd.DataFrame) -> np.ndarray:
         cell, name = columns.iloc[row, column], columns.columns[column]
         if not cell.strip():
             raise _empty(path, row, name)
-        problem = f"{cell!r} in column {name!r} is not a number below 1e15"
-        raise UserError(f"{path}, row {row + 2}: {problem}; correct it or remove the row")
+        problem = "no number" if np.isnan(found[row, column]) else "not between -1e15 and 1e15"
+        problem = f"{cell!r} in column {name!r} is {problem}"
+        raise UserError(f"{path}, row {row + 2}: {problem}; correct it (decimals have a point) or remove the row")
     return found
 
 

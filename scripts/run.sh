@@ -9,7 +9,7 @@ if [ "$recipe" = --help ] || [ "$recipe" = -h ]; then
         $(cd "$here/../recipes" && ls -- *.py | sed 's/\.py$//')
     exit
 fi
-if [ ! -f "$here/../recipes/$recipe.py" ]; then
+if [[ $recipe == */* || ! -f "$here/../recipes/$recipe.py" ]]; then
     echo "error: no recipe${recipe:+ '$recipe'}; choose one of:" $(cd "$here/../recipes" && ls -- *.py | sed 's/\.py$//') >&2
     exit 2
 fi

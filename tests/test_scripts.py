@@ -482,11 +482,12 @@ def test_run_sh_says_how_it_is_used(flag):
     assert " mnist_cnn " in run.stdout
 
 
-def test_run_sh_names_the_recipes():
-    run = subprocess.run([ROOT / "scripts" / "run.sh", "nothing"], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("name", ["nothing", "../scripts/doctor"])
+def test_run_sh_names_the_recipes(name):
+    run = subprocess.run([ROOT / "scripts" / "run.sh", name], capture_output=True, text=True, check=False)
     assert run.returncode == 2
     names = " ".join(sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))
-    assert run.stderr == f"error: no recipe 'nothing'; choose one of: {names}\n"
+    assert run.stderr == f"error: no recipe {name!r}; choose one of: {names}\n"
 
 
 @pytest.fixture

@@ -207,6 +207,16 @@ def link_to_nowhere(folder):
     return folder
 
 
+def table_in_latin_1(folder):
+    (folder / "texts.csv").write_bytes(b"text,label\nfine,pos\npoor,neg\n\xe9blouissant,pos\n")
+    return folder / "texts.csv"
+
+
+def decimal_commas(folder):
+    (folder / "table.csv").write_text('a,target\n"1,5",1\n')
+    return folder / "table.csv"
+
+
 def one_column_for_both(folder):
     (folder / "texts.csv").write_text("text,label\nfine,pos\n")
     return ["--data", str(folder / "texts.csv"), "--label-column", "text"]
@@ -381,9 +391,9 @@ def never_so_often(folder):
         ("mnist_cnn", missing_column, "not a folder"),
         ("dense_classifier", missing_column, "no column 'target' among a, b; name another with --target"),
         ("linear_regression", missing_column, "no column 'y'"),
-        ("dense_regression", text_among_numbers, "row 4: 'three' in column 'a' is not a number below 1e15"),
+        ("dense_regression", text_among_numbers, "row 4: 'three' in column 'a' is no number"),
         ("dense_classifier", missing_number, "row 3: column 'a' is empty; fill it or remove the row"),
-        ("dense_classifier", infinite_number, "row 5: 'inf' in column 'a' is not a number below 1e15"),
+        ("dense_classifier", infinite_number, "row 5: 'inf' in column 'a' is not between -1e15 and 1e15"),
         ("dense_classifier", empty_file, "empty.csv: the file is empty"),
         ("dense_classifier", header_only, "no rows below the column names"),
         ("dense_classifier", no_inputs, "no column beside 'target'"),
@@ -392,14 +402,16 @@ def never_so_often(folder):
         ("dense_classifier", binary_file, "not readable as CSV"),
         ("dense_classifier", absent, "nowhere: no such file or folder"),
         ("cifar10_cnn", only_test_folder, "has a folder 'test' but none called 'train'"),
-        ("dense_classifier", huge_number, "row 5: '1e+308' in column 'a' is not a number below 1e15"),
+        ("dense_classifier", huge_number, "row 5: '1e+308' in column 'a' is not between -1e15 and 1e15"),
         ("dense_classifier", blank_line, "row 3: column 'target' is empty"),
         ("dense_classifier", two_columns_of_one_name, "there are two columns 'a'"),
         ("dense_classifier", longer_rows, "rows have more values than there are column names"),
         ("dense_classifier", semicolons, "save it with commas"),
         ("cifar10_cnn", unknown_split, "val: a folder beside 'train'"),
         ("dense_classifier", index_column, "column 1 has no name"),
-        ("text_classifier", unquoted_commas, "put texts with commas into quotes"),
+        ("text_classifier", table_in_latin_1, "texts.csv, line 4: not UTF-8; save the file as UTF-8 with commas"),
+        ("dense_regression", decimal_commas, "row 2: '1,5' in column 'a' is no number; correct it (decimals have a"),
+        ("text_classifier", unquoted_commas, "saw 3); put values with commas into quotes"),
         ("dense_regression", a_folder, "a folder; give a CSV file"),
         ("text_classifier", no_words, "the training texts hold no words"),
         ("text_classifier", no_word_twice, "no two training texts share a word"),
