@@ -181,9 +181,11 @@ def numbers(path: pathlib.Path, columns: pd.DataFrame) -> np.ndarray:
         cell, name = columns.iloc[row, column], columns.columns[column]
         if not cell.strip():
             raise _empty(path, row, name)
-        problem = "no number" if np.isnan(found[row, column]) else "not between -1e15 and 1e15"
-        problem = f"{cell!r} in column {name!r} is {problem}"
-        raise UserError(f"{path}, row {row + 2}: {problem}; correct it (decimals have a point) or remove the row")
+        fault = "no number" if np.isnan(found[row, column]) else "not between -1e15 and 1e15"
+        raise UserError(
+            f"{path}, row {row + 2}: {cell!r} in column {name!r} is {fault}; correct it (decimals have a point) or "
+            "remove the row"
+        )
     return found
 
 
