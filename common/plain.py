@@ -329,15 +329,15 @@ def _cut(name: str, source: str, arrays: Arrays, config: SharedConfig, started: 
     return Data(name, source, **cut, class_names=class_names, columns=columns, seconds=time.perf_counter() - started)
 
 
-def _class_files(folder: pathlib.Path, suffixes: tuple[str, ...], kind: str) -> dict[str, list]:
+def _class_files(folder: pathlib.Path, kind: str, suffixes: list[str]) -> dict[str, list]:
     """The files of each split, each with its class."""
     splits = {name: folder / name for name in ("train", "validation", "test") if (folder / name).is_dir()}
     found = {}
     for split, place in (splits or {"train": folder}).items():
         files = sorted(file for file in place.glob("[!.]*/*") if file.suffix.lower() in suffixes)
         found[split] = [(file, file.parent.name) for file in files]
-        if not files or {file.parent for file in files} != set(place.glob("[!.]*/")):
-            raise UserError(f"--data {place}: needs a folder with {kind} for each class, and none without")
+        if {file.parent for file in files} != {*place.glob("[!.]*/"), *place.glob("[!.]*/[!.]*/")} or not files:
+            raise UserError(f"--data {place}: needs a folder with {kind} for each class, and no other")
     if "train" not in found:
         raise UserError(f"--data {folder}: no folders of {kind} in 'train'; make one for each class")
     return found

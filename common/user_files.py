@@ -26,7 +26,7 @@ def read_image_folders(folder: pathlib.Path, size: tuple[int, int]) -> Arrays:
     Raises:
         UserError: a folder without pictures, or a file that is no picture.
     """
-    files = _class_files(folder, (".png", ".jpg", ".jpeg", ".bmp", ".gif"), "images (PNG, JPEG, BMP or GIF)")
+    files = _class_files(folder, "images", [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"])
     arrays, channels = {}, 3
     for split, found in files.items():  # Train is the first.
         images = np.stack([read_image(path, (*size, channels)) for path, _ in found])
@@ -41,7 +41,7 @@ def read_labelled_texts(path: pathlib.Path, text_column: str, label_column: str)
     if path.is_dir():
         return {
             split: (np.array([_read_text(file) for file, _ in found], object), np.array([name for _, name in found]))
-            for split, found in _class_files(path, (".txt",), "texts (.txt)").items()
+            for split, found in _class_files(path, "texts", [".txt"]).items()
         }
     if text_column == label_column:
         raise UserError(f"--text-column {text_column}: is the --label-column too; name another")
@@ -60,10 +60,9 @@ def read_table(path: pathlib.Path, target: str, classes: bool) -> tuple[Arrays, 
     return {"train": (numbers(path, inputs), targets)}, tuple(inputs.columns)
 
 
-def _class_files(
-    folder: pathlib.Path, suffixes: tuple[str, ...], kind: str
-) -> dict[str, list[tuple[pathlib.Path, str]]]:
+def _class_files(folder: pathlib.Path, kind: str, suffixes: list[str]) -> dict[str, list[tuple[pathlib.Path, str]]]:
     """The files of each split, each with its class."""
+    kind = f"{kind} ({', '.join(suffixes)})"
     if not folder.is_dir():
         raise UserError(f"--data {folder}: not a folder; give a folder that holds a folder per class")
     splits = {name: folder / name for name in ("train", "validation", "test") if (folder / name).is_dir()}
@@ -83,6 +82,8 @@ def _class_files(
             files = sorted(file for file in of_class.iterdir() if file.suffix.lower() in suffixes and not file.is_dir())
             if not files:
                 raise UserError(f"{of_class}: no {kind} in this folder; add some or remove it")
+            for within in sorted(of_class.glob("[!.]*/")):
+                raise UserError(f"{within}: a folder within that of a class; move its files there, or remove it")
             for file in files:
                 if not file.resolve().is_relative_to(folder.resolve()):
                     raise UserError(f"{file}: a link out of {folder}; put what it points to in its place, or remove it")

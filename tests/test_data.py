@@ -304,6 +304,16 @@ def test_the_channels_follow_the_pictures_of_train(tmp_path):
         assert 76 in grey.test.inputs.numpy(), "0.299 of 255"
 
 
+def test_each_kind_of_picture_file_is_read(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for value, suffix in enumerate(("png", "JPG", "jpeg", "webp", "bmp", "gif", "tiff"), start=1):
+            Image.new("L", (8, 8), 30 * value).save(tmp_path / name / f"picture.{suffix}")
+    data = load_images(MNIST, SharedConfig(data=str(tmp_path)), SIZE)
+    found = [np.asarray(getattr(data, split).inputs)[:, 4, 4, 0] for split in SPLITS]
+    np.testing.assert_allclose(sorted(np.concatenate(found)), np.repeat([30, 60, 90, 120, 150, 180], 2), atol=1)
+
+
 def test_transparent_palette_and_deep_pictures_keep_what_they_show(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()

@@ -39,6 +39,11 @@ def empty_class(folder):
     return folder
 
 
+def folder_within_a_class(folder):
+    pictures(folder, "cat", "dog")
+    return pictures(folder, "dog/.thumbnails", "dog/puppies")
+
+
 def one_class(folder):
     return pictures(folder, "cat")
 
@@ -377,8 +382,13 @@ def never_so_often(folder):
         ("linear_regression", checkpoints_that_are_a_file, "File exists; choose an empty or a new one"),
         ("linear_regression", never_so_often, "--checkpoint-every 5 hours: give steps, as 500, or minutes, as 10min"),
         ("cifar10_cnn", link_out, "dog/canary.png: a link out of "),
-        ("cifar10_cnn", no_images, "no folders of images (PNG, JPEG, BMP or GIF); make one for each class"),
+        (
+            "cifar10_cnn",
+            no_images,
+            "no folders of images (.png, .jpg, .jpeg, .webp, .bmp, .gif); make one for each class",
+        ),
         ("cifar10_fast", empty_class, "mouse: no images"),
+        ("quantization", folder_within_a_class, "dog/puppies: a folder within that of a class; move its files there"),
         ("distillation", one_class, "only one class"),
         ("pruning", truncated_image, "dog/cut.jpg: not a readable image; repair or remove it"),
         ("quantization", class_only_in_test, "class 'mouse' is in test but not in train"),
