@@ -334,10 +334,10 @@ def _class_files(folder: pathlib.Path, kind: str, suffixes: list[str]) -> dict[s
     splits = {name: folder / name for name in ("train", "validation", "test") if (folder / name).is_dir()}
     found = {}
     for split, place in (splits or {"train": folder}).items():
-        files = sorted(file for file in place.glob("[!.]*/*") if file.suffix.lower() in suffixes)
-        found[split] = [(file, file.parent.name) for file in files]
+        files = [file for file in sorted(place.glob("[!.]*/*")) if file.suffix.lower() in suffixes]
         if {file.parent for file in files} != {*place.glob("[!.]*/"), *place.glob("[!.]*/[!.]*/")} or not files:
             raise UserError(f"--data {place}: needs a folder with {kind} for each class, and no other")
+        found[split] = [(file, file.parent.name) for file in files]
     if "train" not in found:
         raise UserError(f"--data {folder}: no folders of {kind} in 'train'; make one for each class")
     return found

@@ -255,6 +255,25 @@ def test_adam_in_one_operation_equals_keras(weight_decay):
     assert "ResourceApplyAdam" not in operations[1], "mended upstream: delete the cure"
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_adam_squares_the_sum_of_what_a_repeated_word_asks_for(amsgrad):
+    """common/upstream.py: cure_adam."""
+    upstream.cure_adam()
+    cured = keras.optimizers.Adam.update_step
+    original = inspect.getclosurevars(cured).nonlocals["original"]
+    places, asked = np.array([1, 1, 1, 2]), np.array([[0.3], [-0.1], [0.4], [0.2]], np.float32)
+    outcomes = []
+    for update_step in (cured, original):
+        embeddings = keras.Variable(np.zeros((3, 1)))
+        optimizer = keras.optimizers.Adam(0.01, amsgrad=amsgrad)
+        optimizer.update_step = functools.partial(update_step, optimizer)
+        optimizer.apply([tf.IndexedSlices(asked, places, [3, 1])], [embeddings])
+        outcomes.append(embeddings.numpy()[:, 0])
+    # The first step of Adam is as long as its learning rate, whatever the gradient.
+    np.testing.assert_allclose(outcomes[0], [0, -0.01, -0.01], rtol=1e-4)
+    assert abs(outcomes[1][1] + 0.01) > 0.001, "mended upstream: convert no slices in the cure"
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_gradient_of_silu_in_one_pass_equals_the_formula(dtype):
     """common/upstream.py: cure_silu."""
