@@ -334,12 +334,12 @@ def _class_files(folder: pathlib.Path, kind: str, suffixes: list[str]) -> dict[s
     splits = {name: folder / name for name in ("train", "validation", "test") if (folder / name).is_dir()}
     found = {}
     for split, place in (splits or {"train": folder}).items():
-        files = [file for file in sorted(place.glob("[!.]*/*")) if file.suffix.lower() in suffixes]
+        files = [file for file in sorted(place.glob("[!.]*/[!.]*")) if file.suffix.lower() in suffixes]
         if {file.parent for file in files} != {*place.glob("[!.]*/"), *place.glob("[!.]*/[!.]*/")} or not files:
             raise UserError(f"--data {place}: needs a folder with {kind} for each class, and no other")
         found[split] = [(file, file.parent.name) for file in files]
-    if "train" not in found:
-        raise UserError(f"--data {folder}: no folders of {kind} in 'train'; make one for each class")
+    if splits and ("train" not in splits or {*folder.glob("[!.]*/")} != {*splits.values()}):
+        raise UserError(f"--data {folder}: needs 'train', beside it only 'validation' and 'test'; rename the folders")
     return found
 
 
@@ -354,7 +354,7 @@ def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> np.ndarray:
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         image = image.convert("L" if channels == 1 else "RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Each of Pillow's decoders has errors of its own.
         raise UserError(f"{path}: not a readable image; repair or remove it") from error
     return np.asarray(ImageOps.pad(image, (width, height))).reshape(shape)
 

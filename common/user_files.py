@@ -79,7 +79,9 @@ def _class_files(folder: pathlib.Path, kind: str, suffixes: list[str]) -> dict[s
         for of_class in sorted(place.glob("[!.]*/")):
             if re.search("[\ud800-\udfff]", of_class.name):  # What Python puts in the place of bytes that are no UTF-8.
                 raise UserError(f"{str(of_class)!r}: no name for a class; rename the folder, in UTF-8")
-            files = sorted(file for file in of_class.iterdir() if file.suffix.lower() in suffixes and not file.is_dir())
+            files = sorted(
+                file for file in of_class.glob("[!.]*") if file.suffix.lower() in suffixes and not file.is_dir()
+            )
             if not files:
                 raise UserError(f"{of_class}: no {kind} in this folder; add some or remove it")
             for within in sorted(of_class.glob("[!.]*/")):
@@ -120,9 +122,12 @@ def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> np.ndarray:
 
 def _read_text(path: pathlib.Path) -> bytes:
     try:
-        return path.read_text(encoding="utf-8-sig").encode()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as UTF-8 text; repair or remove it") from error
+    if "\0" in text:  # The end of a text, to some who read it.
+        raise UserError(f"{path}: a NUL character in the text; remove it")
+    return text.encode()
 
 
 def read_texts(path: pathlib.Path, column: str) -> list[bytes]:
@@ -195,6 +200,8 @@ def _empty(path: pathlib.Path, row: int, column: str) -> UserError:
 
 
 def _filled(path: pathlib.Path, column: pd.Series) -> np.ndarray:
+    for row in np.flatnonzero(column.str.contains("\0", regex=False)):
+        raise UserError(f"{path}, row {row + 2}: a NUL character in column {column.name!r}; remove it")
     values = column.str.strip().to_numpy(str)
     for row in np.flatnonzero(values == ""):
         raise _empty(path, row, column.name)

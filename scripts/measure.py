@@ -117,7 +117,10 @@ def measure(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[str, An
 
 def load_recipe(name: str) -> Any:
     """The module of a recipe."""
-    specification = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
+    path = ROOT / "recipes" / f"{name}.py"
+    if not path.is_file():
+        raise UserError(f"{path}: no such recipe; give the name of one in that folder, or a run of one")
+    specification = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(specification)
     sys.modules[name] = module  # Dataclasses look their module up.
     specification.loader.exec_module(module)

@@ -235,6 +235,14 @@ def picture_folder(folder):
     return "mnist_cnn", "data"
 
 
+def folder_beside_train(folder):
+    for name in ("train/one", "train/two", "val/one", "val/two"):
+        (folder / "data" / name).mkdir(parents=True)
+        for number in range(20):
+            Image.new("L", (28, 28), number).save(folder / "data" / name / f"{number}.png")
+    return "mnist_cnn", "data"
+
+
 def run_directory_that_is_a_file(folder):
     (folder / "run").write_text("something")
     return "linear_regression", "sample"
@@ -255,6 +263,7 @@ def two_columns_of_one_name(folder):
     ("trouble", "line"),
     [
         (picture_folder, "--data data: needs a folder with images"),
+        (folder_beside_train, "--data data: needs 'train', beside it only 'validation' and 'test'"),
         (run_directory_that_is_a_file, "--run-dir run: is not empty"),
         (damaged_state, "--resume: run/state.json is damaged; start a new run"),
         (two_columns_of_one_name, "table.csv: needs rows, and a name of its own for each column"),

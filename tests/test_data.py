@@ -276,6 +276,7 @@ def write_pictures(folder: pathlib.Path, classes=("cat", "dog"), count=12, mode=
 def test_a_folder_per_class_becomes_pictures_with_their_aspect_kept(tmp_path):
     write_pictures(tmp_path)
     (tmp_path / "cat" / "notes.txt").write_text("no picture")
+    (tmp_path / "cat" / "._0.png").write_text("what macOS leaves beside a picture")
     (tmp_path / ".hidden").mkdir()
     data = load_images(CIFAR10, SharedConfig(data=str(tmp_path)), SIZE)
     assert data.source == "files"

@@ -278,6 +278,11 @@ def test_files_that_are_no_artefact(run_of, tmp_path):
         artefacts.load(tmp_path / "bare.tflite")
 
 
+def test_a_run_of_a_bundle_has_no_recipe_to_read_its_data():
+    with pytest.raises(UserError, match=r"my_train\.py: no such recipe; give the name of one in that folder"):
+        export.run_data({"recipe": "my_train"})
+
+
 def test_the_command(run_of, tmp_path):
     run = run_program("scripts/export.py", str(run_of("linear_regression")), "--format", "onnx")
     assert run.returncode == 0, run.stderr

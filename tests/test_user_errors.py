@@ -212,6 +212,19 @@ def link_to_nowhere(folder):
     return folder
 
 
+def text_with_nul(folder):
+    for name in ("neg", "pos"):
+        (folder / name).mkdir()
+        (folder / name / "a.txt").write_text("fine")
+    (folder / "neg" / "b.txt").write_text("no \0 more")
+    return folder
+
+
+def table_with_nul(folder):
+    (folder / "texts.csv").write_bytes(b"text,label\nfine,pos\npoor,neg\0\n")
+    return folder / "texts.csv"
+
+
 def table_in_latin_1(folder):
     (folder / "texts.csv").write_bytes(b"text,label\nfine,pos\npoor,neg\n\xe9blouissant,pos\n")
     return folder / "texts.csv"
@@ -430,6 +443,8 @@ def never_so_often(folder):
         ("text_classifier", text_without_label, "row 3: column 'label' is empty"),
         ("text_classifier", empty_text, "row 3: column 'text' is empty"),
         ("text_classifier", latin_text, "neg/b.txt: not readable as UTF-8 text"),
+        ("text_classifier", text_with_nul, "neg/b.txt: a NUL character in the text; remove it"),
+        ("text_classifier", table_with_nul, "texts.csv, row 3: a NUL character in column 'label'; remove it"),
         ("text_classifier", empty_file, "empty.csv: the file is empty"),
         ("mnist_cnn", link_to_nowhere, "dog/gone.png: not a readable image; repair or remove it"),
         ("mnist_cnn", class_name_in_no_utf8, "no name for a class; rename the folder, in UTF-8"),
