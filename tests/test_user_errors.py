@@ -130,12 +130,20 @@ def empty_text(folder):
     return table(folder / "texts.csv", text=["good", " "] * 10, label=["pos", "neg"] * 10)
 
 
-def latin_text(folder):
+def texts(folder, another: bytes):
     for name in ("neg", "pos"):
         (folder / name).mkdir()
         (folder / name / "a.txt").write_text("fine")
-    (folder / "neg" / "b.txt").write_bytes("schön".encode("latin-1"))
+    (folder / "neg" / "b.txt").write_bytes(another)
     return folder
+
+
+def latin_text(folder):
+    return texts(folder, "schön".encode("latin-1"))
+
+
+def text_with_nul(folder):
+    return texts(folder, b"no \0 more")
 
 
 def huge_number(folder):
@@ -209,14 +217,6 @@ def index_column(folder):
 def link_to_nowhere(folder):
     pictures(folder, "cat", "dog")
     (folder / "dog" / "gone.png").symlink_to(folder / "dog" / "nowhere.png")
-    return folder
-
-
-def text_with_nul(folder):
-    for name in ("neg", "pos"):
-        (folder / name).mkdir()
-        (folder / name / "a.txt").write_text("fine")
-    (folder / "neg" / "b.txt").write_text("no \0 more")
     return folder
 
 
