@@ -13,6 +13,7 @@ from common.multiworker import Cluster
 from common.upstream import (
     cure_adam,
     cure_distiller,
+    cure_filter_gradient,
     cure_fusion,
     cure_gradient_leak,
     cure_iterator_wait,
@@ -172,6 +173,7 @@ def apply(
     keras.config.set_dtype_policy(choices["precision"][0])
     cure_adam()
     cure_distiller()
+    cure_filter_gradient()
     cure_fusion()
     cure_gradient_leak()
     cure_iterator_wait()

@@ -6,6 +6,7 @@ import inspect
 import json
 import subprocess
 import sys
+import timeit
 import warnings
 import weakref
 
@@ -329,6 +330,65 @@ def test_fused_batch_normalization_equals_keras(scale, center):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
     assert "FusedBatchNormV3" in operations[0]
     assert "FusedBatchNormV3" not in operations[1], "mended upstream: delete the cure"
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "padding", "strides", "replaced"),
+    [
+        ((5, 7, 8, 6), (3, 3, 6, 4), "SAME", 1, True),
+        ((2, 3, 3, 6), (2, 4, 6, 5), "SAME", 1, True),
+        ((5, 9, 8, 6), (5, 2, 6, 4), "VALID", 1, True),
+        ((5, 7, 9, 6), (3, 3, 6, 4), "SAME", 1, False),
+        ((5, 7, 8, 6), (3, 3, 6, 4), "SAME", 2, False),
+        ((5, 7, 8, 6), (3, 3, 6, 4), [[0, 0], [1, 1], [0, 2], [0, 0]], 1, False),
+    ],
+)
+@pytest.mark.parametrize("eager", [True, False])
+def test_filter_gradient_by_products_equals_the_one_in_float32(shape, kernel, padding, strides, replaced, eager):
+    """common/upstream.py: cure_filter_gradient."""
+    upstream.cure_filter_gradient()
+    draw = np.random.default_rng(0)
+    images, filters = (tf.constant(draw.integers(-3, 4, size), tf.float32) for size in (shape, kernel))
+    precise, operations = [], set()
+
+    def gradients(images, filters):
+        with tf.GradientTape() as tape:
+            tape.watch([images, filters])
+            outputs = tf.nn.conv2d(images, filters, strides, padding)
+        return tape.gradient(outputs, [images, filters], tf.sign(outputs))
+
+    for dtype in (tf.float32, tf.bfloat16):
+        given = tf.cast(images, dtype), tf.cast(filters, dtype)
+        graph = tf.function(gradients).get_concrete_function(*given).graph
+        operations = {operation.type for operation in graph.get_operations()}
+        precise.append([tf.cast(one, tf.float32) for one in (gradients if eager else tf.function(gradients))(*given)])
+    assert ("Conv2DBackpropFilter" not in operations) == replaced
+    for one, other in zip(*precise, strict=True):
+        np.testing.assert_allclose(other, one, rtol=2**-8)  # Whole numbers: exact but for the last rounding.
+
+
+@pytest.mark.skipif(not describe_machine().bfloat16, reason="this processor has no instructions for bfloat16")
+def test_filter_gradient_of_tensorflow_is_slower_than_products():
+    """common/upstream.py: cure_filter_gradient."""
+    upstream.cure_filter_gradient()
+    given = [tf.ones([300, 3, 3, 256], tf.bfloat16), tf.ones([3, 3, 256, 256], tf.bfloat16)]
+
+    @tf.function
+    def cured(images, filters):
+        with tf.GradientTape() as tape:
+            tape.watch(filters)
+            outputs = tf.nn.conv2d(images, filters, 1, "SAME")
+        return tape.gradient(outputs, filters, images)
+
+    @tf.function
+    def original(images, filters):
+        settings = {"filter_sizes": filters.shape, "strides": [1] * 4, "padding": "SAME"}
+        return tf.raw_ops.Conv2DBackpropFilter(input=images, out_backprop=images, **settings)
+
+    np.testing.assert_allclose(cured(*given), original(*given), rtol=2**-7)
+    pairs = [[timeit.timeit(functools.partial(each, *given), number=2) for each in (original, cured)] for _ in range(7)]
+    ratios = [slow / quick for slow, quick in pairs]
+    assert np.median(ratios) > 1, "mended upstream: delete the cure"
 
 
 OWN_PIPELINES = """
