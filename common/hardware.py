@@ -173,12 +173,13 @@ def apply(
     keras.config.set_dtype_policy(choices["precision"][0])
     cure_adam()
     cure_distiller()
-    cure_filter_gradient()
     cure_fusion()
     cure_gradient_leak()
     cure_iterator_wait()
     cure_silu()
     cure_symbolic_build()
+    if not gpus and strategy != "tpu":
+        cure_filter_gradient()
     if strategy == "none":
         return tf.distribute.get_strategy()
     cure_replicas()
