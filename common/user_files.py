@@ -127,6 +127,8 @@ def _read_text(path: pathlib.Path) -> bytes:
         raise UserError(f"{path}: not readable as UTF-8 text; repair or remove it") from error
     if "\0" in text:  # The end of a text, to some who read it.
         raise UserError(f"{path}: a NUL character in the text; remove it")
+    if not text.strip():
+        raise UserError(f"{path}: no text in this file; write some or remove it")
     return text.encode()
 
 
@@ -134,10 +136,7 @@ def read_texts(path: pathlib.Path, column: str) -> list[bytes]:
     """The texts of a CSV's column, or the lines of any other file, blank ones left out."""
     if path.suffix.lower() == ".csv":
         return [text.encode() for text in _filled(path, read_csv(path, [column])[column])]
-    lines = [line for line in _read_text(path).splitlines() if line.strip()]
-    if not lines:
-        raise UserError(f"{path}: no text in this file; write one text to a line")
-    return lines
+    return [line for line in _read_text(path).splitlines() if line.strip()]
 
 
 def read_csv(path: pathlib.Path, columns: list[str], remedy: str = "rename one") -> pd.DataFrame:

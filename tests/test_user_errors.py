@@ -146,6 +146,10 @@ def text_with_nul(folder):
     return texts(folder, b"no \0 more")
 
 
+def blank_text(folder):
+    return texts(folder, b" \n")
+
+
 def huge_number(folder):
     return table(folder / "table.csv", a=[1, 2, 3, 1e308] * 5, target=[0, 1] * 10)
 
@@ -444,6 +448,7 @@ def never_so_often(folder):
         ("text_classifier", empty_text, "row 3: column 'text' is empty"),
         ("text_classifier", latin_text, "neg/b.txt: not readable as UTF-8 text"),
         ("text_classifier", text_with_nul, "neg/b.txt: a NUL character in the text; remove it"),
+        ("text_classifier", blank_text, "neg/b.txt: no text in this file; write some or remove it"),
         ("text_classifier", table_with_nul, "texts.csv, row 3: a NUL character in column 'label'; remove it"),
         ("text_classifier", empty_file, "empty.csv: the file is empty"),
         ("mnist_cnn", link_to_nowhere, "dog/gone.png: not a readable image; repair or remove it"),
