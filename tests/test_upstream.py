@@ -4,6 +4,7 @@ import functools
 import gc
 import inspect
 import json
+import platform
 import subprocess
 import sys
 import timeit
@@ -367,7 +368,10 @@ def test_filter_gradient_by_products_equals_the_one_in_float32(shape, kernel, pa
         np.testing.assert_allclose(other, one, rtol=2**-8)  # Whole numbers: exact but for the last rounding.
 
 
-@pytest.mark.skipif(not describe_machine().bfloat16, reason="this processor has no instructions for bfloat16")
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not describe_machine().bfloat16,
+    reason="this is no x86 processor with instructions for bfloat16",
+)
 def test_filter_gradient_of_tensorflow_is_slower_than_products():
     """common/upstream.py: cure_filter_gradient."""
     upstream.cure_filter_gradient()
