@@ -350,7 +350,7 @@ def test_filter_gradient_by_products_equals_the_one_in_float32(shape, kernel, pa
     upstream.cure_filter_gradient()
     draw = np.random.default_rng(0)
     images, filters = (tf.constant(draw.integers(-3, 4, size), tf.float32) for size in (shape, kernel))
-    precise, operations = [], set()
+    outcomes = []
 
     def gradients(images, filters):
         with tf.GradientTape() as tape:
@@ -362,9 +362,9 @@ def test_filter_gradient_by_products_equals_the_one_in_float32(shape, kernel, pa
         given = tf.cast(images, dtype), tf.cast(filters, dtype)
         graph = tf.function(gradients).get_concrete_function(*given).graph
         operations = {operation.type for operation in graph.get_operations()}
-        precise.append([tf.cast(one, tf.float32) for one in (gradients if eager else tf.function(gradients))(*given)])
+        outcomes.append([tf.cast(one, tf.float32) for one in (gradients if eager else tf.function(gradients))(*given)])
     assert ("Conv2DBackpropFilter" not in operations) == replaced
-    for one, other in zip(*precise, strict=True):
+    for one, other in zip(*outcomes, strict=True):
         np.testing.assert_allclose(other, one, rtol=2**-8)  # Whole numbers: exact but for the last rounding.
 
 
