@@ -68,6 +68,7 @@ def _unnumbered(variable: list) -> list:
 
 # How much of the time checkpoints at the ends of epochs may take: where epochs are over in no time, not each has one.
 _SHARE = 0.01
+_GUESS = 0.05  # seconds that a checkpoint takes, until there was one
 
 
 class Checkpoints(keras.callbacks.Callback):
@@ -109,7 +110,7 @@ class Checkpoints(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         if self.resumed:
             self._restore(*self.resumed)
-        self._saved, self._took = time.monotonic(), 0.0
+        self._saved, self._took = time.monotonic(), _GUESS
         if threading.current_thread() is threading.main_thread():  # Only there, Python allows it.
             for number in STOPPING:
                 self._handlers[number] = signal.signal(number, self._remember)
@@ -207,8 +208,9 @@ class Checkpoints(keras.callbacks.Callback):
         if not self.cluster.chief:
             return
         began, variables, step = time.monotonic(), self._variables(), epoch * self.params["steps"] + batch
-        for variable in variables:
-            if "float" in variable.dtype and not tf.reduce_all(tf.math.is_finite(variable)):
+        tensors = {_key("variables", number): tf.convert_to_tensor(each) for number, each in enumerate(variables)}
+        for variable, tensor in zip(variables, tensors.values(), strict=True):
+            if tensor.dtype.is_floating and not tf.math.is_finite(tensor).numpy().all():
                 self._fail(f"{variable.path} is not finite after step {step}")
         arrays, callbacks = list(metrics), []
         for callback in self.others:
@@ -233,14 +235,13 @@ class Checkpoints(keras.callbacks.Callback):
         try:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-            tensors = {_key("variables", number): each for number, each in enumerate(variables)}
-            tensors |= {_key("arrays", number): each for number, each in enumerate(arrays)}
+            tensors |= {_key("arrays", number): tf.constant(each) for number, each in enumerate(arrays)}
             # As `tf.train.Checkpoint` does, which builds and traces a graph before.
             tf.raw_ops.SaveV2(
                 prefix=str(part / "variables"),
                 tensor_names=list(tensors),
                 shape_and_slices=[""] * len(tensors),
-                tensors=list(map(tf.convert_to_tensor, tensors.values())),
+                tensors=list(tensors.values()),
             )
             state = {
                 "epoch": epoch,

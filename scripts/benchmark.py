@@ -8,11 +8,12 @@
 
 For a recipe, each round runs: the naive way (the same layers and batches, arrays from NumPy, pixels divided to float64,
 no augmentation, Adam as it comes, float32, plain `fit`, none of this project's cures, oneDNN where TensorFlow uses it
-by itself); the recipe; the recipe without TensorBoard, checkpoints and its other callbacks; its twin in PyTorch, as it
-is and with `torch.compile` (scripts/pytorch_twin.py, where requirements-benchmark.txt is installed), in the precision
-of the recipe; and products of large matrices in that precision, for the peak of the machine. Examples per second leave
-out the first execution, and validation. The first execution, of one step or of several, counts from the start of the
-process. The share of the peak takes from each layer with a kernel, for each example,
+by itself); the recipe; its twin in PyTorch, as it is and with `torch.compile` (scripts/pytorch_twin.py, where
+requirements-benchmark.txt is installed), in the precision of the recipe; and products of large matrices in that
+precision, for the peak of the machine. Examples per second leave out the first execution, and validation. Of the same
+time, the recipe's process counts what Keras spends in callbacks: TensorBoard, checkpoints, the record, and logs made
+ready for them. The first execution, of one step or of several, counts from the start of the process. The share of the
+peak takes from each layer with a kernel, for each example,
 
     2 x (numbers in the kernel) x (places where it is applied)
 
@@ -54,7 +55,7 @@ from published import benchmark_name, code_sha256, recipe_paths, without_places,
 ROOT = pathlib.Path(__file__).parent.parent
 # What is compared with what: the first is the measure.
 DISTRIBUTED = {"workers": ["strategy none", "2 workers"], "strategy": ["strategy none", "strategy mirrored"]}
-KERAS_WAYS = ("naive", "recipe", "recipe without callbacks")
+KERAS_WAYS = ("naive", "recipe")
 TORCH_WAYS = {"PyTorch": [], "PyTorch compiled": ["--compile"]}
 Way = Callable[[int], dict[str, Any]]
 
@@ -94,7 +95,7 @@ def compare_speed(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[s
         "to_naive": ratio_to("naive"),
         "to_pytorch": ratio_to(best_torch),
         "better_pytorch": best_torch if best_torch in ways else None,
-        "to_no_callbacks": ratio_to("recipe without callbacks"),
+        "to_no_callbacks": interval([1 - each["recipe"]["callbacks"] for each in rounds]),
         "first_step_seconds": {
             way: statistics.median(each[way]["first_step_seconds"] for each in rounds) for way in ways
         },

@@ -112,8 +112,9 @@ def checkpoint_is_refused(run: pathlib.Path, file: pathlib.Path) -> str:
 def make_run(directory: pathlib.Path) -> pathlib.Path:
     """A finished run with two checkpoints."""
     recipe = str(ROOT / "recipes" / "mnist_cnn.py")
-    flags = ("--smoke", "--data", "sample", "--no-baseline", "--quiet", "--run-dir", str(directory))
-    subprocess.run([sys.executable, recipe, *flags], check=True)
+    flags = ("--smoke", "--data", "sample", "--no-baseline", "--quiet")
+    often = ("--batch-size", "8", "--checkpoint-every", "2")  # By itself, so short a training has one only.
+    subprocess.run([sys.executable, recipe, *flags, *often, "--run-dir", str(directory)], check=True)
     return directory
 
 

@@ -275,8 +275,10 @@ def test_what_else_lies_beside_the_checkpoints_stays(tmp_path, alone, capsys):
     assert torture.outcome(tmp_path / "run") == alone
 
 
-def test_short_epochs_do_not_all_have_a_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("guess", "first"), [(0.0, [1]), (math.inf, [])])
+def test_short_epochs_do_not_all_have_a_checkpoint(tmp_path, monkeypatch, guess, first):
     saved, write = [], Checkpoints._save
+    monkeypatch.setattr("common.checkpoints._GUESS", guess)
 
     def slow(self, epoch, *others):
         saved.append(epoch)
@@ -285,7 +287,7 @@ def test_short_epochs_do_not_all_have_a_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Checkpoints, "_save", slow)
     fit(tmp_path / "run")
-    assert saved == [1, len(read_sealed(tmp_path / "run" / "result.json")["history"])]
+    assert saved == [*first, len(read_sealed(tmp_path / "run" / "result.json")["history"])]
 
 
 def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
@@ -475,6 +477,7 @@ def test_a_directory_that_was_taken_meanwhile_is_left_alone(tmp_path):
 
 
 def test_a_loss_that_is_no_number(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("common.checkpoints._SHARE", math.inf)  # After each epoch, however short.
     module = load_recipe("linear_regression")
     flags = ["--learning-rate", "30", "--epochs", "60", "--quiet", "--run-dir", str(tmp_path / "run"), "--no-baseline"]
     monkeypatch.setattr(sys, "argv", ["recipe.py", *flags])
@@ -491,7 +494,9 @@ def test_a_loss_that_is_no_number(tmp_path, monkeypatch, capsys):
             assert np.isfinite(reader.get_tensor(name)).all(), name
 
 
-def test_a_loss_that_is_no_number_names_the_last_one_that_was(tmp_path):
+def test_a_loss_that_is_no_number_names_the_last_one_that_was(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.checkpoints._SHARE", math.inf)  # After each epoch, however short.
+
     class Spoil(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):
             if self.model.optimizer.iterations == 8:

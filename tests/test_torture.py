@@ -9,7 +9,7 @@ import torture
 from conftest import ROOT, run_program
 from worker import SMALL
 
-SHORT = ("--", "--smoke", "--data", "sample", "--batch-size", "45", "--checkpoint-every", "2", "--no-baseline")
+SHORT = ("--", "--smoke", "--data", "sample", "--batch-size", "8", "--checkpoint-every", "2", "--no-baseline")
 
 
 def test_killed_again_and_again(recipe, monkeypatch, capsys):
