@@ -331,8 +331,8 @@ def _cut(name: str, source: str, arrays: Arrays, config: SharedConfig, started: 
 
 def _class_files(folder: pathlib.Path, kind: str, suffixes: list[str]) -> dict[str, list]:
     """The files of each split, each with its class."""
-    splits = {name: folder / name for name in ("train", "validation", "test") if (folder / name).is_dir()}
-    found = {}
+    found, below = {}, {each.name.lower(): each for each in folder.glob("[!.]*/")}  # Train as well as train.
+    splits = {name: below[name] for name in ("train", "validation", "test") if name in below}
     for split, place in (splits or {"train": folder}).items():
         files = [file for file in sorted(place.glob("[!.]*/[!.]*")) if file.suffix.lower() in suffixes]
         if {file.parent for file in files} != {*place.glob("[!.]*/"), *place.glob("[!.]*/[!.]*/")} or not files:

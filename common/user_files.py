@@ -65,11 +65,13 @@ def _class_files(folder: pathlib.Path, kind: str, suffixes: list[str]) -> dict[s
     kind = f"{kind} ({', '.join(suffixes)})"
     if not folder.is_dir():
         raise UserError(f"--data {folder}: not a folder; give a folder that holds a folder per class")
-    splits = {name: folder / name for name in ("train", "validation", "test") if (folder / name).is_dir()}
+    folders = sorted(folder.glob("[!.]*/"))
+    below = {each.name.lower(): each for each in folders}  # Train as well as train.
+    splits = {name: below[name] for name in ("train", "validation", "test") if name in below}
     if splits and "train" not in splits:
-        raise UserError(f"{folder}: has a folder {next(iter(splits))!r} but none called 'train'; add it")
-    for other in sorted(folder.glob("[!.]*/")) if splits else ():
-        if other.name not in splits:
+        raise UserError(f"{folder}: has a folder {next(iter(splits.values())).name!r} but none called 'train'; add it")
+    for other in folders if splits else ():
+        if other not in splits.values():
             raise UserError(
                 f"{other}: a folder beside 'train', which is for splits; they are train, validation and test"
             )
