@@ -19,6 +19,20 @@ def test_orthogonal_keeps_the_directions_and_evens_out_the_lengths(shape):
     assert (after[before < 0.07] > 8 * before[before < 0.07]).all()
 
 
+@pytest.mark.parametrize("smallest", [1e-1, 1e-6])
+def test_orthogonal_is_the_iteration_that_it_says(smallest):
+    """The products of large matrices that it leaves out, in float64; also where singular values are nearly nothing."""
+    random = np.random.default_rng(3)
+    left, right = (np.linalg.qr(random.normal(size=(rows, 32)))[0] for rows in (32, 288))
+    matrix = (left * np.geomspace(1, smallest, 32)) @ right.T
+    expected = matrix / np.linalg.norm(matrix)
+    for _ in range(3):
+        square = expected @ expected.T
+        expected = 3.4445 * expected - 4.7750 * square @ expected + 2.0315 * square @ square @ expected
+    found = orthogonal(keras.ops.convert_to_tensor(matrix, "float32"))
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("unit_filters", [False, True])
 def test_a_kernel_moves_by_an_orthogonal_matrix(unit_filters):
     random = np.random.default_rng(1)
