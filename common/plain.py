@@ -96,8 +96,10 @@ def choose_strategy(config: SharedConfig) -> tf.distribute.Strategy:
     newer = all((each.get("compute_capability") or (0, 0)) >= (8, 0) for each in details)
     fitting = "float32" if not gpus else "mixed_bfloat16" if newer else "mixed_float16"
     keras.config.set_dtype_policy(fitting if config.precision == "auto" else config.precision)
-    for cure in (cure_adam, cure_fusion, cure_silu, cure_symbolic_build):
-        cure()
+    cure_adam()
+    cure_fusion()
+    cure_silu()
+    cure_symbolic_build()
     if devices == 1 and config.strategy != "mirrored":
         return tf.distribute.get_strategy()
     if not gpus:
