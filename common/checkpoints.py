@@ -210,7 +210,7 @@ class Checkpoints(keras.callbacks.Callback):
         began, variables, step = time.monotonic(), self._variables(), epoch * self.params["steps"] + batch
         tensors = {_key("variables", number): tf.convert_to_tensor(each) for number, each in enumerate(variables)}
         for variable, tensor in zip(variables, tensors.values(), strict=True):
-            if tensor.dtype.is_floating and not tf.math.is_finite(tensor).numpy().all():
+            if tensor.dtype.is_floating and not np.isfinite(tensor.numpy()).all():
                 self._fail(f"{variable.path} is not finite after step {step}")
         arrays, callbacks = list(metrics), []
         for callback in self.others:

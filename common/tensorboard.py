@@ -56,6 +56,7 @@ class Logs(keras.callbacks.TensorBoard):
         if not isinstance(rate, keras.Variable):
             traced = tf.function(lambda: model.optimizer.learning_rate, autograph=False)
             self._learning_rate = traced.get_concrete_function()
+            self._learning_rate()  # Now, with all else that is compiled before training.
 
     def attempt(self, write: Callable[..., None], *arguments: Any, **named: Any) -> None:
         """Calls `write` unless logging has failed before; a failure is only warned of."""
