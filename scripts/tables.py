@@ -158,6 +158,12 @@ def benchmark_table() -> str:
             "peak for `cifar10_cnn`, `cifar10_fast` and `mnist_cnn`, and 3 % of the time, at most, for callbacks.",
             "",
         ]
+    if any("recipe without callbacks" in each["examples_per_second"] for each in itertools.chain(*machines.values())):
+        lines += [
+            "Callbacks: their share of the training's own time. Where it comes with many points to both sides, it was "
+            "measured earlier, as the difference to a training without them.",
+            "",
+        ]
     lines += what_marks_say(lines)
     names = sorted(
         {f"{each['data']['name']} ({each['data']['source']})" for each in itertools.chain(*machines.values())}
