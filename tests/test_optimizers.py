@@ -21,7 +21,7 @@ def test_orthogonal_keeps_the_directions_and_evens_out_the_lengths(shape):
 
 @pytest.mark.parametrize("smallest", [1e-1, 1e-6])
 def test_orthogonal_is_the_iteration_that_it_says(smallest):
-    """The products of large matrices that it leaves out, in float64; also where singular values are nearly nothing."""
+    """Against the same in float64; also where singular values are nearly nothing."""
     random = np.random.default_rng(3)
     left, right = (np.linalg.qr(random.normal(size=(rows, 32)))[0] for rows in (32, 288))
     matrix = (left * np.geomspace(1, smallest, 32)) @ right.T
