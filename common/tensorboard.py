@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pathlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,7 @@ class Logs(keras.callbacks.TensorBoard):
     """
 
     def __init__(self, folder: pathlib.Path, config: SharedConfig, sizes: dict[str, int]):
-        self.folder, self.failed, self.writer = folder, False, None
+        self.folder, self.failed, self.writer, self._flushed = folder, False, None, 0.0
         profile, histograms = (2, 4) if config.profile else 0, int(config.histograms)
         super().__init__(str(folder), histogram_freq=histograms, profile_batch=profile, write_graph=not sizes)
         for name in dir(keras.callbacks.TensorBoard):
@@ -79,10 +80,10 @@ class Logs(keras.callbacks.TensorBoard):
     def on_epoch_end(self, epoch, logs=None):
         """Writes the metrics of an epoch, of training and of validation, each in one operation.
 
-        Keras has one for each metric, and together they take longer than the shortest epochs.
+        Keras has one for each metric, and together they take longer than the shortest epochs. To the disk they go at
+        most once a second.
         """
-        learning_rate = keras.ops.convert_to_numpy(self._learning_rate())  # Of several replicas too.
-        values: dict[str, dict[str, float]] = {"train": {"learning_rate": float(learning_rate)}}
+        values: dict[str, dict[str, float]] = {"train": {"learning_rate": float(np.asarray(self._learning_rate()))}}
         for name, value in (logs or {}).items():
             run = "validation" if name.startswith("val_") else "train"
             values.setdefault(run, {})[name.removeprefix("val_")] = value
@@ -96,8 +97,14 @@ class Logs(keras.callbacks.TensorBoard):
                 step=tf.constant(epoch, tf.int64),  # Tensors: of plain values, the operation takes ten times as long.
                 tensor=tf.constant(summary.SerializeToString()),
             )
-            writer.flush()
+        if time.monotonic() - self._flushed >= 1:
+            self._flush()
         super().on_epoch_end(epoch)  # The histograms.
+
+    def _flush(self) -> None:
+        for writer in (self.writer, *self._writers.values()):
+            writer.flush()
+        self._flushed = time.monotonic()
 
     def on_train_batch_end(self, batch, logs=None):
         """Without the metrics so far: Keras makes a summary of each, and then writes none but those of epochs."""
@@ -108,12 +115,7 @@ class Logs(keras.callbacks.TensorBoard):
 
     def sizes(self) -> dict[str, int]:
         """The size of each log file in bytes, with all that has been logged so far."""
-
-        def flush() -> None:
-            for writer in (self.writer, *self._writers.values()):
-                writer.flush()
-
-        self.attempt(flush)
+        self.attempt(self._flush)
         found = {}
         for file in self.folder.rglob(_EVENT_FILES):
             with contextlib.suppress(OSError):  # Deleted meanwhile.
