@@ -208,7 +208,7 @@ def benchmark_row(record: dict) -> str:
 def percent_lost(interval: dict[str, float]) -> str:
     """What ratios below 1 cost, with the least and the most."""
     least, middle, most = (100 * (1 - interval[name]) for name in ("highest", "median", "lowest"))
-    return f"{middle:.1f} % ({least:.0f} to {most:.0f})"
+    return f"{middle:.1f} % ({least:.1f} to {most:.1f})"
 
 
 def spread(interval: dict[str, float]) -> str:
