@@ -315,7 +315,7 @@ def test_each_machine_has_its_own_benchmarks(project):
         ("Another(R) CPU", f"| `mnist_cnn` | 1,500 | 1.50 (1.40 to 1.60) {rest}"),
         ("Some CPU", f"| `mnist_cnn` | 1,200 | 1.20 (1.10 to 1.30) {rest}"),
     ):
-        assert lines[lines.index(f"On 2 cores of {machine}:") + 4] == f"{row}| 2.0 % (1 to 3) |"
+        assert lines[lines.index(f"On 2 cores of {machine}:") + 4] == f"{row}| 2.0 % (1.0 to 3.0) |"
     assert (project / "results" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     middles = {axes.get_title(): axes.containers[0].lines[0].get_xdata() for axes in pictures.speeds().axes}
     assert middles == {"2 cores of Another(R) CPU": [1.5], "2 cores of Some CPU": [1.2]}
@@ -331,7 +331,7 @@ def test_a_benchmark_below_what_is_aimed_at_is_marked(project):
     fake_benchmark(project, "Some CPU", 1.19)
     publish.publish()
     readme = (project / "README.md").read_text()
-    assert "| 1.19 (1.09 to 1.29) ▼ | not measured | 50 % of 400 GFLOPS | 5.0 s | 2.0 % (1 to 3) |" in readme
+    assert "| 1.19 (1.09 to 1.29) ▼ | not measured | 50 % of 400 GFLOPS | 5.0 s | 2.0 % (1.0 to 3.0) |" in readme
     assert "\n▼: below what this project aims at" in readme
 
 
