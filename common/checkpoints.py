@@ -78,9 +78,9 @@ class Checkpoints(keras.callbacks.Callback):
 
     A checkpoint is a folder `epoch-E-batch-B`: all variables of model and optimizer (the seeds of dropout are among
     them), the metrics of the epoch so far, the state of other callbacks, and the number of the step. It is written
-    as `part` and renamed; after an epoch, unless the last one is too short a time ago. The last two stay, and the one
-    with the lowest validation loss (without validation: loss). Keras' own `BackupAndRestore` keeps neither seeds nor
-    metrics nor callbacks.
+    as `part` and renamed; after an epoch, unless the last one is too short a time ago and none is due. The last two
+    stay, and the one with the lowest validation loss (without validation: loss). Keras' own `BackupAndRestore` keeps
+    neither seeds nor metrics nor callbacks.
 
     Args:
         folder: where the checkpoints are.
@@ -104,7 +104,7 @@ class Checkpoints(keras.callbacks.Callback):
         super().__init__()
         self.folder, self.every, self.others, self.about, self.resumed = folder, every, others, about, resumed
         self.cluster = cluster
-        self._signal, self._passed_over, self._last_step, self._handlers = 0, 0, 0, {}
+        self._signal, self._passed_over, self._last_step, self._due, self._handlers = 0, 0, 0, False, {}
         self._failed, self._best, self._last_loss = False, None, "none before it was finite"
 
     def on_train_begin(self, logs=None):
@@ -142,6 +142,7 @@ class Checkpoints(keras.callbacks.Callback):
         elif self.every:
             due = step // int(self.every) > self._last_step // int(self.every)
         self._last_step = step
+        self._due = due and done == steps  # Then it is time once the epoch is over.
         due, cluster = (self._asked_to_stop() or due) and done < steps, self.cluster
         if due and cluster.chief and step != cluster.save_at and not self.model.stop_training:
             cluster.agree_to_save(step)
@@ -160,7 +161,7 @@ class Checkpoints(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         self._passed_over = 0
         ended = epoch + 1 == self.params["epochs"] or self.model.stop_training or self._asked_to_stop()
-        if ended or time.monotonic() - self._saved >= self._took / _SHARE:
+        if ended or self._due or time.monotonic() - self._saved >= self._took / _SHARE:
             self._save(epoch + 1, 0, [], logs.get("val_loss", logs["loss"]))
         self._stop_if_asked()
 

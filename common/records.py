@@ -1,5 +1,6 @@
 """What a result states beside its metrics: which weights, which code, which versions, how much memory."""
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -87,7 +88,8 @@ def weights_sha256(model: keras.Model) -> str:
 def provenance() -> dict[str, Any]:
     """Which program with which packages gave a result, and the most memory it held at any one time.
 
-    The commit is that of the program's folder, marked where files differ from it; None outside a repository.
+    The commit is that of the program's folder as the process found it first, as that is the code that it runs; marked
+    where files differ from it; None outside a repository.
     """
     packages = ("tensorflow", "keras", "tensorflow-datasets", "tensorboard", "numpy", "scikit-learn")
     return {
@@ -101,6 +103,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def commit(folder: pathlib.Path) -> str | None:
     """The commit of the repository around `folder`, marked where files differ from it; None if there is none."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]

@@ -173,9 +173,10 @@ class Run:
             if self.settings["resumed"]:
                 print(f"resumed: {self.directory}, from step {self.start_step}", flush=True)
         self.logs = Logs(self.directory / "tensorboard", self.config, state.get("logs", {}))
+        made_by = provenance()  # Now: what is committed while it trains has no part in it.
         if not state:
             card = {"recipe": self.recipe, "data": about, "config": dataclasses.asdict(self.config)}
-            card |= {"hardware": self.hardware, **provenance()}
+            card |= {"hardware": self.hardware, **made_by}
             self.logs.attempt(self.logs.begin, f"{self.recipe}/{self.directory.name}", card, data, augment)
         return [self.watch, self.logs, *more, kept]
 

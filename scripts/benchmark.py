@@ -50,7 +50,7 @@ from common.records import provenance
 
 from measure import TARGET
 from publish import publish
-from published import benchmark_name, code_sha256, recipe_paths, without_places, write_record
+from published import benchmark_name, code_sha256, read_records, recipe_paths, without_places, write_record
 
 ROOT = pathlib.Path(__file__).parent.parent
 # What is compared with what: the first is the measure.
@@ -231,7 +231,10 @@ def main() -> None:
     arguments.rounds = arguments.rounds or (1 if arguments.smoke else 5)
     if arguments.what not in recipes and arguments.precision != "float32":
         parser.error("--precision: goes with a recipe")
+    read_records("*")  # One that is damaged shall show now, not after hours.
+    # The code as it is now, when it begins.
     code = code_sha256(ROOT / "recipes" / f"{arguments.what if arguments.what in recipes else 'cifar10_cnn'}.py")
+    made_by = {"code_sha256": code, **provenance()}
     kinds = {"target": compare_target, **dict.fromkeys(DISTRIBUTED, compare_distributed)}
     with tempfile.TemporaryDirectory() as folder:
         record = kinds.get(arguments.what, compare_speed)(arguments, pathlib.Path(folder))
@@ -239,8 +242,8 @@ def main() -> None:
         if name not in ("rounds", "pairs"):
             print(f"{name.replace('_', ' ')}: {json.dumps(value)}")
     if not arguments.smoke:
-        record |= {"recipe": record.get("recipe", "cifar10_cnn"), "code_sha256": code}
-        record |= {"hardware": dataclasses.asdict(describe_machine()), **provenance()}
+        record |= {"recipe": record.get("recipe", "cifar10_cnn"), **made_by}
+        record |= {"hardware": dataclasses.asdict(describe_machine())}
         del record["peak_memory_bytes"]  # This process trains nothing.
         record["command"] = shlex.join(["python", "scripts/benchmark.py", *without_places(sys.argv[1:])])
         write_record(arguments.what if arguments.what in kinds else benchmark_name(record), record)

@@ -49,12 +49,15 @@ def reproduce(recipe: str, seeds: list[int], flags: list[str], variant: str = ""
     names = [found.stem for found in recipe_paths()]
     if recipe not in names:
         raise UserError(f"no recipe {recipe!r}; choose one of {', '.join(names)}")
-    path = published.ROOT / "recipes" / f"{recipe}.py"
-    code, runs = code_sha256(path), []
+    published.read_records("*")  # One that is damaged shall show now, not after hours.
+    path, runs = published.ROOT / "recipes" / f"{recipe}.py", []
+
+    def code() -> list[str]:
+        return list(map(code_sha256, [path, *sorted((published.ROOT / "common").glob("*.py"))]))
+
     # All seeds are trained by the same code: after a change, also of common/, none goes on that was begun before it.
-    shared = [code_sha256(each) for each in sorted((published.ROOT / "common").glob("*.py"))]
-    begun = hashlib.sha256(f"{code}{shared}{flags}".encode()).hexdigest()[:16]
-    unfinished = published.ROOT / "runs" / "reproduce" / begun
+    begun = code()
+    unfinished = published.ROOT / "runs" / "reproduce" / hashlib.sha256(f"{begun}{flags}".encode()).hexdigest()[:16]
     for seed in seeds:
         directory = unfinished / str(seed)
         command = [sys.executable, str(path), *flags, "--seed", str(seed), "--run-dir", str(directory)]
@@ -63,11 +66,14 @@ def reproduce(recipe: str, seeds: list[int], flags: list[str], variant: str = ""
             print("reproduce: the same command, as it is, goes on there", file=sys.stderr)
         if code_of_exit:
             sys.exit(code_of_exit)  # It said why.
+        if code() != begun:
+            shutil.rmtree(directory)
+            raise UserError(f"seed {seed}: the code was changed while it trained; the same command trains it anew")
         result = json.loads((directory / "result.json").read_text())
         # As anybody would type it: where this machine keeps its data says nothing about the result.
         result["command"] = shlex.join(["python", f"recipes/{recipe}.py", *without_places(flags), "--seed", str(seed)])
         runs.append(result)
-    record = {"recipe": recipe, "code_sha256": code, "runs": runs}
+    record = {"recipe": recipe, "code_sha256": begun[0], "runs": runs}
     write_record(f"{recipe}-{variant}" if variant else recipe, record)
     shutil.rmtree(unfinished)
 

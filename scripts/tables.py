@@ -165,6 +165,13 @@ def benchmark_table() -> str:
             "",
         ]
     lines += what_marks_say(lines)
+    if machines:
+        counts = sorted({len(each["rounds"]) for each in itertools.chain(*machines.values())})
+        lines += [
+            f"In brackets: the lowest and the highest of {' or '.join(map(str, counts))} rounds. A machine that others "
+            "share has slower days: the peak, measured in the same rounds, tells.",
+            "",
+        ]
     names = sorted(
         {f"{each['data']['name']} ({each['data']['source']})" for each in itertools.chain(*machines.values())}
     )

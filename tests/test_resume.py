@@ -259,6 +259,12 @@ def test_the_last_two_checkpoints_and_the_best_are_kept(tmp_path, monkeypatch):
     assert {path.name for path in (directory / "checkpoints").iterdir()} == expected
 
 
+def test_a_checkpoint_that_is_due_at_the_end_of_an_epoch_is_written(tmp_path):
+    """Also where epochs are so short that not each of them would have one."""
+    fit(tmp_path / "run", checkpoint_every=str(STEPS), epochs=3)
+    assert (tmp_path / "run" / "checkpoints" / "epoch-000002-batch-000000000").is_dir()
+
+
 def test_what_else_lies_beside_the_checkpoints_stays(tmp_path, alone, capsys):
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "run", ("train", 3, 2))

@@ -7,12 +7,14 @@ import inspect
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+from common import records
 from common.cli import EXIT_INTERRUPTED
 
 import keras
@@ -142,6 +144,45 @@ def test_no_run_goes_on_with_other_code(project, monkeypatch):
     monkeypatch.setattr(reproduce, "run_training", lambda command: commands.append(command) or run_training(command))
     reproduce.reproduce("linear_regression", [3], flags)
     assert ["--resume" in command for command in commands] == [False]
+
+
+def test_a_change_while_a_seed_trains_is_noticed(project, monkeypatch):
+    """Or the record would hold two codes under one digest."""
+    run_training = reproduce.run_training
+    (project / "common").mkdir()
+
+    def change(command):
+        (project / "common" / "changed.py").write_text("order = 'another'")
+        return run_training(command)
+
+    flags = ["--smoke", "--quiet", "--no-baseline"]
+    monkeypatch.setattr(reproduce, "run_training", change)
+    with pytest.raises(reproduce.UserError, match=r"^seed 3: the code was changed while it trained; "):
+        reproduce.reproduce("linear_regression", [3], flags)
+    assert not list((project / "results").iterdir())
+    assert not list((project / "runs" / "reproduce").glob("*/*"))
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_the_commit_is_that_of_the_beginning(tmp_path):
+    """What changes while a program runs is not what it runs."""
+    (tmp_path / "recipe.py").write_text("before")
+    identity = ["-c", "user.name=Somebody", "-c", "user.email=somebody@example.org"]
+    for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "before"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    begun = records.commit(tmp_path)
+    assert re.fullmatch(r"[0-9a-f]{40}", begun)
+    (tmp_path / "recipe.py").write_text("after")
+    assert records.commit(tmp_path) == begun
+    records.commit.cache_clear()
+    assert records.commit(tmp_path) == f"{begun}-dirty"
+
+
+def test_a_damaged_record_is_named_before_the_training(project, monkeypatch):
+    (project / "results" / "target.json").write_text("{")
+    monkeypatch.setattr(reproduce, "run_training", None)
+    with pytest.raises(reproduce.UserError, match=r"target\.json: "):
+        reproduce.reproduce("linear_regression", [3], [])
 
 
 def test_reproducing_trains_once_per_seed(project):
@@ -316,6 +357,7 @@ def test_each_machine_has_its_own_benchmarks(project):
         ("Some CPU", f"| `mnist_cnn` | 1,200 | 1.20 (1.10 to 1.30) {rest}"),
     ):
         assert lines[lines.index(f"On 2 cores of {machine}:") + 4] == f"{row}| 2.0 % (1.0 to 3.0) |"
+    assert "In brackets: the lowest and the highest of 3 rounds. " in "".join(lines)
     assert (project / "results" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     middles = {axes.get_title(): axes.containers[0].lines[0].get_xdata() for axes in pictures.speeds().axes}
     assert middles == {"2 cores of Another(R) CPU": [1.5], "2 cores of Some CPU": [1.2]}
