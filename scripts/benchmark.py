@@ -242,8 +242,8 @@ def main() -> None:
         if name not in ("rounds", "pairs"):
             print(f"{name.replace('_', ' ')}: {json.dumps(value)}")
     if not arguments.smoke:
-        record |= {"recipe": record.get("recipe", "cifar10_cnn"), **made_by}
-        record |= {"hardware": dataclasses.asdict(describe_machine())}
+        hardware = dataclasses.asdict(describe_machine())
+        record |= {"recipe": record.get("recipe", "cifar10_cnn"), **made_by, "hardware": hardware}
         del record["peak_memory_bytes"]  # This process trains nothing.
         record["command"] = shlex.join(["python", "scripts/benchmark.py", *without_places(sys.argv[1:])])
         write_record(arguments.what if arguments.what in kinds else benchmark_name(record), record)

@@ -146,6 +146,7 @@ def what_marks_say(lines: list[str]) -> list[str]:
 def benchmark_table() -> str:
     """The medians of scripts/benchmark.py, a table for each machine, in Markdown."""
     machines, lines = benchmarks(), []
+    measured = list(itertools.chain(*machines.values()))
     header = (
         "| recipe | examples a second | to the naive way | to PyTorch | share of peak | first execution | callbacks |"
     )
@@ -158,25 +159,23 @@ def benchmark_table() -> str:
             "peak for `cifar10_cnn`, `cifar10_fast` and `mnist_cnn`, and 3 % of the time, at most, for callbacks.",
             "",
         ]
-    if any("recipe without callbacks" in each["examples_per_second"] for each in itertools.chain(*machines.values())):
+    if any("recipe without callbacks" in each["examples_per_second"] for each in measured):
         lines += [
             "Callbacks: their share of the training's own time. Where it comes with many points to both sides, it was "
             "measured earlier, as the difference to a training without them.",
             "",
         ]
     lines += what_marks_say(lines)
-    if machines:
-        counts = sorted({len(each["rounds"]) for each in itertools.chain(*machines.values())})
+    if measured:
+        counts = sorted({len(each["rounds"]) for each in measured})
+        names = sorted({f"{each['data']['name']} ({each['data']['source']})" for each in measured})
         lines += [
             f"In brackets: the lowest and the highest of {' or '.join(map(str, counts))} rounds. A machine that others "
             "share has slower days: the peak, measured in the same rounds, tells.",
             "",
+            f"Data: {', '.join(names)}.",
+            "",
         ]
-    names = sorted(
-        {f"{each['data']['name']} ({each['data']['source']})" for each in itertools.chain(*machines.values())}
-    )
-    if names:
-        lines += [f"Data: {', '.join(names)}.", ""]
     if record := read_record("target"):
         rounds, missed = len(record["rounds"]), record["naive_missed"]
         lines += [
@@ -186,7 +185,7 @@ def benchmark_table() -> str:
             + f", on {machine_of(record)}{marks(record)}.",
             "",
         ]
-    if machines:
+    if measured:
         lines += ["![Examples per second, against the naive way](results/benchmark.png)"]
     return "\n".join(lines).strip() or "Not yet measured."
 
