@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import resource
 import shlex
 import subprocess
 import sys
+import types
 from typing import Any
 
 from common.cli import UserError
@@ -69,6 +71,21 @@ def read_run(folder: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{folder}: a run that is not finished; go on with it by --resume, or name another")
     result, settings = read_sealed(folder / "result.json"), read_sealed(folder / "config.json")
     return {**result, "config": settings["config"]}
+
+
+def load_program(path: pathlib.Path) -> types.ModuleType:
+    """Imports a recipe or a script from its file, under the name of that file.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such program; give the name of one in that folder, or a run of one")
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[path.stem] = module  # Dataclasses look their module up.
+    specification.loader.exec_module(module)
+    return module
 
 
 def file_sha256(path: pathlib.Path) -> str:

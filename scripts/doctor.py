@@ -13,6 +13,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -61,14 +62,12 @@ def look_at_machine() -> Iterable[Finding]:
     from common.data import CIFAR10, IMDB, MNIST, prepared_version, reachable, tfds_folder
     from common.hardware import describe_machine
 
-    from measure import measure_peak
-
     machine = describe_machine()
     yield check_gpu(driver_sees_gpus(), [name for name, _ in machine.gpus])
     if not machine.gpus:
         # Matrices so small that it does not take long where bfloat16 is only acted; in turns, as there may be other
         # work on the machine at one moment and not at the next.
-        peaks = [[measure_peak(name, 512, 5)["flops"] for name in ("float32", "mixed_bfloat16")] for _ in range(5)]
+        peaks = [[measure_peak(name, 512, 5) for name in ("float32", "mixed_bfloat16")] for _ in range(5)]
         yield check_precision(*map(max, zip(*peaks, strict=True)))
     yield check_threads(machine.cores, os.environ)
     yield check_memory(machine.memory_bytes)
@@ -142,6 +141,21 @@ def check_gpu(driver: bool, seen: list[str]) -> Finding:
     return Finding(
         "GPU", "the driver lists one, TensorFlow sees none: its CUDA libraries are missing", remedy, trouble=True
     )
+
+
+def measure_peak(precision: str, size: int = 2048, tries: int = 10) -> float:
+    """Operations per second of the product of two matrices of `size` rows: the fastest of `tries`."""
+    import keras
+    import tensorflow as tf
+
+    took = []
+    one = tf.cast(tf.random.normal([size, size]), keras.DTypePolicy(precision).compute_dtype)
+    product = tf.function(lambda: tf.reduce_sum(tf.matmul(one, one)))
+    for _ in range(1 + tries):  # The first call traces the graph.
+        began = time.perf_counter()
+        product().numpy()
+        took.append(time.perf_counter() - began)
+    return 2 * size**3 / min(took[1:])
 
 
 def check_precision(float32: float, bfloat16: float) -> Finding:

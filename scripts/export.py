@@ -24,12 +24,12 @@ from typing import Any
 from common import artefacts
 from common.cli import Parser, UserError, run_script
 from common.data import Data
-from common.records import write_file
+from common.records import load_program, write_file
 
 import numpy as np
 import tensorflow as tf
-from measure import load_recipe
 
+ROOT = pathlib.Path(__file__).parent.parent
 COMPARED, EXAMPLES = 1000, 500  # inputs that are compared; inputs that show int8 how large the numbers inside become
 # How far answers may be from the Keras model's, by quantization: fewer bits, farther off.
 TOLERANCES = {"none": 1e-3, "float16": 1e-2, "dynamic": 0.2, "int8": 0.5}
@@ -156,7 +156,7 @@ def run_data(result: dict[str, Any], data_dir: str = "") -> Data:
     Raises:
         UserError: they are not to be had, or have changed.
     """
-    recipe = load_recipe(result["recipe"])
+    recipe = load_program(ROOT / "recipes" / f"{result['recipe']}.py")
     source = result["data"]["source"]
     config = recipe.Config(**result["config"])
     config = dataclasses.replace(

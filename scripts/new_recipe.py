@@ -1,8 +1,8 @@
-"""Starts a new recipe from one that is there, with a test of its own and its row in README.md.
+"""Starts a new recipe as a copy of another one, with a test of its own.
 
     python scripts/new_recipe.py my_task --from mnist_cnn
 
-All other tests find a recipe by listing recipes/.
+All other tests find a recipe by listing recipes/. tools/reproduce.py measures it and adds its row to README.md.
 """
 
 import importlib.util
@@ -12,8 +12,7 @@ import re
 
 from common.cli import Parser, UserError, run_script
 
-from publish import RESULT, publish
-
+RESULT = r"^Result    .*(?:\n {10}.*)*$"  # In the docstring of a recipe, with the lines that belong to it.
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -23,8 +22,7 @@ def main() -> None:
     parser.add_argument("--from", dest="original", required=True, help="name of the recipe to copy")
     arguments = parser.parse_args()
     new_recipe(ROOT, arguments.name, arguments.original.removesuffix(".py"))
-    publish()
-    print(f"wrote recipes/{arguments.name}.py and tests/test_{arguments.name}.py, and brought README.md in step")
+    print(f"wrote recipes/{arguments.name}.py and tests/test_{arguments.name}.py")
     print(f"next: scripts/run.sh {arguments.name} --smoke; scripts/test.sh tests/test_{arguments.name}.py")
 
 

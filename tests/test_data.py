@@ -9,7 +9,6 @@ import threading
 import types
 
 from common import data as data_module
-from common import plain, user_files
 from common.batches import Split
 from common.cli import SharedConfig, UserError
 from common.data import CIFAR10, IMDB, MNIST, Data, load_images, load_texts, tfds_folder
@@ -341,10 +340,6 @@ def test_folders_for_the_splits_are_used_as_they_are(tmp_path, spelled):
     write_pictures(tmp_path / spelled("validation"), count=5)
     data = load_images(CIFAR10, SharedConfig(data=str(tmp_path)), SIZE)
     assert [len(getattr(data, split)) for split in SPLITS] == [24, 10, 6]
-    # As a bundle finds them.
-    files, files_of_bundle = (module._class_files(tmp_path, "pictures", [".png"]) for module in (user_files, plain))
-    assert list(files) == list(files_of_bundle) == list(SPLITS)
-    assert files == files_of_bundle
 
 
 def test_the_test_split_of_own_files_is_the_same_for_all_seeds(tmp_path):

@@ -278,8 +278,8 @@ def test_files_that_are_no_artefact(run_of, tmp_path):
         artefacts.load(tmp_path / "bare.tflite")
 
 
-def test_a_run_of_a_bundle_has_no_recipe_to_read_its_data():
-    with pytest.raises(UserError, match=r"my_train\.py: no such recipe; give the name of one in that folder"):
+def test_a_run_of_an_unknown_recipe_has_no_data():
+    with pytest.raises(UserError, match=r"my_train\.py: no such program; give the name of one in that folder"):
         export.run_data({"recipe": "my_train"})
 
 

@@ -15,10 +15,9 @@ new_recipe = load_script("new_recipe")
 @pytest.fixture
 def project(tmp_path):
     """A copy of the project's own files, with `common` of the copy first on the path."""
-    for name in ("common", "recipes", "scripts", "tests", "results"):
+    for name in ("common", "recipes", "scripts", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("README.md", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
 
 
@@ -31,7 +30,6 @@ def test_a_new_recipe_is_a_member(project):
     assert "Run       python recipes/my_task.py" in recipe
     assert "Result    not yet measured" in recipe
     assert "linear_regression" not in recipe
-    assert "[`my_task`](recipes/my_task.py)" in (project / "README.md").read_text()
     tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_my_task.py")
     checked = run_program(*tests, cwd=project, **environment)
     assert checked.returncode == 0, checked.stdout

@@ -1,6 +1,5 @@
 """The README's commands run, and its figures are those of results/."""
 
-import importlib.util
 import os
 import pathlib
 import re
@@ -33,11 +32,13 @@ SHORTENED = {
 # What only a cluster has: tests/test_multiworker.py runs the script under a stand-in, and checks the manifest.
 OF_A_CLUSTER = {"sbatch", "kubectl"}
 # Publishing takes an hour and writes into the project: tests/test_scripts.py runs these on copies.
-ELSEWHERE = {"scripts/reproduce.py", "scripts/benchmark.py", "scripts/publish.py"}
+ELSEWHERE = {"tools/reproduce.py", "tools/benchmark.py", "tools/publish.py"}
 
 
 def load_script(name: str):
-    specification = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    specification = importlib.util.spec_from_file_location(
+        name, ROOT / ("tools" if (ROOT / "tools" / f"{name}.py").exists() else "scripts") / f"{name}.py"
+    )
     module = importlib.util.module_from_spec(specification)
     sys.modules[name] = module
     specification.loader.exec_module(module)
@@ -48,7 +49,7 @@ def load_script(name: str):
 def checkout(tmp_path_factory):
     """A copy of the project with a user's own files beside it, and this environment as its `.venv`."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("recipes", "scripts", "common", "tests"):
+    for name in ("recipes", "scripts", "tools", "common", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*"):
         if path.is_file():

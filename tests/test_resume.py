@@ -321,7 +321,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, alon
 
 
 def test_damage_anywhere_is_noticed(tmp_path, capsys):
-    """The quick part of scripts/damage.py: every kind of file, some of its bytes."""
+    """The quick part of tools/damage.py: every kind of file, some of its bytes."""
     counts = damage.damage(tmp_path, flips=100, truncations=30, random=random.Random(0))
     assert len(counts) == 8
     assert sum(counts.values()) == 130

@@ -206,7 +206,7 @@ def test_a_recipe_that_fails_publishes_nothing(project):
 
 
 def test_an_unknown_recipe_is_named():
-    run = run_program(str(ROOT / "scripts" / "reproduce.py"), "no_such_recipe")
+    run = run_program(str(ROOT / "tools" / "reproduce.py"), "no_such_recipe")
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.startswith("error: no recipe 'no_such_recipe'; choose one of cifar10_cnn, ")
     assert run.stderr.count("\n") == 1
@@ -418,9 +418,9 @@ def test_the_code_is_the_same_to_all_versions_of_python(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_reproduction_that_is_told_to_end_saves_first(tmp_path, number):
     """SIGINT goes to all processes, as Ctrl-C does, SIGTERM to the one that was started."""
-    for name in ("recipes", "scripts", "common"):
+    for name in ("recipes", "scripts", "tools", "common"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "scripts/reproduce.py", "linear_regression", "--epochs", "100000", "--no-baseline"]
+    command = [sys.executable, "tools/reproduce.py", "linear_regression", "--epochs", "100000", "--no-baseline"]
     with subprocess.Popen(
         [*command, "--seeds", "3"],
         cwd=tmp_path,
@@ -458,9 +458,7 @@ def test_a_benchmark_of_nothing_is_refused(words, monkeypatch):
 
 def test_benchmark_measures_all_ways_in_fresh_processes():
     before = set((ROOT / "results").glob("*"))
-    run = run_program(
-        str(ROOT / "scripts" / "benchmark.py"), "mnist_cnn", "--data", "sample", "--smoke", "--rounds", "1"
-    )
+    run = run_program(str(ROOT / "tools" / "benchmark.py"), "mnist_cnn", "--data", "sample", "--smoke", "--rounds", "1")
     assert run.returncode == 0, run.stderr
     figures = dict(line.split(": ", 1) for line in run.stdout.splitlines() if line.count(": ") >= 1)
     (first_round,) = [

@@ -1,4 +1,4 @@
-"""scripts/ship.py on a small trained model."""
+"""tools/ship.py on a small trained model."""
 
 import shutil
 import sys

@@ -13,7 +13,7 @@ SHORT = ("--", "--smoke", "--data", "sample", "--batch-size", "8", "--checkpoint
 
 
 def test_killed_again_and_again(recipe, monkeypatch, capsys):
-    """The quick part of scripts/torture.py, for every recipe; in this process, as TensorFlow takes long to import."""
+    """The quick part of tools/torture.py, for every recipe; in this process, as TensorFlow takes long to import."""
     small = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.get(recipe.__name__, {}).items()]
     monkeypatch.setattr(sys, "argv", ["torture.py", recipe.__name__, "--kills", "3", *SHORT, *small])
     with pytest.raises(SystemExit) as ended:
@@ -25,7 +25,7 @@ def test_killed_again_and_again(recipe, monkeypatch, capsys):
 
 
 def test_asked_again_and_again_to_stop():
-    run = run_program("scripts/torture.py", "text_classifier", "--kills", "3", "--signal", "TERM", *SHORT)
+    run = run_program("tools/torture.py", "text_classifier", "--kills", "3", "--signal", "TERM", *SHORT)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "3 x TERM" in run.stdout
 
@@ -33,7 +33,7 @@ def test_asked_again_and_again_to_stop():
 @pytest.mark.parametrize(("workers", "signal"), [("2", "STOP"), ("3", "KILL")])
 def test_a_worker_of_a_group_is_lost(workers, signal):
     flags = ["--workers", workers, "--kills", "1", "--signal", signal, *SHORT]
-    run = run_program("scripts/torture.py", "dense_classifier", *flags)
+    run = run_program("tools/torture.py", "dense_classifier", *flags)
     assert run.returncode == 0, run.stdout + run.stderr
     assert f"1 x {signal} (of {workers} workers)" in run.stdout
     assert "identical to the run left alone; slowest exit" in run.stdout

@@ -1,18 +1,17 @@
-"""Trains a recipe for scripts/benchmark.py in one of the ways that are compared, and prints a line of JSON.
+"""Trains a recipe for tools/benchmark.py in one of the ways that are compared, and prints a line of JSON.
 
-    python scripts/measure.py cifar10_cnn recipe --data tfds
-    python scripts/measure.py cifar10_cnn naive --data tfds
-    python scripts/measure.py cifar10_cnn describe --data tfds --folder FOLDER
-    python scripts/measure.py cifar10_cnn peak
-    python scripts/measure.py cifar10_cnn target --data tfds
+    python tools/measure.py cifar10_cnn recipe --data tfds
+    python tools/measure.py cifar10_cnn naive --data tfds
+    python tools/measure.py cifar10_cnn describe --data tfds --folder FOLDER
+    python tools/measure.py cifar10_cnn peak
+    python tools/measure.py cifar10_cnn target --data tfds
 
-What the ways are, scripts/benchmark.py says. `describe` trains nothing: it writes what scripts/pytorch_twin.py needs.
+What the ways are, tools/benchmark.py says. `describe` trains nothing: it writes what tools/pytorch_twin.py needs.
 `peak` multiplies large matrices, and `target` is the naive script that trains until it is at the target.
 """
 
 import argparse
 import dataclasses
-import importlib.util
 import inspect
 import itertools
 import json
@@ -28,11 +27,10 @@ from common.batches import Split
 from common.cli import Parser, SharedConfig, UserError, run_script, whole_number
 from common.data import CIFAR10, Data, load_images
 from common.hardware import describe_machine
-from common.records import write_file
+from common.records import load_program, write_file
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 ROOT = pathlib.Path(__file__).parent.parent
 TARGET = 0.70
@@ -89,7 +87,7 @@ class MeasuredError(Exception):
 def measure(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
     """Trains a recipe in this process, or describes its network for PyTorch in `folder`."""
     name, way = arguments.recipe, arguments.way
-    recipe = load_recipe(name)
+    recipe = load_program(ROOT / "recipes" / f"{name}.py")
     shared = {"data": arguments.data, "data_dir": arguments.data_dir, "smoke": arguments.smoke, "seed": arguments.seed}
     shared["precision"] = "float32" if way == "naive" else arguments.precision
     config = recipe.Config(**shared, quiet=True, baseline=False, run_dir=str(folder / "run"))
@@ -130,18 +128,6 @@ def measure(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[str, An
     raise UserError(f"{name}: never called fit")
 
 
-def load_recipe(name: str) -> Any:
-    """The module of a recipe."""
-    path = ROOT / "recipes" / f"{name}.py"
-    if not path.is_file():
-        raise UserError(f"{path}: no such recipe; give the name of one in that folder, or a run of one")
-    specification = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # Dataclasses look their module up.
-    specification.loader.exec_module(module)
-    return module
-
-
 def fit_naively(fit: Callable, model: keras.Model, split: Split, config: SharedConfig, clock: Clock) -> None:
     """Trains the layers of `model` on arrays, as tutorials do."""
     inputs, targets, loss = split.inputs.numpy(), split.targets.numpy(), model.loss
@@ -155,7 +141,7 @@ def fit_naively(fit: Callable, model: keras.Model, split: Split, config: SharedC
 
 
 def describe(model: keras.Model, split: Split, data: Data, config: SharedConfig, folder: pathlib.Path) -> None:
-    """Writes what scripts/pytorch_twin.py needs: network.json and arrays.npz."""
+    """Writes what tools/pytorch_twin.py needs: network.json and arrays.npz."""
     layers, weights = [], []
     for layer in model.layers:
         about = {
@@ -204,18 +190,6 @@ def training_flops(model: keras.Model, shape: tuple[int, ...]) -> int:
         total += forwards * (1 + layer.trainable + trained)
         trained = trained or layer.trainable
     return total
-
-
-def measure_peak(precision: str, size: int = 2048, tries: int = 10) -> dict[str, float]:
-    """Operations per second of the product of two matrices of `size` rows, at the best of so many tries."""
-    took = []
-    one = tf.cast(tf.random.normal([size, size]), keras.DTypePolicy(precision).compute_dtype)
-    product = tf.function(lambda: tf.reduce_sum(tf.matmul(one, one)))
-    for _ in range(1 + tries):  # The first one is traced.
-        began = time.perf_counter()
-        product().numpy()
-        took.append(time.perf_counter() - began)
-    return {"flops": 2 * size**3 / min(took[1:])}
 
 
 class TargetClock(keras.callbacks.Callback):
@@ -278,7 +252,8 @@ def main() -> None:
     if arguments.way == "target":
         figures = train_naively(arguments)
     elif arguments.way == "peak":
-        figures = measure_peak(arguments.precision)
+        doctor = load_program(ROOT / "scripts" / "doctor.py")
+        figures = {"flops": doctor.measure_peak(arguments.precision)}
     else:
         with tempfile.TemporaryDirectory() as folder:
             figures = measure(arguments, arguments.folder or pathlib.Path(folder))

@@ -1,6 +1,6 @@
-"""Answers scripts/ship.py: how long a model takes in a process of its own.
+"""Answers tools/ship.py: how long a model takes in a process of its own.
 
-    python scripts/measure_artefact.py runs/my_run/exported/mnist_cnn.tflite inputs.npy --threads 1
+    python tools/measure_artefact.py runs/my_run/exported/mnist_cnn.tflite inputs.npy --threads 1
 
 Loads the model, then reads batch sizes from standard input, a line each, and prints for each the median seconds of one
 call; after the last line, the bytes of memory that the process holds more than before the model was loaded.

@@ -1,9 +1,9 @@
 """Kills a training again and again, resumes it by the same command, and compares the end with a run left alone.
 
-    python scripts/torture.py mnist_cnn --kills 20
-    python scripts/torture.py mnist_cnn --kills 20 --signal TERM
-    python scripts/torture.py mnist_cnn --kills 3 -- --smoke --batch-size 64
-    python scripts/torture.py mnist_cnn --kills 10 --signal STOP --workers 3
+    python tools/torture.py mnist_cnn --kills 20
+    python tools/torture.py mnist_cnn --kills 20 --signal TERM
+    python tools/torture.py mnist_cnn --kills 3 -- --smoke --batch-size 64
+    python tools/torture.py mnist_cnn --kills 10 --signal STOP --workers 3
 
 KILL is `kill -9`, at random moments from the start of the process to its end; a quarter of the kills falls inside
 the writing of a checkpoint. TERM asks politely, at any moment after the recipe's first line: the exit code must
@@ -34,9 +34,9 @@ import time
 
 from common.cli import EXIT_INTERRUPTED, Parser, run_script, whole_number
 from common.multiworker import EXIT_WORKER_LOST
+from common.records import load_program
 
 import tensorflow as tf
-from launch import own_and_recipe_flags
 
 ROOT = pathlib.Path(__file__).parent.parent
 STANDARD_FLAGS = ["--data", "sample", "--epochs", "4", "--checkpoint-every", "5"]
@@ -45,7 +45,7 @@ WRITTEN = "torture: a checkpoint is written"
 
 
 def main() -> None:
-    own, flags = own_and_recipe_flags(sys.argv[1:])
+    own, flags = load_program(ROOT / "scripts" / "launch.py").own_and_recipe_flags(sys.argv[1:])
     parser = Parser(__doc__)
     parser.add_argument("recipe", choices=sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))
     parser.add_argument("--kills", type=whole_number(1), default=20, help="how often (default: 20)")

@@ -1,4 +1,4 @@
-"""The pictures that scripts/publish.py draws of what results/ holds."""
+"""The pictures that tools/publish.py draws of what results/ holds."""
 
 import statistics
 

@@ -1,8 +1,8 @@
 """Writes what results/ holds into README.md, its pictures and the docstrings of the recipes.
 
-    python scripts/publish.py
+    python tools/publish.py
 
-scripts/reproduce.py, benchmark.py and ship.py end with it. A record of other code than the recipe's file has now is
+tools/reproduce.py, benchmark.py and ship.py end with it. A record of other code than the recipe's file has now is
 shown as stale; its comments and docstrings may change.
 """
 
@@ -11,14 +11,14 @@ import re
 
 from common.cli import Parser, UserError, run_script
 from common.evaluation import figure_png
-from common.records import write_file
+from common.records import load_program, write_file
 
 import published
 from pictures import curves, pruning_curve, speeds
 from published import recipe_paths
 from tables import benchmark_table, distributed_table, result_line, results_table, shipped_tables
 
-RESULT = r"^Result    .*(?:\n {10}.*)*$"  # In the docstring of a recipe, with the lines that belong to it.
+RESULT = load_program(published.ROOT / "scripts" / "new_recipe.py").RESULT
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def publish() -> None:
 
 def with_part(readme: str, name: str, written: str) -> str:
     """README.md with what stands between the markers of one part replaced."""
-    begin, end = f"<!-- {name}: written by scripts/publish.py -->", f"<!-- end of {name} -->"
+    begin, end = f"<!-- {name}: written by tools/publish.py -->", f"<!-- end of {name} -->"
     before, _, rest = readme.partition(begin)
     _, found, after = rest.partition(end)
     if not found:

@@ -1,9 +1,9 @@
 """Trains a recipe with several seeds and publishes the outcome.
 
-    python scripts/reproduce.py cifar10_cnn --seeds 0 1 2 --data tfds
-    python scripts/reproduce.py pruning --variant half --sparsity 0.5 --data tfds
+    python tools/reproduce.py cifar10_cnn --seeds 0 1 2 --data tfds
+    python tools/reproduce.py pruning --variant half --sparsity 0.5 --data tfds
 
-The first writes results/cifar10_cnn.json, the second results/pruning-half.json; then scripts/publish.py brings
+The first writes results/cifar10_cnn.json, the second results/pruning-half.json; then tools/publish.py brings
 README.md and the recipes' docstrings in step. Flags that are not its own go to the recipe. Interrupted, it lets the
 training save, and the same command goes on there.
 """

@@ -1,7 +1,7 @@
 """Makes a trained model small in every way there is, and prints what each costs.
 
-    python scripts/ship.py runs/my_run
-    python scripts/ship.py runs/my_run --data-dir ~/tensorflow_datasets --rounds 5
+    python tools/ship.py runs/my_run
+    python tools/ship.py runs/my_run --data-dir ~/tensorflow_datasets --rounds 5
 
 The model goes through scripts/export.py in every format and with every quantization: for LiteRT weights in int8
 (dynamic), weights in float16, or weights and calculations in int8; for networks of dense and embedding layers alone
@@ -27,9 +27,8 @@ from common import artefacts
 from common.batches import Split
 from common.cli import Parser, run_script, whole_number
 from common.hardware import describe_machine
-from common.records import provenance
+from common.records import load_program, provenance
 
-import export
 import keras
 import numpy as np
 from publish import publish
@@ -40,6 +39,7 @@ from tables import shipped_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
 BATCHES = (1, 64)
+export = load_program(ROOT / "scripts" / "export.py")
 
 
 def main() -> None:
@@ -96,7 +96,7 @@ def ship(run_dir: pathlib.Path, data_dir: str, rounds: int) -> dict[str, Any]:
         "variants": variants,
         "hardware": dataclasses.asdict(describe_machine()),
         **provenance(),
-        "command": shlex.join(["python", "scripts/ship.py", *without_places(sys.argv[1:])]),
+        "command": shlex.join(["python", "tools/ship.py", *without_places(sys.argv[1:])]),
     }
 
 
@@ -125,7 +125,7 @@ def metric(answers: np.ndarray, test: Split) -> dict[str, float]:
 
 def latencies(paths: dict[str, pathlib.Path], inputs: pathlib.Path, rounds: int) -> dict[str, dict[str, Any]]:
     """Median seconds of a call of each artefact, by threads and batch size, and the memory that it takes."""
-    script = ROOT / "scripts" / "measure_artefact.py"
+    script = ROOT / "tools" / "measure_artefact.py"
     workers = {
         (name, threads): subprocess.Popen(
             [sys.executable, str(script), str(path), str(inputs), "--threads", str(threads)],

@@ -1,6 +1,6 @@
 """Flips single bytes of what a run wrote and reads, cuts files short, and checks that nobody is fooled.
 
-    python scripts/damage.py --flips 1000 --truncations 100
+    python tools/damage.py --flips 1000 --truncations 100
 
 A small training is run and a small TFDS folder is made; then one file after the other is
 damaged, read in the way a recipe or `predict.py` does, and mended. A checkpoint must be refused and the one before

@@ -1,7 +1,7 @@
-"""Trains the network of a recipe in PyTorch, for scripts/benchmark.py, which describes it in a folder.
+"""Trains the network of a recipe in PyTorch, for tools/benchmark.py, which describes it in a folder.
 
-    python scripts/pytorch_twin.py FOLDER
-    python scripts/pytorch_twin.py FOLDER --compile
+    python tools/pytorch_twin.py FOLDER
+    python tools/pytorch_twin.py FOLDER --compile
 
 FOLDER holds network.json, the layers of the Keras model with its loss and the constants of its optimizer, and
 arrays.npz, with its initial weights and the training examples. Here it is written as people who know PyTorch would:

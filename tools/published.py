@@ -48,7 +48,7 @@ def read_records(pattern: str) -> list[dict[str, Any]]:
 
 
 def variant_records(recipe: str) -> list[dict[str, Any]]:
-    """The records of a recipe with other flags than those of its own record, see scripts/reproduce.py."""
+    """The records of a recipe with other flags than those of its own record, see tools/reproduce.py."""
     return [record for record in read_records(f"{recipe}-*") if record.get("recipe") == recipe]
 
 
@@ -126,7 +126,7 @@ def benchmark_name(record: dict) -> str:
 
 
 def benchmarks() -> dict[str, list[dict]]:
-    """The records of scripts/benchmark.py by machine, one for each recipe and precision measured there."""
+    """The records of tools/benchmark.py by machine, one for each recipe and precision measured there."""
     found: dict[str, list[dict]] = {}
     for record in read_records("benchmark-*"):
         found.setdefault(machine_of(record), []).append(record)

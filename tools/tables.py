@@ -1,4 +1,4 @@
-"""The tables that scripts/publish.py writes of what results/ holds, in Markdown."""
+"""The tables that tools/publish.py writes of what results/ holds, in Markdown."""
 
 import itertools
 import statistics
@@ -39,7 +39,7 @@ BESIDE = {
     "noise_floor_mse": "noise floor: {}",
 }
 
-# What the project aims at in scripts/benchmark.py, and the mark of a figure that is below.
+# What the project aims at in tools/benchmark.py, and the mark of a figure that is below.
 PICTURES = ("cifar10_cnn", "cifar10_fast", "mnist_cnn")
 AIMS = {
     "to_naive": {**dict.fromkeys(PICTURES, 1.2), "dense_classifier": 3.0, "dense_regression": 3.0},
@@ -144,7 +144,7 @@ def what_marks_say(lines: list[str]) -> list[str]:
 
 
 def benchmark_table() -> str:
-    """The medians of scripts/benchmark.py, a table for each machine, in Markdown."""
+    """The medians of tools/benchmark.py, a table for each machine, in Markdown."""
     machines, lines = benchmarks(), []
     measured = list(itertools.chain(*machines.values()))
     header = (
@@ -223,7 +223,7 @@ def spread(interval: dict[str, float]) -> str:
 
 
 def shipped_rows(record: dict) -> list[list[str]]:
-    """A record of scripts/ship.py as a table, the header first: times in milliseconds."""
+    """A record of tools/ship.py as a table, the header first: times in milliseconds."""
     variants = record["variants"]
     first = next(iter(variants.values()))
     score = "accuracy" if "accuracy" in first else "mse"
@@ -264,7 +264,7 @@ def quicker(record: dict) -> list[str]:
 
 
 def shipped_tables() -> str:
-    """The records of scripts/ship.py, a table each, and what pruning cost and distillation gained, in Markdown."""
+    """The records of tools/ship.py, a table each, and what pruning cost and distillation gained, in Markdown."""
     lines = []
     for record in read_records("ship-*"):
         header, *rows = shipped_rows(record)

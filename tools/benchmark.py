@@ -1,14 +1,14 @@
 """Measures how fast the recipes train, in alternating fresh processes.
 
-    python scripts/benchmark.py cifar10_cnn --data tfds
-    python scripts/benchmark.py cifar10_cnn --data tfds --precision mixed_bfloat16
-    python scripts/benchmark.py target --data tfds
-    python scripts/benchmark.py workers --data tfds
-    python scripts/benchmark.py strategy --data tfds
+    python tools/benchmark.py cifar10_cnn --data tfds
+    python tools/benchmark.py cifar10_cnn --data tfds --precision mixed_bfloat16
+    python tools/benchmark.py target --data tfds
+    python tools/benchmark.py workers --data tfds
+    python tools/benchmark.py strategy --data tfds
 
 For a recipe, each round runs: the naive way (the same layers and batches, arrays from NumPy, pixels divided to float64,
 no augmentation, Adam as it comes, float32, plain `fit`, none of this project's cures, oneDNN where TensorFlow uses it
-by itself); the recipe; its twin in PyTorch, as it is and with `torch.compile` (scripts/pytorch_twin.py, where
+by itself); the recipe; its twin in PyTorch, as it is and with `torch.compile` (tools/pytorch_twin.py, where
 requirements-benchmark.txt is installed), in the precision of the recipe; and products of large matrices in that
 precision, for the peak of the machine. Examples per second leave out the first execution, and validation. Of the same
 time, the recipe's process counts what Keras spends in callbacks: TensorBoard, checkpoints, the record, and logs made
@@ -66,7 +66,7 @@ def compare_speed(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[s
 
     def in_keras(way: str, *flags: str) -> Way:
         words = (name, way, *data_flags(arguments), "--precision", arguments.precision, *flags)
-        return lambda seed: printed(ROOT / "scripts" / "measure.py", *words, "--seed", str(seed), naive=way == "naive")
+        return lambda seed: printed(ROOT / "tools" / "measure.py", *words, "--seed", str(seed), naive=way == "naive")
 
     in_keras("describe", "--folder", str(folder))(0)
     described = json.loads((folder / "network.json").read_text())
@@ -74,7 +74,7 @@ def compare_speed(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[s
     if importlib.util.find_spec("torch"):
         for way, flags in TORCH_WAYS.items():
             ways[way] = lambda seed, flags=flags: printed(
-                ROOT / "scripts" / "pytorch_twin.py", str(folder), *flags, "--seed", str(seed)
+                ROOT / "tools" / "pytorch_twin.py", str(folder), *flags, "--seed", str(seed)
             )
     else:
         print("no PyTorch: its twins are left out; pip install -r requirements-benchmark.txt")
@@ -166,7 +166,7 @@ def compare_target(arguments: argparse.Namespace, _: pathlib.Path) -> dict[str, 
 
     def naive(seed: int) -> dict[str, Any]:
         flags = [*data_flags(arguments), "--naive-epochs", str(arguments.naive_epochs), "--seed", str(seed)]
-        return printed(ROOT / "scripts" / "measure.py", "cifar10_cnn", "target", *flags, naive=True)
+        return printed(ROOT / "tools" / "measure.py", "cifar10_cnn", "target", *flags, naive=True)
 
     def recipe(seed: int) -> dict[str, Any]:
         result = run_recipe(arguments, "--epochs", "5", "--seed", str(seed))
@@ -245,7 +245,7 @@ def main() -> None:
         hardware = dataclasses.asdict(describe_machine())
         record |= {"recipe": record.get("recipe", "cifar10_cnn"), **made_by, "hardware": hardware}
         del record["peak_memory_bytes"]  # This process trains nothing.
-        record["command"] = shlex.join(["python", "scripts/benchmark.py", *without_places(sys.argv[1:])])
+        record["command"] = shlex.join(["python", "tools/benchmark.py", *without_places(sys.argv[1:])])
         write_record(arguments.what if arguments.what in kinds else benchmark_name(record), record)
         publish()
 
