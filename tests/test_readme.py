@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 
+from common.records import load_program
+
 import numpy as np
 import pandas as pd
 import publish
@@ -36,13 +38,8 @@ ELSEWHERE = {"tools/reproduce.py", "tools/benchmark.py", "tools/publish.py"}
 
 
 def load_script(name: str):
-    specification = importlib.util.spec_from_file_location(
-        name, ROOT / ("tools" if (ROOT / "tools" / f"{name}.py").exists() else "scripts") / f"{name}.py"
-    )
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module
-    specification.loader.exec_module(module)
-    return module
+    (path,) = (path for folder in ("scripts", "tools") for path in (ROOT / folder).glob(f"{name}.py"))
+    return load_program(path)
 
 
 @pytest.fixture(scope="module")
