@@ -1,0 +1,182 @@
+"""Makes a project of your own from a recipe: a folder that needs nothing of this one.
+
+    python scripts/new_project.py mnist_cnn ../my_project
+    python scripts/new_project.py recipes/mnist_cnn.py ../my_project --notebook
+
+The folder must be new or empty. It gets the recipe as train.py, the modules of common/ that the recipe imports,
+requirements.txt, README.md, a test and the licence; with --notebook also train.ipynb.
+"""
+
+import ast
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import sys
+
+from common.cli import Parser, UserError, run_script
+from common.records import commit
+
+import nbformat
+from packaging.utils import canonicalize_name
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# What a package imports without declaring it.
+UNDECLARED = {"keras": "tensorboard", "tensorflow-datasets": "importlib-resources"}
+TRAINING = """## Training
+
+A few seconds on the sample. The full training is `train(Config())`; `Config` takes every setting above, and
+`data="PATH"`. Runs are written to `runs/notebook/`; `%load_ext tensorboard` and `%tensorboard --logdir runs` show them."""
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("recipe", help="name or path of a recipe, such as mnist_cnn")
+    parser.add_argument("folder", type=pathlib.Path, help="folder to write to; new or empty")
+    parser.add_argument("--notebook", action="store_true", help="also write the recipe as a notebook, train.ipynb")
+    arguments = parser.parse_args()
+    write(arguments.folder, project_files(find_recipe(arguments.recipe), arguments.notebook))
+    print(f"wrote {arguments.folder}; its README.md says how to install, train and resume")
+
+
+def find_recipe(name: str) -> pathlib.Path:
+    """The file of a recipe, given by its name or path."""
+    file = pathlib.Path(name.removesuffix(".py") + ".py")
+    for path in (file, ROOT / file, ROOT / "recipes" / file):
+        if os.path.isfile(path):
+            if {"Config", "train", "main"} <= {getattr(node, "name", "") for node in parse(path).body}:
+                return path
+            raise UserError(f"{path}: no recipe, which defines Config, train and main; give another file")
+    names = ", ".join(sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))
+    raise UserError(f"{name}: no such recipe; choose one of {names}, or give the path of your own")
+
+
+def parse(path: pathlib.Path) -> ast.Module:
+    """The syntax tree of a Python file."""
+    try:
+        return ast.parse(path.read_text("utf-8"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: can't be read as Python ({error}); correct it first") from error
+
+
+def imported_names(path: pathlib.Path) -> set[str]:
+    """What a file imports anywhere, in dotted names: both `a.b` and `a.b.c` for `from a.b import c`."""
+    names = set()
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            names |= {each.name for each in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = importlib.util.resolve_name("." * node.level + (node.module or ""), "common")
+            names |= {module, *(f"{module}.{each.name}" for each in node.names)}
+    return names
+
+
+def needed_files(recipe: pathlib.Path) -> list[pathlib.Path]:
+    """The recipe, then the files of common/ that it needs."""
+    found = []
+    wanted = [recipe]
+    while wanted:
+        path = wanted.pop(0)
+        if path not in found:
+            found.append(path)
+            for parts in (name.split(".") for name in sorted(imported_names(path)) if name.startswith("common")):
+                for place in (ROOT.joinpath(*parts[:end]) for end in range(1, len(parts) + 1)):
+                    wanted += filter(pathlib.Path.is_file, (place / "__init__.py", place.with_suffix(".py")))
+    return found
+
+
+def requirements(files: list[pathlib.Path], notebook: bool) -> list[str]:
+    """The packages that the files import, in the versions that this project allows."""
+    text = "\n".join((ROOT / name).read_text() for name in ("requirements-dev.txt", "requirements.txt"))
+    lines = re.findall(r"^([\w.-]+)([<>=~!][^\s#]*)", text, flags=re.MULTILINE)
+    known = {canonicalize_name(name): name + versions for name, versions in lines}
+    distributions = importlib.metadata.packages_distributions()
+    needed = {"pytest", "ipykernel"} if notebook else {"pytest"}
+    for path in files:
+        for module in {name.partition(".")[0] for name in imported_names(path)} - sys.stdlib_module_names - {"common"}:
+            if module not in distributions:
+                raise UserError(f"{path}: imports {module}, which is not installed; install it, or put it into common/")
+            needed |= set(map(canonicalize_name, distributions[module]))
+        # Modules that are named in a call: `importlib.import_module("ai_edge_litert.interpreter")`.
+        calls = (node for node in ast.walk(parse(path)) if isinstance(node, ast.Call) and node.args)
+        words = {str(node.args[0].value) for node in calls if isinstance(node.args[0], ast.Constant)}
+        needed |= {canonicalize_name(word.partition(".")[0]) for word in words} & known.keys()
+    needed |= {UNDECLARED[name] for name in needed & UNDECLARED.keys()}
+    return sorted(known.get(name) or f"{name}>={importlib.metadata.version(name)}" for name in needed)
+
+
+def project_files(recipe: pathlib.Path, notebook: bool) -> dict[str, bytes]:
+    """The content of each file of the project."""
+    needed, templates = needed_files(recipe), ROOT / "scripts" / "project"
+    files = {str(path.relative_to(ROOT)): path.read_bytes() for path in (*needed[1:], ROOT / "LICENSE")}
+    for path in filter(pathlib.Path.is_file, templates.rglob("*")):
+        files[str(path.relative_to(templates)).replace("gitignore", ".gitignore")] = path.read_bytes()
+    run_line = rf"^(Run +python ).*\b{re.escape(recipe.stem)}\.py"
+    source = re.sub(run_line, r"\1train.py", recipe.read_text("utf-8"), count=1, flags=re.MULTILINE)
+    readme = files["README.md"].decode().format(
+        title=(ast.get_docstring(parse(recipe)) or recipe.stem).splitlines()[0],
+        origin=f"`recipes/{recipe.name}` of Keras recipes" + (f", commit {commit(ROOT)}" if commit(ROOT) else ""),
+        notebook="`train.ipynb` holds the same code in cells: `pip install jupyterlab`, then `jupyter lab`.\n" * notebook,
+    )
+    texts = {"train.py": source, "README.md": readme, "requirements.txt": "\n".join(requirements(needed, notebook)) + "\n"}
+    if notebook:
+        texts["train.ipynb"] = as_notebook(source)
+    return files | {name: text.encode() for name, text in texts.items()}
+
+
+def as_notebook(source: str) -> str:
+    """A recipe cut into cells, without `main`; the last cell trains."""
+    tree, lines, cells, end, before = ast.parse(source), source.splitlines(), [], 0, None
+    for node in tree.body:
+        text, end = "\n".join(lines[end : node.end_lineno]).strip(), node.end_lineno
+        if node is tree.body[0] and ast.get_docstring(tree):
+            title, _, rest = ast.get_docstring(tree).partition("\n")
+            cells.append(nbformat.v4.new_markdown_cell(f"# {title}\n\n```\n{rest.strip()}\n```"))
+        elif isinstance(before, ast.Import | ast.ImportFrom) and isinstance(node, ast.Import | ast.ImportFrom):
+            cells[-1].source += f"\n{text}"
+        elif getattr(node, "name", "") != "main" and not text.startswith("if __name__"):
+            cells.append(nbformat.v4.new_code_cell(text))
+        before = node
+    cells.append(nbformat.v4.new_markdown_cell(TRAINING))
+    cells.append(nbformat.v4.new_code_cell('metrics = train(Config(data="sample", smoke=True, epochs=2))\nmetrics'))
+    for number, cell in enumerate(cells):
+        cell.id = f"cell-{number}"  # The same file for the same recipe.
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return nbformat.writes(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})) + "\n"
+
+
+def write(folder: pathlib.Path, files: dict[str, bytes]) -> None:
+    """Writes all files or none: under another name first, then renamed.
+
+    Raises:
+        UserError: the folder has something in it, or can't be written.
+    """
+    try:
+        there = folder.is_dir()
+        if there and any(folder.iterdir()):
+            raise UserError(f"{folder}: is not empty; name a new folder")
+        if not there and os.path.lexists(folder):
+            raise UserError(f"{folder}: is no folder; name a new one")
+        if not folder.parent.is_dir():
+            raise UserError(f"{folder}: there is no folder {folder.parent}; create it first")
+        # Inside a folder that is there, as its parent may be read-only and a shell may stand in it.
+        part = (folder if there else folder.parent) / f".new-project-{os.getpid()}"
+        try:
+            for name, content in files.items():
+                (part / name).parent.mkdir(parents=True, exist_ok=True)
+                (part / name).write_bytes(content)
+            if there:
+                for path in part.iterdir():
+                    path.rename(folder / path.name)
+            else:
+                part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error.strerror}); choose another place") from error
+
+
+if __name__ == "__main__":
+    run_script(main)
