@@ -28,7 +28,8 @@ UNDECLARED = {"keras": "tensorboard", "tensorflow-datasets": "importlib-resource
 TRAINING = """## Training
 
 A few seconds on the sample. The full training is `train(Config())`; `Config` takes every setting above, and
-`data="PATH"`. Runs are written to `runs/notebook/`; `%load_ext tensorboard` and `%tensorboard --logdir runs` show them."""
+`data="PATH"`. Runs are written to `runs/notebook/`; `%load_ext tensorboard` and `%tensorboard --logdir runs` show
+them."""
 
 
 def main() -> None:
@@ -115,12 +116,21 @@ def project_files(recipe: pathlib.Path, notebook: bool) -> dict[str, bytes]:
         files[str(path.relative_to(templates)).replace("gitignore", ".gitignore")] = path.read_bytes()
     run_line = rf"^(Run +python ).*\b{re.escape(recipe.stem)}\.py"
     source = re.sub(run_line, r"\1train.py", recipe.read_text("utf-8"), count=1, flags=re.MULTILINE)
-    readme = files["README.md"].decode().format(
-        title=(ast.get_docstring(parse(recipe)) or recipe.stem).splitlines()[0],
-        origin=f"`recipes/{recipe.name}` of Keras recipes" + (f", commit {commit(ROOT)}" if commit(ROOT) else ""),
-        notebook="`train.ipynb` holds the same code in cells: `pip install jupyterlab`, then `jupyter lab`.\n" * notebook,
+    readme = (
+        files["README.md"]
+        .decode()
+        .format(
+            title=(ast.get_docstring(parse(recipe)) or recipe.stem).splitlines()[0],
+            origin=f"`recipes/{recipe.name}` of Keras recipes" + (f", commit {commit(ROOT)}" if commit(ROOT) else ""),
+            notebook="`train.ipynb` holds the same code in cells: `pip install jupyterlab`, then `jupyter lab`.\n"
+            * notebook,
+        )
     )
-    texts = {"train.py": source, "README.md": readme, "requirements.txt": "\n".join(requirements(needed, notebook)) + "\n"}
+    texts = {
+        "train.py": source,
+        "README.md": readme,
+        "requirements.txt": "\n".join(requirements(needed, notebook)) + "\n",
+    }
     if notebook:
         texts["train.ipynb"] = as_notebook(source)
     return files | {name: text.encode() for name, text in texts.items()}
