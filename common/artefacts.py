@@ -5,13 +5,14 @@ import contextlib
 import importlib
 import io
 import json
+import operator
 import os
 import pathlib
 import re
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from common.cli import UserError
@@ -41,20 +42,26 @@ DESCRIPTION, TOKENIZER = "description.json", "tokenizer.keras"
 class Artefact(NamedTuple):
     """A model in a file.
 
-    `description` says what it takes and gives: `shape` and `dtype` of one input, `class_names` (empty for a
-    regression), `columns` and `text_column` of a CSV. `answer` turns inputs [n, *shape] into probabilities
-    [n, classes] or values [n, 1].
+    `description` says what it takes and gives: `task`, as in `Data`; `shape` and `dtype` of one input, or of several
+    dictionaries; `class_names` (empty where there are none), `columns` and `text_column` of a CSV. `answer` turns
+    inputs [n, *shape] into outputs [n, ...], of which several are dictionaries: for a class probabilities
+    [n, classes], for a number values [n, 1].
     """
 
     description: dict[str, Any]
-    answer: Callable[[np.ndarray], np.ndarray]
+    answer: Callable[[Any], Any]
 
 
 def describe(result: dict[str, Any], model: keras.Model) -> dict[str, Any]:
     """The description of a run's model, from the run's result."""
     told = {name: result[name] for name in ("recipe", "class_names", "columns", "weights_sha256")}
-    taken = {"shape": list(model.input_shape[1:]), "dtype": model.inputs[0].dtype}
-    return {**told, **taken, "text_column": result["config"].get("text_column", "")}
+    taken = _signature(model)
+    # Results of older versions have no task.
+    kind = {"uint8": "image", "string": "text"}.get(model.inputs[0].dtype, "table")
+    told["task"] = result.get("task", {"input": kind, "output": "class" if result["class_names"] else "number"})
+    told["shape"] = tf.nest.map_structure(lambda each: each.shape.as_list()[1:], taken)
+    told["dtype"] = tf.nest.map_structure(lambda each: each.dtype.name, taken)
+    return {**told, "text_column": result["config"].get("text_column", "")}
 
 
 def save(
@@ -63,34 +70,33 @@ def save(
     form: str,
     path: pathlib.Path,
     quantization: str = "none",
-    examples: np.ndarray | None = None,
+    examples: Any = None,
 ) -> None:
     """Writes a run's model.
 
-    In LiteRT and ONNX, which can't cut texts into words, the model of texts begins behind its tokenizer. That lies
-    beside it as a Keras model.
+    LiteRT and ONNX can't split texts into words: their files hold the part of the model after its tokenizer, and the
+    tokenizer as a Keras model.
 
     Args:
         model: as the run saved it.
         description: see `describe`.
         form: keras, saved_model, litert or onnx.
         path: a new file with the suffix of the form; for a SavedModel a new folder.
-        quantization: one of `QUANTIZATIONS` of the form. dynamic: weights in int8, and for as long as a layer
-            calculates its inputs too; float16: weights in float16; int8: all in int8. In Keras, int8 is for
-            dense and embedding layers, whose inputs it scales as they come.
-        examples: inputs [n, *shape] of the model that show how large the numbers inside become: for int8 in LiteRT.
+        quantization: one of `QUANTIZATIONS` of the form. dynamic: weights in int8, and the inputs of a layer while it
+            is computed; float16: weights in float16; int8: all in int8, in Keras only in dense and embedding layers.
+        examples: inputs [n, *shape] that show the range of activations, for int8 in LiteRT.
 
     Raises:
-        UserError: a package is missing.
+        UserError: a package is missing, or the format has no operation for a part of the model.
     """
     notes = {DESCRIPTION: json.dumps(description).encode()}
     if form == "keras":
         (_with_int8_weights(model) if quantization == "int8" else model).save(path)
     elif form == "saved_model":
-        _save_for_serving(model, path)
+        _save_for_serving(model, path, description["task"]["input"] == "image")
     else:
         network = without_class_names(model)
-        if description["dtype"] == "string":
+        if description["dtype"] == "string" and len(network.layers) == 3:
             _, tokenizer, network = network.layers
             notes[TOKENIZER] = _keras_bytes(tokenizer)
             examples = examples if examples is None else keras_answer(tokenizer)(examples)
@@ -100,8 +106,14 @@ def save(
             if form == "onnx":
                 _package("tf2onnx")
                 free_of_tensors(network)
-            settings = _converter_settings(quantization, examples)
-            network.export(path, format=form, verbose=False, input_signature=[_specification(network)], **settings)
+            settings = _converter_settings(quantization, examples) if form == "litert" else {}
+            try:
+                network.export(path, format=form, verbose=False, input_signature=[_signature(network)], **settings)
+            except OSError:
+                raise
+            except Exception as error:  # The converters have errors of many types.
+                reason = str(error).strip().partition("\n")[0]
+                raise UserError(f"{form} can't hold this model ({reason}); choose another --format") from error
     if form == "saved_model":
         (path / "assets.extra").mkdir()
         (path / "assets.extra" / DESCRIPTION).write_bytes(notes[DESCRIPTION])
@@ -117,14 +129,16 @@ def save(
                 archive.writestr(name, note)
 
 
-def _converter_settings(quantization: str, examples: np.ndarray) -> dict[str, Any]:
+def _converter_settings(quantization: str, examples: Any) -> dict[str, Any]:
+    # Operations of LiteRT only: Keras would let those of TensorFlow in, which most runtimes do not have.
+    target = {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]}
     if quantization == "none":
-        return {}
-    settings: dict[str, Any] = {"optimizations": [tf.lite.Optimize.DEFAULT]}
+        return {"target_spec": target}
+    settings: dict[str, Any] = {"optimizations": [tf.lite.Optimize.DEFAULT], "target_spec": target}
     if quantization == "float16":
-        settings["target_spec"] = {"supported_types": [tf.float16]}
+        target["supported_types"] = [tf.float16]
     if quantization == "int8":
-        settings["target_spec"] = {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]}
+        target["supported_ops"] = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
         settings["representative_dataset"] = lambda: ([example[None]] for example in examples)
     return settings
 
@@ -152,14 +166,25 @@ def in_float32(model: keras.Model) -> keras.Model:
 
 
 def without_class_names(model: keras.Model) -> keras.Model:
-    """The model with nothing but its probabilities, or its values, as output: numbers are what all formats know."""
-    output = model.output["probabilities"] if isinstance(model.output, dict) else model.output
-    return keras.Model(model.inputs[0], output, name=model.name)
+    """The model, of a classifier with nothing but its probabilities as output: numbers are what all formats know."""
+    return keras.Model(_by_name(model.input), _numbers(model.output), name=model.name)
 
 
-def _specification(model: keras.Model) -> tf.TensorSpec:
-    taken = model.inputs[0]
-    return tf.TensorSpec(taken.shape, taken.dtype, taken.name)
+def _by_name(tensors: Any) -> Any:
+    """Several tensors as a dictionary, a single one by itself."""
+    named = tensors if isinstance(tensors, dict) else {each.name: each for each in tf.nest.flatten(tensors)}
+    return named if len(named) > 1 else next(iter(named.values()))
+
+
+def _numbers(outputs: Any) -> Any:
+    """What a model gives, by name, but for the names of classes."""
+    if isinstance(outputs, dict) and set(outputs) == {"class", "probabilities"}:
+        return outputs["probabilities"]
+    return _by_name(outputs)
+
+
+def _signature(model: keras.Model) -> Any:
+    return tf.nest.map_structure(lambda each: tf.TensorSpec(each.shape, each.dtype, each.name), _by_name(model.input))
 
 
 def _decoded(file: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
@@ -178,17 +203,16 @@ def _decoded(file: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
     return tf.image.pad_to_bounding_box(image, top, left, height, width)
 
 
-def _save_for_serving(model: keras.Model, path: pathlib.Path) -> None:
+def _save_for_serving(model: keras.Model, path: pathlib.Path, pictures: bool) -> None:
     """A SavedModel with two signatures: `serving_default` takes what people send, `inputs` what the model takes.
 
     They differ for pictures, which people send as files. The name of that input ends in `_bytes`, as TensorFlow
     Serving wants it for values in base64.
     """
-    taken = model.inputs[0]
-    of_one = keras.Model(taken, model.output)  # Not of a list of one.
+    network, taken = keras.Model(_by_name(model.input), _by_name(model.output)), _signature(model)
 
-    def answer(inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-        outputs = of_one(inputs, training=False)
+    def answer(inputs: Any) -> dict[str, tf.Tensor]:
+        outputs = network(inputs, training=False)
         return outputs if isinstance(outputs, dict) else {"value": outputs}
 
     def answer_files(files: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -196,12 +220,12 @@ def _save_for_serving(model: keras.Model, path: pathlib.Path) -> None:
         return answer(tf.map_fn(lambda file: _decoded(file, one.shape), files, fn_output_signature=one))
 
     archive = keras.export.ExportArchive()
-    archive.track(of_one)
-    archive.add_endpoint("inputs", answer, [_specification(model)])
-    if taken.dtype == "uint8":
+    archive.track(network)
+    archive.add_endpoint("inputs", answer, [taken])
+    if pictures:
         archive.add_endpoint("serving_default", answer_files, [tf.TensorSpec([None], tf.string, "image_bytes")])
     else:
-        archive.add_endpoint("serving_default", answer, [_specification(model)])
+        archive.add_endpoint("serving_default", answer, [taken])
     archive.write_out(path, verbose=False)
 
 
@@ -273,13 +297,17 @@ def load_keras(path: pathlib.Path) -> keras.Model:
     return keras.models.load_model(path, compile=False)
 
 
-def keras_answer(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
+def keras_answer(model: keras.Model) -> Callable[[Any], Any]:
     """What a model answers, in batches, as numbers."""
     network = without_class_names(model)
-    return _in_batches(lambda inputs: network(tf.constant(inputs), training=False).numpy())
+
+    def answer(inputs: Any) -> Any:
+        return tf.nest.map_structure(np.asarray, network(tf.nest.map_structure(tf.constant, inputs), training=False))
+
+    return _in_batches(answer)
 
 
-def _behind_tokenizer(tokenizer: bytes, answer: Callable) -> Callable[[np.ndarray], np.ndarray]:
+def _behind_tokenizer(tokenizer: bytes, answer: Callable) -> Callable[[Any], Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, TOKENIZER)
         path.write_bytes(tokenizer)
@@ -287,11 +315,19 @@ def _behind_tokenizer(tokenizer: bytes, answer: Callable) -> Callable[[np.ndarra
     return lambda inputs: answer(to_tokens(inputs))
 
 
-def _in_batches(answer: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-    def answer_all(inputs: np.ndarray) -> np.ndarray:
-        return np.concatenate([answer(inputs[start : start + BATCH]) for start in range(0, len(inputs), BATCH)])
+def _in_batches(answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def answer_all(inputs: Any) -> Any:
+        starts = range(0, len(tf.nest.flatten(inputs)[0]), BATCH)
+        answers = [answer(tf.nest.map_structure(operator.itemgetter(slice(at, at + BATCH)), inputs)) for at in starts]
+        return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *answers)
 
     return answer_all
+
+
+def _of_named(answer: Callable[..., dict[str, np.ndarray]], names: Iterable[str]) -> Callable[[Any], Any]:
+    """What a runtime answers that knows its inputs and outputs by name."""
+    first, *_ = names
+    return _in_batches(lambda inputs: _numbers(answer(**inputs if isinstance(inputs, dict) else {first: inputs})))
 
 
 def _zip_notes(path: pathlib.Path) -> dict[str, bytes]:
@@ -307,34 +343,21 @@ def _load_keras(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Cal
 
 def _load_saved_model(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Callable]:
     notes = {DESCRIPTION: (path / "assets.extra" / DESCRIPTION).read_bytes()}
-    loaded = tf.saved_model.load(path)  # Kept by the function below: with it, its variables would go.
-    signature = loaded.signatures["inputs"]
-    (name,) = signature.structured_input_signature[1]
+    loaded = tf.saved_model.load(path)
 
-    def answer(inputs: np.ndarray) -> np.ndarray:
-        outputs = signature(**{name: tf.constant(inputs)})
-        return outputs.get("probabilities", outputs.get("value")).numpy()
+    def answer(**inputs: np.ndarray) -> dict[str, np.ndarray]:
+        # By way of `loaded`, without which the signature would lose its variables.
+        outputs = loaded.signatures["inputs"](**tf.nest.map_structure(tf.constant, inputs))
+        return tf.nest.map_structure(np.asarray, outputs)
 
-    answer.loaded = loaded
-    return notes, _in_batches(answer)
+    return notes, _of_named(answer, loaded.signatures["inputs"].structured_input_signature[1])
 
 
 def _load_litert(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Callable]:
     litert = _package("ai_edge_litert.interpreter")
-    interpreter = litert.Interpreter(str(path), num_threads=threads or os.cpu_count())
-    (taken,), (given,) = interpreter.get_input_details(), interpreter.get_output_details()
-
-    def answer(inputs: np.ndarray) -> np.ndarray:
-        if tuple(interpreter.get_input_details()[0]["shape"]) != inputs.shape:
-            interpreter.resize_tensor_input(taken["index"], inputs.shape)
-            interpreter.allocate_tensors()
-        interpreter.set_tensor(taken["index"], inputs)
-        interpreter.invoke()
-        return interpreter.get_tensor(given["index"])
-
     with quiet_native_stderr():
-        interpreter.allocate_tensors()
-    return _zip_notes(path), _in_batches(answer)
+        runner = litert.Interpreter(str(path), num_threads=threads or os.cpu_count()).get_signature_runner()
+    return _zip_notes(path), _of_named(runner, runner.get_input_details())
 
 
 def _load_onnx(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Callable]:
@@ -343,9 +366,6 @@ def _load_onnx(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Call
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     notes = session.get_modelmeta().custom_metadata_map
-    name = session.get_inputs()[0].name
-
-    def answer(inputs: np.ndarray) -> np.ndarray:
-        return session.run(None, {name: inputs})[0]
-
-    return {key: base64.b64decode(note) for key, note in notes.items()}, _in_batches(answer)
+    inputs, outputs = ([each.name for each in of] for of in (session.get_inputs(), session.get_outputs()))
+    answer = _of_named(lambda **named: dict(zip(outputs, session.run(outputs, named), strict=True)), inputs)
+    return {key: base64.b64decode(note) for key, note in notes.items()}, answer

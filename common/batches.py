@@ -11,30 +11,37 @@ from common.upstream import distributed
 import numpy as np
 import tensorflow as tf
 
-# Inputs and targets of each split, as they were read; a target is the name of a class, or a number.
-Arrays = dict[str, tuple[np.ndarray, np.ndarray]]
+# Inputs and targets of each split, as they were read: arrays [n, ...], or dictionaries of them. Where the kind of
+# output is a class, a target is its name.
+Arrays = dict[str, tuple[Any, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The examples of one split, as tensors in main memory.
+    """The examples of one split, in main memory.
 
-    `inputs` is uint8 [n, height, width, channels], string [n], float32 [n, columns] or int [n, tokens], or a
-    dictionary of such;
-    `targets` is float32: one-hot rows [n, classes], or [n, 1] for a number.
+    `inputs` and `targets` are tensors [n, ...] of any shape and type, or dictionaries of them. For the kinds of most
+    recipes: inputs are uint8 [n, height, width, channels], string [n] or float32 [n, columns]; targets are float32,
+    one-hot [n, classes] or numbers [n, 1].
     """
 
-    inputs: tf.Tensor
-    targets: tf.Tensor
+    inputs: Any
+    targets: Any
 
     @classmethod
-    def of(cls, inputs: np.ndarray, targets: np.ndarray) -> "Split":
+    def of(cls, inputs: Any, targets: Any) -> "Split":
         """Moves arrays into a split. Never onto a GPU: a data set need not fit there."""
         with tf.device("CPU:0"):
-            return cls(tf.convert_to_tensor(inputs), tf.convert_to_tensor(targets))
+            return cls(*tf.nest.map_structure(tf.convert_to_tensor, (inputs, targets)))
 
     def __len__(self) -> int:
-        return int(self.targets.shape[0])
+        return int(tf.nest.flatten(self.targets)[0].shape[0])
+
+    def arrays(self, rows: slice | np.ndarray = slice(None)) -> tuple[Any, Any]:
+        """Inputs and targets of these rows as NumPy arrays, taken in main memory even where there is a GPU."""
+        with tf.device("CPU:0"):
+            take = (lambda part: part[rows]) if isinstance(rows, slice) else (lambda part: tf.gather(part, rows))
+            return tf.nest.map_structure(lambda part: np.asarray(take(part)), (self.inputs, self.targets))
 
 
 # Takes inputs, targets and the batch's random numbers; returns new inputs and targets.

@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import hashlib
+import operator
 import os
 import pathlib
 import re
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.batches import Arrays, Split
 from common.cli import SharedConfig, UserError
@@ -17,6 +18,7 @@ from common.multiworker import joined
 from common.samples import drawn_shapes, handwritten_digits, written_reviews
 from common.user_files import read_image_folders, read_labelled_texts, read_table
 
+import keras
 import numpy as np
 import tensorflow as tf
 from rich.console import Console
@@ -32,12 +34,14 @@ class DataUnavailableError(UserError):
 class Data:
     """Disjoint train, validation and test splits, and where they come from.
 
-    `source` is tfds, sample, generated or files; `class_names` is empty for a regression, `columns` for
-    anything but a CSV of numbers; `seconds` is the time it took to load.
+    `source` is tfds, sample, generated or files. `task` gives the kind of "input" (image, text, table, audio, series,
+    pair) and of "output" (class, number, mask, boxes, text, series, image, score, action). `class_names` is empty where
+    there are no classes, `columns` for anything but a CSV of numbers; `seconds` is the time it took to load.
     """
 
     name: str
     source: str
+    task: dict[str, str]
     train: Split
     validation: Split
     test: Split
@@ -53,8 +57,8 @@ class Data:
         """SHA-256 over all examples in their order: equal digests, equal data."""
         sha256 = hashlib.sha256()
         for split in (self.train, self.validation, self.test):
-            for values in (split.inputs.numpy(), split.targets.numpy()):
-                sha256.update(f"{values.dtype}{values.shape}".encode())
+            for (_, *names), values in keras.tree.flatten_with_path(split.arrays()):  # Names are those in dictionaries.
+                sha256.update(f"{''.join(map(str, names))}{values.dtype}{values.shape}".encode())
                 texts = values if values.dtype == object else ()
                 sha256.update(b"".join(len(text).to_bytes(8, "little") + text for text in texts) or values.tobytes())
         return sha256.hexdigest()
@@ -97,7 +101,7 @@ def load_images(dataset: Dataset, config: SharedConfig, size: tuple[int, int]) -
     Raises:
         UserError: the data asked for is not there or can't be used.
     """
-    return _load(dataset, config, lambda path: read_image_folders(path, size))
+    return _load(dataset, "image", config, lambda path: read_image_folders(path, size))
 
 
 def load_texts(dataset: Dataset, config: SharedConfig, text_column: str, label_column: str) -> Data:
@@ -105,7 +109,7 @@ def load_texts(dataset: Dataset, config: SharedConfig, text_column: str, label_c
 
     The user's own texts are a folder per class of .txt files, or a CSV with the two columns named.
     """
-    return _load(dataset, config, lambda path: read_labelled_texts(path, text_column, label_column))
+    return _load(dataset, "text", config, lambda path: read_labelled_texts(path, text_column, label_column))
 
 
 def load_table(name: str, config: SharedConfig, generate: Callable[[], Arrays], target: str, classes: bool) -> Data:
@@ -118,28 +122,28 @@ def load_table(name: str, config: SharedConfig, generate: Callable[[], Arrays], 
         target: the column of a CSV to predict; all others are inputs and must hold numbers.
         classes: whether the target is the name of a class or a number.
     """
-    started = time.perf_counter()
+    started, task = time.perf_counter(), {"input": "table", "output": "class" if classes else "number"}
     if config.data == "tfds":
         raise UserError("--data tfds: this recipe generates its data; use --data auto, or a CSV file of your own")
     if config.data in ("auto", "sample"):
-        return _cut(name, "generated", generate(), config, started)
+        return _cut(name, "generated", task, generate(), config, started)
     arrays, columns = read_table(_existing(config.data), target, classes)
-    return _cut(config.data, "files", arrays, config, started, columns)
+    return _cut(config.data, "files", task, arrays, config, started, columns=columns)
 
 
-def _load(dataset: Dataset, config: SharedConfig, read_files: Callable[[pathlib.Path], Arrays]) -> Data:
-    started = time.perf_counter()
+def _load(dataset: Dataset, kind: str, config: SharedConfig, read_files: Callable[[pathlib.Path], Arrays]) -> Data:
+    started, task = time.perf_counter(), {"input": kind, "output": "class"}
     if config.data not in ("auto", "tfds", "sample"):
-        return _cut(config.data, "files", read_files(_existing(config.data)), config, started)
+        return _cut(config.data, "files", task, read_files(_existing(config.data)), config, started)
     if config.data != "sample":
         try:
-            return _cut(dataset.title, "tfds", _read_tfds(dataset, config), config, started)
+            return _cut(dataset.title, "tfds", task, _read_tfds(dataset, config), config, started)
         except DataUnavailableError as error:
             if config.data == "tfds":
                 raise
             line = f"Not {dataset.title}: training on the sample, {dataset.sample_title}. {error}"
             Console(soft_wrap=True, highlight=False, markup=False).print(line, style="bold")
-    return _cut(dataset.sample_title, "sample", dataset.sample(), config, started)
+    return _cut(dataset.sample_title, "sample", task, dataset.sample(), config, started)
 
 
 def _existing(path: str) -> pathlib.Path:
@@ -233,11 +237,15 @@ def reachable(address: str) -> bool:
 
 
 def _cut(
-    name: str, source: str, arrays: Arrays, config: SharedConfig, started: float, columns: tuple[str, ...] = ()
+    name: str, source: str, task: dict[str, str], arrays: Arrays, config: SharedConfig, started: float, **about: Any
 ) -> Data:
-    """Cuts the splits that are missing from the training examples, by seeded permutations."""
+    """Cuts the splits that are missing from the training examples, by seeded permutations.
+
+    Targets become float32 where a class or a number is predicted, one-hot or [n, 1]; all others stay as they are.
+    `about` are further fields of `Data`.
+    """
     splits, train = ("train", "validation", "test"), arrays["train"]
-    order = {split: np.arange(len(arrays.get(split, train)[1])) for split in splits}
+    order = {split: np.arange(len(tf.nest.flatten(arrays.get(split, train)[1])[0])) for split in splits}
     order["train"] = np.random.default_rng(config.seed).permutation(order["train"])
     if "test" not in arrays:
         # The same test split whatever the seed of the run, so that several seeds can be compared.
@@ -255,10 +263,11 @@ def _cut(
                 f"train on, of which --validation-size {config.validation_size:g} to validate, and "
                 f"{len(order['test'])} to test"
             )
-    inputs, targets = ({split: arrays.get(split, train)[part][order[split]] for split in splits} for part in (0, 1))
-    class_names = ()
-    if targets["train"].dtype.kind == "U":
-        class_names = tuple(np.unique(targets["train"]).tolist())
+    inputs, targets = {}, {}
+    for split, rows in order.items():
+        inputs[split], targets[split] = tf.nest.map_structure(operator.itemgetter(rows), arrays.get(split, train))
+    if task["output"] == "class":
+        about["class_names"] = class_names = tuple(np.unique(targets["train"]).tolist())
         if len(class_names) < 2:
             raise UserError(
                 f"{name}: only one class to train on, {class_names[0]!r}; a classifier needs two or more, or a smaller "
@@ -270,12 +279,11 @@ def _cut(
                     f"{name}: class {str(unknown)!r} is in {split} but not in train; "
                     "add training examples of it, or cut the splits yourself"
                 )
-            targets[split] = np.eye(len(class_names))[np.searchsorted(class_names, targets[split])]
-    else:
-        targets = {split: values[:, None] for split, values in targets.items()}
-    cut = {split: Split.of(inputs[split], targets[split].astype(np.float32)) for split in splits}
-    seconds = time.perf_counter() - started
-    data = Data(name, source, **cut, class_names=class_names, columns=columns, seconds=seconds)
+            targets[split] = np.eye(len(class_names), dtype=np.float32)[np.searchsorted(class_names, targets[split])]
+    elif task["output"] == "number":
+        targets = {split: values[:, None].astype(np.float32) for split, values in targets.items()}
+    cut = {split: Split.of(inputs[split], targets[split]) for split in splits}
+    data = Data(name, source, task, **cut, **about, seconds=time.perf_counter() - started)
     for cluster in joined:  # Before there are models, which TensorFlow can't bring together if their shapes differ.
         cluster.compare({"data": data.digest()})
     return data

@@ -47,7 +47,7 @@ def read_labelled_texts(path: pathlib.Path, text_column: str, label_column: str)
         raise UserError(f"--text-column {text_column}: is the --label-column too; name another")
     table = read_csv(path, [text_column, label_column], "name others with --text-column and --label-column")
     texts = np.array([text.encode() for text in _filled(path, table[text_column])], object)
-    return {"train": (texts, _filled(path, table[label_column]))}
+    return {"train": (texts, _filled(path, table[label_column]).astype(str))}
 
 
 def read_table(path: pathlib.Path, target: str, classes: bool) -> tuple[Arrays, tuple[str, ...]]:
@@ -56,7 +56,7 @@ def read_table(path: pathlib.Path, target: str, classes: bool) -> tuple[Arrays, 
     inputs = table.drop(columns=target)
     if inputs.empty:
         raise UserError(f"{path}: there is no column beside {target!r}; add the inputs")
-    targets = _filled(path, table[target]) if classes else numbers(path, table[[target]])[:, 0]
+    targets = _filled(path, table[target]).astype(str) if classes else numbers(path, table[[target]])[:, 0]
     return {"train": (numbers(path, inputs), targets)}, tuple(inputs.columns)
 
 
@@ -201,9 +201,10 @@ def _empty(path: pathlib.Path, row: int, column: str) -> UserError:
 
 
 def _filled(path: pathlib.Path, column: pd.Series) -> np.ndarray:
+    """The values of a column as an object array: as one of fixed width, each would take the room of the longest."""
     for row in np.flatnonzero(column.str.contains("\0", regex=False)):
         raise UserError(f"{path}, row {row + 2}: a NUL character in column {column.name!r}; remove it")
-    values = column.str.strip().to_numpy(str)
+    values = column.str.strip().to_numpy(object)
     for row in np.flatnonzero(values == ""):
         raise _empty(path, row, column.name)
     return values
