@@ -12,7 +12,7 @@ import re
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from common.cli import UserError
@@ -32,10 +32,8 @@ QUANTIZATIONS = {
     "onnx": ("none",),
 }
 BATCH = 512
-# A whole model hardly shrinks in its archive: weights are noise to a packer.
-LARGEST_EXPANSION = 100
-# What stands beside the model in its file: for a Keras archive and a LiteRT file members of the zip archive, which
-# for LiteRT begins where its own data end; for ONNX properties; for a SavedModel files in its folder assets.extra.
+# What a file holds besides the model: as members of the zip archive in Keras, and in LiteRT of one that follows its own
+# data; as properties in ONNX; as files in the folder assets.extra in a SavedModel.
 DESCRIPTION, TOKENIZER = "description.json", "tokenizer.keras"
 
 
@@ -98,7 +96,9 @@ def save(
         network = without_class_names(model)
         if description["dtype"] == "string" and len(network.layers) == 3:
             _, tokenizer, network = network.layers
-            notes[TOKENIZER] = _keras_bytes(tokenizer)
+            with _temporary(TOKENIZER) as file:
+                tokenizer.save(file)
+                notes[TOKENIZER] = file.read_bytes()
             examples = examples if examples is None else keras_answer(tokenizer)(examples)
         # The converters tell of their progress, and tf2onnx 1.17 asks NumPy for names that it no longer has.
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), quiet_native_stderr():
@@ -107,13 +107,16 @@ def save(
                 _package("tf2onnx")
                 free_of_tensors(network)
             settings = _converter_settings(quantization, examples) if form == "litert" else {}
+            failed = None
             try:
                 network.export(path, format=form, verbose=False, input_signature=[_signature(network)], **settings)
-            except OSError:
-                raise
             except Exception as error:  # The converters have errors of many types.
-                reason = str(error).strip().partition("\n")[0]
-                raise UserError(f"{form} can't hold this model ({reason}); choose another --format") from error
+                failed = error
+        if isinstance(failed, OSError):
+            raise failed
+        if failed:  # Only here, where what the converter has printed is dropped.
+            reason = str(failed).strip().partition("\n")[0].rpartition("): ")[2]
+            raise UserError(f"{form} has no operation for a part of the model ({reason}); choose another --format")
     if form == "saved_model":
         (path / "assets.extra").mkdir()
         (path / "assets.extra" / DESCRIPTION).write_bytes(notes[DESCRIPTION])
@@ -130,15 +133,14 @@ def save(
 
 
 def _converter_settings(quantization: str, examples: Any) -> dict[str, Any]:
-    # Operations of LiteRT only: Keras would let those of TensorFlow in, which most runtimes do not have.
-    target = {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]}
-    if quantization == "none":
-        return {"target_spec": target}
-    settings: dict[str, Any] = {"optimizations": [tf.lite.Optimize.DEFAULT], "target_spec": target}
+    # Without the operations of TensorFlow that Keras lets in: few runtimes have them.
+    operations = tf.lite.OpsSet.TFLITE_BUILTINS_INT8 if quantization == "int8" else tf.lite.OpsSet.TFLITE_BUILTINS
+    settings: dict[str, Any] = {"target_spec": {"supported_ops": [operations]}}
+    if quantization != "none":
+        settings["optimizations"] = [tf.lite.Optimize.DEFAULT]
     if quantization == "float16":
-        target["supported_types"] = [tf.float16]
+        settings["target_spec"]["supported_types"] = [tf.float16]
     if quantization == "int8":
-        target["supported_ops"] = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
         settings["representative_dataset"] = lambda: ([example[None]] for example in examples)
     return settings
 
@@ -229,11 +231,10 @@ def _save_for_serving(model: keras.Model, path: pathlib.Path, pictures: bool) ->
     archive.write_out(path, verbose=False)
 
 
-def _keras_bytes(model: keras.Model) -> bytes:
+@contextlib.contextmanager
+def _temporary(name: str) -> Iterator[pathlib.Path]:
     with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder, TOKENIZER)
-        model.save(path)
-        return path.read_bytes()
+        yield pathlib.Path(folder, name)
 
 
 def _package(name: str) -> Any:
@@ -255,7 +256,11 @@ def load(path: pathlib.Path, threads: int = 0) -> Artefact:
     Raises:
         UserError: `path` can't be read as an artefact, or a package is missing.
     """
-    readers = {".keras": _load_keras, ".tflite": _load_litert, ".onnx": _load_onnx}
+    readers = {
+        ".keras": lambda path, _: (_zip_notes(path), keras_answer(load_keras(path))),
+        ".tflite": _load_litert,
+        ".onnx": _load_onnx,
+    }
     read = _load_saved_model if (path / "saved_model.pb").exists() else readers.get(path.suffix)
     if read is None or (path.is_dir() and read is not _load_saved_model):
         result, model = load_run(path)
@@ -265,9 +270,12 @@ def load(path: pathlib.Path, threads: int = 0) -> Artefact:
         if DESCRIPTION not in notes:
             raise UserError(f"{path}: not written by scripts/export.py; give the folder of its run, or export that")
         description = json.loads(notes[DESCRIPTION])
-        if TOKENIZER in notes:
-            return Artefact(description, _behind_tokenizer(notes[TOKENIZER], answer))
-        return Artefact(description, answer)
+        if TOKENIZER not in notes:
+            return Artefact(description, answer)
+        with _temporary(TOKENIZER) as file:
+            file.write_bytes(notes[TOKENIZER])
+            tokens = keras_answer(load_keras(file))
+        return Artefact(description, lambda texts: answer(tokens(texts)))
     except UserError:
         raise
     except Exception as error:  # Each reader has errors of its own, and refuses what could do harm with some of them.
@@ -292,7 +300,8 @@ def load_run(run_dir: pathlib.Path) -> tuple[dict[str, Any], keras.Model]:
 def load_keras(path: pathlib.Path) -> keras.Model:
     """A model from its archive, which must be no trap."""
     with zipfile.ZipFile(path) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > LARGEST_EXPANSION * path.stat().st_size:
+        # A whole model hardly shrinks: weights are noise to a packer.
+        if sum(entry.file_size for entry in archive.infolist()) > 100 * path.stat().st_size:
             raise ValueError("unpacked, it would fill memory and disk")
     return keras.models.load_model(path, compile=False)
 
@@ -305,14 +314,6 @@ def keras_answer(model: keras.Model) -> Callable[[Any], Any]:
         return tf.nest.map_structure(np.asarray, network(tf.nest.map_structure(tf.constant, inputs), training=False))
 
     return _in_batches(answer)
-
-
-def _behind_tokenizer(tokenizer: bytes, answer: Callable) -> Callable[[Any], Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder, TOKENIZER)
-        path.write_bytes(tokenizer)
-        to_tokens = keras_answer(load_keras(path))
-    return lambda inputs: answer(to_tokens(inputs))
 
 
 def _in_batches(answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -335,10 +336,6 @@ def _zip_notes(path: pathlib.Path) -> dict[str, bytes]:
         return {}
     with zipfile.ZipFile(path) as archive:
         return {name: archive.read(name) for name in (DESCRIPTION, TOKENIZER) if name in archive.namelist()}
-
-
-def _load_keras(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Callable]:
-    return _zip_notes(path), keras_answer(load_keras(path))
 
 
 def _load_saved_model(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Callable]:

@@ -258,6 +258,7 @@ class Run:
             "hardware": self.hardware,
             "files": self.settings["files"],
             **provenance(),
+            "task": data.task,
             "class_names": data.class_names,
             "columns": data.columns,
             "history": watch.history,
@@ -267,7 +268,7 @@ class Run:
         try:
             for name, png in pictures.items():
                 (self.directory / "plots" / f"{name}.png").write_bytes(png)
-            (with_class_names(model, data.class_names) if data.class_names else model).save(part)
+            (with_class_names(model, data.class_names) if data.task["output"] == "class" else model).save(part)
             os.replace(part, self.directory / "model.keras")
             result["model_sha256"] = file_sha256(self.directory / "model.keras")
             write_file(self.directory / "result.json", sealed(result))

@@ -154,19 +154,20 @@ def _scalars(names: tuple[str, ...]) -> Summary:
 
 def _show_examples(data: Data, augment: Augment | None) -> None:
     """Writes the first training examples to TensorBoard: pictures before and after, texts as a table."""
-    if not data.class_names:
-        return
-    inputs, targets = data.train.inputs[:25], data.train.targets[:25]
-    names = [data.class_names[label] for label in targets.numpy().argmax(axis=1)]
-    if inputs.dtype == tf.string:
-        tf.summary.text("examples", text_table(inputs.numpy(), names))
-    elif inputs.dtype == tf.uint8:
+    inputs, targets = data.train.arrays(slice(25))
+    names = [""] * min(25, len(data.train))
+    if data.task["output"] == "class":
+        names = [data.class_names[label] for label in targets.argmax(axis=1)]
+    if data.task["input"] == "text":
+        tf.summary.text("examples", text_table(inputs, names))
+    elif data.task["input"] == "image":
         shown = {"examples": inputs}
         if augment:
             count = tf.constant(len(names), tf.int64)
             none, turns = tf.constant(0, tf.int64), tf.range(count) % 2 == 0
             first_draw = BatchRandom(tf.stack([none, none]), count, turns, itertools.count())
-            shown["examples_augmented"], _ = augment(inputs, targets, first_draw)
+            tensors = tf.nest.map_structure(tf.convert_to_tensor, (inputs, targets))
+            shown["examples_augmented"], _ = augment(*tensors, first_draw)
         for tag, images in shown.items():
             _write_picture(tag, figure_png(picture_figure(np.asarray(images), names)))
 

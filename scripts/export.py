@@ -56,7 +56,7 @@ def main() -> None:
     if arguments.tolerance is not None and not 0 <= arguments.tolerance < math.inf:
         raise UserError(f"--tolerance {arguments.tolerance}: give a number from 0")
     data = run_data(result, arguments.data_dir)
-    inputs, examples = first_inputs(data, COMPARED), data.train.inputs[:EXAMPLES].numpy()
+    inputs, (examples, _) = first_inputs(data, COMPARED), data.train.arrays(slice(EXAMPLES))
     tolerance = TOLERANCES[quantization] if arguments.tolerance is None else arguments.tolerance
     parity = export(artefacts.in_float32(model), result, form, path, inputs, tolerance, quantization, examples)
     same = f"largest difference {parity['largest_difference']:.2g}"
@@ -75,10 +75,10 @@ def export(
     result: dict[str, Any],
     form: str,
     path: pathlib.Path,
-    inputs: np.ndarray,
+    inputs: Any,
     tolerance: float,
     quantization: str = "none",
-    examples: np.ndarray | None = None,
+    examples: Any = None,
 ) -> dict[str, Any]:
     """Writes a run's model to `path`, or leaves that as it was when the parity check fails.
 
@@ -100,9 +100,11 @@ def export(
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             part = pathlib.Path(folder, path.name)
-            artefacts.save(model, artefacts.describe(result, model), form, part, quantization, examples)
+            description = artefacts.describe(result, model)
+            artefacts.save(model, description, form, part, quantization, examples)
             parity = {"format": form, "quantization": quantization, "weights_sha256": result["weights_sha256"]}
-            parity |= compare(artefacts.keras_answer(model), artefacts.load(part).answer, inputs, tolerance)
+            answers = artefacts.keras_answer(model), artefacts.load(part).answer
+            parity |= compare(*answers, inputs, tolerance, description["task"]["output"])
             if parity["passed"]:
                 beside = path.with_name(path.name + ".parity.json")
                 write_file(pathlib.Path(folder, beside.name), json.dumps(parity, indent=2) + "\n")
@@ -127,27 +129,35 @@ def is_saved_model(folder: pathlib.Path) -> bool:
     return {"saved_model.pb"} <= names <= {"saved_model.pb", "fingerprint.pb", "variables", "assets", "assets.extra"}
 
 
-def compare(expected: Callable, answer: Callable, inputs: np.ndarray, tolerance: float) -> dict[str, Any]:
-    """How the answers of two models differ.
+def compare(expected: Callable, answer: Callable, inputs: Any, tolerance: float, output: str) -> dict[str, Any]:
+    """How the answers of two models differ, of which `output` is the kind.
 
-    Values of a regression may be of any size, so that their difference counts in shares of the largest. Of the classes
-    that the Keras model names, at least nine of ten must be the same, or fewer where it names different ones: half way
-    from what always the commonest would reach to all.
+    Numbers may be of any size, so that their difference counts in shares of the largest. Of the classes that the Keras
+    model names, for a mask in each pixel, at least nine of ten must be the same, or fewer where it names different
+    ones: half way from what always the commonest would reach to all.
     """
-    wanted, found = expected(inputs), answer(inputs)
-    difference = float(np.max(np.abs(found - wanted)) / max(1.0, np.abs(wanted).max()))
-    classes, wanted_class, enough = wanted.shape[1] > 1, np.argmax(wanted, axis=1), 0.0
-    equal = np.mean(np.argmax(found, axis=1) == wanted_class if classes else np.isclose(found, wanted))
-    # Where the model is sure of nothing, all differences are small; and always to say the same is not enough.
-    if classes:
-        enough = min(0.9, (1 + np.bincount(wanted_class).max() / len(inputs)) / 2)
+    pairs = list(zip(tf.nest.flatten(expected(inputs)), tf.nest.flatten(answer(inputs)), strict=True))
+    difference, equal, enough = float(np.max([_difference(*pair) for pair in pairs])), [], 0.0
+    for wanted, found in pairs:
+        if output in ("class", "mask"):
+            wanted, found = np.argmax(wanted, axis=-1), np.argmax(found, axis=-1)
+            # Where the model is sure of nothing, all differences are small; and always to say the same is not enough.
+            enough = min(0.9, (1 + np.bincount(wanted.ravel()).max() / wanted.size) / 2)
+        equal.append(np.mean(found == wanted if wanted.dtype.kind == "O" else np.isclose(found, wanted)))
     return {
-        "inputs": len(inputs),
+        "inputs": len(pairs[0][0]),
         "largest_difference": difference,
-        "equal_answers": float(equal),
+        "equal_answers": float(np.mean(equal)),
         # Not so where an answer is no number.
-        "passed": bool(difference <= tolerance and equal >= enough),
+        "passed": bool(difference <= tolerance and np.mean(equal) >= enough),
     }
+
+
+def _difference(wanted: np.ndarray, found: np.ndarray) -> float:
+    if wanted.dtype == object:  # Texts.
+        return float(np.any(found != wanted))
+    difference = np.subtract(found, wanted, dtype=np.result_type(wanted, np.float32))
+    return float(np.max(np.abs(difference)) / max(1.0, np.abs(wanted).max()))
 
 
 def run_data(result: dict[str, Any], data_dir: str = "") -> Data:
@@ -171,10 +181,10 @@ def run_data(result: dict[str, Any], data_dir: str = "") -> Data:
     return data
 
 
-def first_inputs(data: Data, count: int) -> np.ndarray:
+def first_inputs(data: Data, count: int) -> Any:
     """The first inputs of test, and where these are too few of validation and train."""
-    splits = (data.test, data.validation, data.train)
-    return np.concatenate([split.inputs[:count].numpy() for split in splits])[:count]
+    parts = [split.arrays(slice(count))[0] for split in (data.test, data.validation, data.train)]
+    return tf.nest.map_structure(lambda *each: np.concatenate(each)[:count], *parts)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ standard input: a picture, lines or a CSV of numbers.
 """
 
 import json
+import operator
 import os
 import pathlib
 import sys
@@ -21,6 +22,7 @@ from common.user_files import numbers, read_csv, read_image, read_texts
 
 import numpy as np
 import rich
+import tensorflow as tf
 from rich.markup import escape
 from rich.table import Table
 
@@ -45,13 +47,12 @@ def main() -> None:
 
 
 def predict(path: pathlib.Path, files: list[str]) -> list[dict]:
-    """One answer for each picture, line or row.
-
-    Returns:
-        Of a classifier, `input`, `class`, `probability` and the `probabilities` of all classes by name; of a
-        regression, `input` and `value`.
-    """
+    """One answer for each picture, line or row: `input`, and what the writer of the model's kind of output gives."""
     description, answer = artefacts.load(path)
+    for side, known in (("input", READERS), ("output", WRITERS)):
+        if (kind := description["task"][side]) not in known:
+            raise UserError(f"{path}: predict.py has nothing for {side} of kind {kind!r}, only for {', '.join(known)}")
+    read, write = (known[description["task"][side]] for side, known in (("input", READERS), ("output", WRITERS)))
     if files.count("-") > 1:
         raise UserError("-: standard input can be read only once; give - once")
     with tempfile.TemporaryDirectory() as folder:
@@ -63,22 +64,13 @@ def predict(path: pathlib.Path, files: list[str]) -> list[dict]:
                 problem = "a folder" if path.is_dir() else "no such file"
                 raise UserError(f"{title}: {problem}; give files to predict, or - for standard input")
         try:
-            titles, inputs = read_inputs(description, sources)
+            titles, inputs = read(description, sources)
         except UserError as error:
             line = str(error).replace(str(pathlib.Path(folder, "standard_input")), "standard input")
             raise UserError(line) from error
-    class_names, answers = description["class_names"], answer(inputs).tolist()
-    if not class_names:
-        return [{"input": title, "value": value} for title, (value,) in zip(titles, answers, strict=True)]
-    return [
-        {
-            "input": title,
-            "class": class_names[np.argmax(probabilities)],
-            "probability": max(probabilities),
-            "probabilities": dict(zip(class_names, probabilities, strict=True)),
-        }
-        for title, probabilities in zip(titles, answers, strict=True)
-    ]
+    outputs = answer(inputs)
+    rows = (tf.nest.map_structure(operator.itemgetter(row), outputs) for row in range(len(titles)))
+    return [{"input": title, **write(description, row)} for title, row in zip(titles, rows, strict=True)]
 
 
 def standard_input(folder: pathlib.Path) -> pathlib.Path:
@@ -90,16 +82,20 @@ def standard_input(folder: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def read_inputs(description: dict, sources: list[tuple[str, pathlib.Path]]) -> tuple[list[str], np.ndarray]:
-    """What the model takes, read from the files, and a title for each example."""
-    kind, shape = description["dtype"], description["shape"]
-    if kind == "uint8":
-        return [title for title, _ in sources], np.stack([read_image(path, shape) for _, path in sources])
-    if kind == "string":
-        column = description["text_column"]
-        texts = [text for _, path in sources for text in read_texts(path, column)]
-        return [text.decode() for text in texts], np.array(texts, object)
-    titles, rows = [], []
+def read_pictures(description: dict, sources: list[tuple[str, pathlib.Path]]) -> tuple[list[str], np.ndarray]:
+    """A picture from each file."""
+    return [title for title, _ in sources], np.stack([read_image(path, description["shape"]) for _, path in sources])
+
+
+def read_lines(description: dict, sources: list[tuple[str, pathlib.Path]]) -> tuple[list[str], np.ndarray]:
+    """The texts of the files."""
+    texts = [text for _, path in sources for text in read_texts(path, description["text_column"])]
+    return [text.decode() for text in texts], np.array(texts, object)
+
+
+def read_rows(description: dict, sources: list[tuple[str, pathlib.Path]]) -> tuple[list[str], np.ndarray]:
+    """The rows of the files, with the columns of the training."""
+    shape, titles, rows = description["shape"], [], []
     for title, path in sources:
         table = read_csv(path, [])
         columns = description["columns"] or list(table.columns)  # Generated columns have no names.
@@ -113,13 +109,36 @@ def read_inputs(description: dict, sources: list[tuple[str, pathlib.Path]]) -> t
     return titles, np.concatenate(rows)
 
 
+def write_class(description: dict, probabilities: np.ndarray) -> dict:
+    """The likeliest class, and the probabilities of all by name."""
+    class_names, probabilities = description["class_names"], probabilities.tolist()
+    return {
+        "class": class_names[np.argmax(probabilities)],
+        "probability": max(probabilities),
+        "probabilities": dict(zip(class_names, probabilities, strict=True)),
+    }
+
+
+def write_number(description: dict, values: np.ndarray) -> dict:
+    """The predicted number."""
+    (value,) = values.tolist()
+    return {"value": value}
+
+
+# A recipe of another kind adds its functions here. A reader takes the model's description and (title, path) of each
+# file, and gives a title for each example and the model's inputs [n, ...]. A writer takes the description and the
+# model's output for one example, and gives what JSON can hold.
+READERS = {"image": read_pictures, "text": read_lines, "table": read_rows}
+WRITERS = {"class": write_class, "number": write_number}
+
+
 def as_table(answers: list[dict]) -> Table:
     """The answers for people, without the probabilities of the other classes."""
     columns = [name for name in answers[0] if name != "probabilities"]
     table = Table(*columns)
     for answer in answers:
         cells = (answer[name] for name in columns)
-        table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else escape(cell) for cell in cells))
+        table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else escape(str(cell)) for cell in cells))
     return table
 
 

@@ -88,11 +88,11 @@ def test_a_class_has_one_number_in_every_split(recipe, monkeypatch):
     read = {}
     original = data_module._cut
 
-    def remember(name, source, arrays, *others, **settings):
+    def remember(name, source, task, arrays, *others, **settings):
         for inputs, labels in arrays.values():
             contents = inputs if inputs.dtype == object else [each.tobytes() for each in inputs]
             read.update(zip(contents, labels, strict=True))
-        return original(name, source, arrays, *others, **settings)
+        return original(name, source, task, arrays, *others, **settings)
 
     monkeypatch.setattr(data_module, "_cut", remember)
     data = full_sample(recipe)

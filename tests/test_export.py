@@ -229,9 +229,9 @@ def test_what_is_there_already_is_not_lost(run_of, tmp_path, monkeypatch):
 
 def test_answers_of_most_other_classes_are_refused_however_unsure_the_model_is():
     wanted = np.full([8, 4], 0.24) + 0.04 * np.eye(4)[np.arange(8) % 4]
-    found = export.compare(lambda inputs: wanted, lambda inputs: np.full([8, 4], 0.25), np.zeros(8), tolerance=0.5)
+    found = export.compare(lambda inputs: wanted, lambda inputs: np.full([8, 4], 0.25), np.zeros(8), 0.5, "class")
     assert (found["equal_answers"], found["passed"]) == (0.25, False)
-    found = export.compare(lambda inputs: wanted, lambda inputs: wanted + 0.001, np.zeros(8), tolerance=0.5)
+    found = export.compare(lambda inputs: wanted, lambda inputs: wanted + 0.001, np.zeros(8), 0.5, "class")
     assert (found["equal_answers"], found["passed"]) == (1.0, True)
 
 
@@ -241,10 +241,10 @@ def test_always_the_same_answer_is_no_parity(first, enough):
     wanted = np.where(np.arange(100)[:, None] < first, [[0.6, 0.4]], [[0.4, 0.6]])
     for equal in range(101):
         found = np.where(np.arange(100)[:, None] < equal, wanted, wanted[:, ::-1])
-        checked = export.compare(lambda _: wanted, lambda _, found=found: found, np.zeros(100), tolerance=0.5)
+        checked = export.compare(lambda _: wanted, lambda _, found=found: found, np.zeros(100), 0.5, "class")
         assert checked["passed"] == (equal >= enough), equal
     constant = np.full([100, 2], [0.6, 0.4])
-    assert export.compare(lambda _: wanted, lambda _: constant, np.zeros(100), 0.5)["passed"] == (first == 100)
+    assert export.compare(lambda _: wanted, lambda _: constant, np.zeros(100), 0.5, "class")["passed"] == (first == 100)
 
 
 def test_a_folder_that_can_not_be_written_to_is_not_named_by_what_is_temporary(run_of, tmp_path, monkeypatch):

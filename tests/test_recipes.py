@@ -261,7 +261,7 @@ def test_short_and_empty_texts_are_no_trouble(tmp_path):
     texts = np.array([b"fine", b"poor"] * 50, dtype=object)
     targets = np.eye(2, dtype=np.float32)[[0, 1] * 50]
     split = Split.of(texts, targets)
-    data = Data("short texts", "files", split, split, split, ("good", "bad"))
+    data = Data("short texts", "files", {"input": "text", "output": "class"}, split, split, split, ("good", "bad"))
     metrics = recipe.train(smoke_config(recipe, tmp_path, epochs=20, batch_size=10), data)
     assert metrics["accuracy"] == 1
     model = keras.models.load_model(tmp_path / "model.keras")
@@ -274,7 +274,7 @@ def test_words_pairs_and_triples_are_told_apart_and_counted_once():
     recipe = load_recipe("text_classifier")
     texts = ["not good, not good", "Not a good film!", "good good film", "a good film", "alone\x85here"]
     split = Split.of(np.array([text.encode() for text in texts], dtype=object), np.eye(2, dtype=np.float32)[[0] * 5])
-    data = Data("a few texts", "files", split, split, split, ("good", "bad"))
+    data = Data("a few texts", "files", {"input": "text", "output": "class"}, split, split, split, ("good", "bad"))
     tokenizer = recipe.build_tokenizer(recipe.Config(length=7), data)
 
     def ngrams(text):

@@ -86,7 +86,10 @@ def splits():
     inputs = random.normal(size=(130, 5)).astype(np.float32)
     targets = (inputs[:, :1] * 2 + random.normal(size=(130, 1))).astype(np.float32)
     parts = {"train": slice(0, 90), "validation": slice(90, 110), "test": slice(110, 130)}
-    return Data("noise", "generated", **{name: Split.of(inputs[part], targets[part]) for name, part in parts.items()})
+    task = {"input": "table", "output": "number"}
+    return Data(
+        "noise", "generated", task, **{name: Split.of(inputs[part], targets[part]) for name, part in parts.items()}
+    )
 
 
 def fit(directory, moment=None, number=signal.SIGTERM, steps_per_execution=1, width=8, more=(), **settings):
