@@ -49,10 +49,14 @@ def main() -> None:
 def predict(path: pathlib.Path, files: list[str]) -> list[dict]:
     """One answer for each picture, line or row: `input`, and what the writer of the model's kind of output gives."""
     description, answer = artefacts.load(path)
-    for side, known in (("input", READERS), ("output", WRITERS)):
+    functions = []
+    for side, name, known in (("input", "reader", READERS), ("output", "writer", WRITERS)):
         if (kind := description["task"][side]) not in known:
-            raise UserError(f"{path}: predict.py has nothing for {side} of kind {kind!r}, only for {', '.join(known)}")
-    read, write = (known[description["task"][side]] for side, known in (("input", READERS), ("output", WRITERS)))
+            raise UserError(
+                f"{path}: predict.py has no {name} for {side} of kind {kind!r}, only for {', '.join(known)}"
+            )
+        functions.append(known[kind])
+    read, write = functions
     if files.count("-") > 1:
         raise UserError("-: standard input can be read only once; give - once")
     with tempfile.TemporaryDirectory() as folder:
