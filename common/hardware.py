@@ -90,7 +90,7 @@ def choose(machine: Machine, config: SharedConfig, workers: int = 0) -> dict[str
     if strategy == "parameter-server":
         problem = "--strategy parameter-server: Keras 3 does not support parameter servers; use multi-worker"
     elif strategy == "multi-worker" and not workers:
-        problem = "--strategy multi-worker: neither TF_CONFIG nor Slurm names workers; start with scripts/launch.py"
+        problem = "--strategy multi-worker: neither TF_CONFIG nor Slurm names workers; set TF_CONFIG for each worker"
     elif strategy == "tpu" and not machine.tpus:
         problem = "--strategy tpu: TensorFlow finds no TPU; install the packages for it, or leave it out"
     elif config.devices > 1 and (strategy == "tpu" or (strategy == "multi-worker" and not gpus)):

@@ -118,6 +118,7 @@ def test_a_notebook_holds_the_recipe_without_main(name, tmp_path):
 def test_a_notebook_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
     folder, notebook = notebook_of(name, tmp_path)
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # Jupyter puts the folder of the notebook behind it.
     notebook.cells.append(nbformat.v4.new_code_cell("import common\ncommon.__file__"))
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
     shown = [
