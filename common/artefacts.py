@@ -12,7 +12,7 @@ import re
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from common.cli import UserError
@@ -25,12 +25,8 @@ import numpy as np
 import tensorflow as tf
 
 SUFFIXES = {"keras": ".keras", "saved_model": "", "litert": ".tflite", "onnx": ".onnx"}
-QUANTIZATIONS = {
-    "keras": ("none", "int8"),
-    "saved_model": ("none",),
-    "litert": ("none", "dynamic", "float16", "int8"),
-    "onnx": ("none",),
-}
+QUANTIZATIONS = dict.fromkeys(SUFFIXES, ("none",))
+QUANTIZATIONS |= {"keras": ("none", "int8"), "litert": ("none", "dynamic", "float16", "int8")}
 BATCH = 512
 # What a file holds besides the model: as members of the zip archive in Keras, and in LiteRT of one that follows its own
 # data; as properties in ONNX; as files in the folder assets.extra in a SavedModel.
@@ -64,13 +60,13 @@ def describe(result: dict[str, Any], model: keras.Model) -> dict[str, Any]:
 
 def save(
     model: keras.Model,
-    description: dict[str, Any],
+    description: dict,
     form: str,
     path: pathlib.Path,
     quantization: str = "none",
     examples: Any = None,
 ) -> None:
-    """Writes a run's model.
+    """Writes a run's model, with its description, to a new file or folder.
 
     LiteRT and ONNX can't split texts into words: their files hold the part of the model after its tokenizer, and the
     tokenizer as a Keras model.
@@ -78,8 +74,8 @@ def save(
     Args:
         model: as the run saved it.
         description: see `describe`.
-        form: keras, saved_model, litert or onnx.
-        path: a new file with the suffix of the form; for a SavedModel a new folder.
+        form: one of `SUFFIXES`.
+        path: ends in the suffix of the form.
         quantization: one of `QUANTIZATIONS` of the form. dynamic: weights in int8, and the inputs of a layer while it
             is computed; float16: weights in float16; int8: all in int8, in Keras only in dense and embedding layers.
         examples: inputs [n, *shape] that show the range of activations, for int8 in LiteRT.
@@ -96,8 +92,8 @@ def save(
         network = without_class_names(model)
         if description["dtype"] == "string" and len(network.layers) == 3:
             _, tokenizer, network = network.layers
-            with _temporary(TOKENIZER) as file:
-                tokenizer.save(file)
+            with tempfile.TemporaryDirectory() as folder:
+                tokenizer.save(file := pathlib.Path(folder, TOKENIZER))
                 notes[TOKENIZER] = file.read_bytes()
             examples = examples if examples is None else keras_answer(tokenizer)(examples)
         # The converters tell of their progress, and tf2onnx 1.17 asks NumPy for names that it no longer has.
@@ -135,14 +131,12 @@ def save(
 def _converter_settings(quantization: str, examples: Any) -> dict[str, Any]:
     # Without the operations of TensorFlow that Keras lets in: few runtimes have them.
     operations = tf.lite.OpsSet.TFLITE_BUILTINS_INT8 if quantization == "int8" else tf.lite.OpsSet.TFLITE_BUILTINS
-    settings: dict[str, Any] = {"target_spec": {"supported_ops": [operations]}}
-    if quantization != "none":
-        settings["optimizations"] = [tf.lite.Optimize.DEFAULT]
-    if quantization == "float16":
-        settings["target_spec"]["supported_types"] = [tf.float16]
-    if quantization == "int8":
-        settings["representative_dataset"] = lambda: ([example[None]] for example in examples)
-    return settings
+    types = [tf.float16] if quantization == "float16" else []
+    return {
+        "target_spec": {"supported_ops": [operations], "supported_types": types},
+        "optimizations": [] if quantization == "none" else [tf.lite.Optimize.DEFAULT],
+        "representative_dataset": (lambda: ([each[None]] for each in examples)) if quantization == "int8" else None,
+    }
 
 
 def _with_int8_weights(model: keras.Model) -> keras.Model:
@@ -224,17 +218,9 @@ def _save_for_serving(model: keras.Model, path: pathlib.Path, pictures: bool) ->
     archive = keras.export.ExportArchive()
     archive.track(network)
     archive.add_endpoint("inputs", answer, [taken])
-    if pictures:
-        archive.add_endpoint("serving_default", answer_files, [tf.TensorSpec([None], tf.string, "image_bytes")])
-    else:
-        archive.add_endpoint("serving_default", answer, [taken])
+    sent = (answer_files, [tf.TensorSpec([None], tf.string, "image_bytes")]) if pictures else (answer, [taken])
+    archive.add_endpoint("serving_default", *sent)
     archive.write_out(path, verbose=False)
-
-
-@contextlib.contextmanager
-def _temporary(name: str) -> Iterator[pathlib.Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield pathlib.Path(folder, name)
 
 
 def _package(name: str) -> Any:
@@ -247,22 +233,16 @@ def _package(name: str) -> Any:
 
 
 def load(path: pathlib.Path, threads: int = 0) -> Artefact:
-    """Reads what `save` wrote, or a finished run.
-
-    Args:
-        path: the file or folder; of a run its directory.
-        threads: for LiteRT and ONNX; 0: one per core.
+    """Reads what `save` wrote, or a run from its directory; in LiteRT and ONNX for `threads`, 0: one per core.
 
     Raises:
         UserError: `path` can't be read as an artefact, or a package is missing.
     """
-    readers = {
-        ".keras": lambda path, _: (_zip_notes(path), keras_answer(load_keras(path))),
-        ".tflite": _load_litert,
-        ".onnx": _load_onnx,
-    }
-    read = _load_saved_model if (path / "saved_model.pb").exists() else readers.get(path.suffix)
-    if read is None or (path.is_dir() and read is not _load_saved_model):
+    readers = {".keras": _load_keras, ".tflite": _load_litert, ".onnx": _load_onnx}
+    read = readers.get(path.suffix) if not path.is_dir() else None
+    if (path / "saved_model.pb").exists():
+        read = _load_saved_model
+    if not read:
         result, model = load_run(path)
         return Artefact(describe(result, model), keras_answer(model))
     try:
@@ -272,8 +252,8 @@ def load(path: pathlib.Path, threads: int = 0) -> Artefact:
         description = json.loads(notes[DESCRIPTION])
         if TOKENIZER not in notes:
             return Artefact(description, answer)
-        with _temporary(TOKENIZER) as file:
-            file.write_bytes(notes[TOKENIZER])
+        with tempfile.TemporaryDirectory() as folder:
+            (file := pathlib.Path(folder, TOKENIZER)).write_bytes(notes[TOKENIZER])
             tokens = keras_answer(load_keras(file))
         return Artefact(description, lambda texts: answer(tokens(texts)))
     except UserError:
@@ -309,11 +289,7 @@ def load_keras(path: pathlib.Path) -> keras.Model:
 def keras_answer(model: keras.Model) -> Callable[[Any], Any]:
     """What a model answers, in batches, as numbers."""
     network = without_class_names(model)
-
-    def answer(inputs: Any) -> Any:
-        return tf.nest.map_structure(np.asarray, network(tf.nest.map_structure(tf.constant, inputs), training=False))
-
-    return _in_batches(answer)
+    return _in_batches(lambda inputs: network(tf.nest.map_structure(tf.constant, inputs), training=False))
 
 
 def _in_batches(answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -338,16 +314,17 @@ def _zip_notes(path: pathlib.Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in (DESCRIPTION, TOKENIZER) if name in archive.namelist()}
 
 
+def _load_keras(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Callable]:
+    return _zip_notes(path), keras_answer(load_keras(path))
+
+
 def _load_saved_model(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Callable]:
     notes = {DESCRIPTION: (path / "assets.extra" / DESCRIPTION).read_bytes()}
     loaded = tf.saved_model.load(path)
-
-    def answer(**inputs: np.ndarray) -> dict[str, np.ndarray]:
-        # By way of `loaded`, without which the signature would lose its variables.
-        outputs = loaded.signatures["inputs"](**tf.nest.map_structure(tf.constant, inputs))
-        return tf.nest.map_structure(np.asarray, outputs)
-
-    return notes, _of_named(answer, loaded.signatures["inputs"].structured_input_signature[1])
+    taken = loaded.signatures["inputs"].structured_input_signature[1]
+    # By way of `loaded`: a signature alone would lose its variables.
+    answer = _of_named(lambda **named: loaded.signatures["inputs"](**tf.nest.map_structure(tf.constant, named)), taken)
+    return notes, answer
 
 
 def _load_litert(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Callable]:
