@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import struct
 import threading
+import tracemalloc
 import types
 
 from common import data as data_module
@@ -362,6 +363,24 @@ def test_texts_from_a_csv_and_from_folders(tmp_path):
             pairs = zip(rows(getattr(data, split)), np.asarray(getattr(data, split).targets).argmax(1), strict=True)
             for text, label in pairs:
                 assert data.class_names[label] == labels[reviews.index(text.decode())]
+
+
+def test_memory_follows_the_size_of_the_data(tmp_path):
+    """One long text among short ones takes its own room only, and so do targets of many classes: 4 bytes each."""
+    texts = pd.DataFrame({"text": ["short"] * 499 + ["long " * 40_000], "label": ["a", "b"] * 250})
+    texts.to_csv(tmp_path / "texts.csv", index=False)
+    labels = np.array([f"class {number % 500}" for number in range(4000)])
+    arrays = {"train": (np.zeros([4000, 1]), labels), "test": (np.zeros([500, 1]), labels[:500])}
+    task = {"input": "table", "output": "class"}
+    tracemalloc.start()
+    try:
+        load_texts(IMDB, SharedConfig(data=str(tmp_path / "texts.csv")), "text", "label")
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+        tracemalloc.reset_peak()
+        data_module._cut("x", "files", task, arrays, SharedConfig(validation_size=0.0), 0.0)
+        assert tracemalloc.get_traced_memory()[1] < 22e6
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", ["dense_classifier", "dense_regression", "linear_regression"])

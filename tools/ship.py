@@ -65,7 +65,7 @@ def ship(run_dir: pathlib.Path, data_dir: str, rounds: int) -> dict[str, Any]:
     result, model = artefacts.load_run(run_dir)
     model = artefacts.in_float32(model)
     data = export.run_data(result, data_dir)
-    compared, examples = export.first_inputs(data, export.COMPARED), data.train.inputs[: export.EXAMPLES].numpy()
+    compared, examples = export.first_inputs(data, export.COMPARED), data.train.arrays(slice(export.EXAMPLES))[0]
     weights = model.get_weights()
     counts = {"parameters": sum(map(np.size, weights)), "nonzero": int(sum(map(np.count_nonzero, weights)))}
     variants, paths = {}, {}
@@ -81,7 +81,7 @@ def ship(run_dir: pathlib.Path, data_dir: str, rounds: int) -> dict[str, Any]:
         variants[name] = {"parity": parity, "bytes": size(paths[name]), **counts, **metric(answers, data.test)}
     with tempfile.TemporaryDirectory() as folder:
         inputs = pathlib.Path(folder, "inputs.npy")
-        largest = data.test.inputs[: max(BATCHES)].numpy()
+        largest, _ = data.test.arrays(slice(max(BATCHES)))
         np.save(inputs, largest.astype("S") if largest.dtype == object else largest)
         for name, found in latencies(paths, inputs, rounds).items():
             variants[name] |= found
