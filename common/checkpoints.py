@@ -1,15 +1,12 @@
-"""Exact resume: all that the next step depends on, written whole or not at all, and checked when it is read."""
+"""Exact resume: checkpoints that hold all that the next step depends on, written whole or not at all."""
 
-import contextlib
 import inspect
 import json
 import math
-import os
 import pathlib
 import re
 import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,48 +14,38 @@ from typing import Any, NoReturn
 
 from common.cli import STOPPING, TrainingFailedError, UserError, warn
 from common.multiworker import Cluster
-from common.records import file_sha256, read_sealed, sealed, write_file
+from common.records import file_sha256, read_json, rename
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+# The share of the time that checkpoints after epochs may take: where epochs are short, not each has one.
+_SHARE = 0.01
+_GUESS = 0.05  # seconds that a checkpoint takes, until there was one
+_STATE = ("epoch", "batch", "step", "ahead", "stopped", "variables", "metrics", "callbacks")
+# The value of `model.stop_training` that ends an epoch, but not the training.
+EPOCH_OVER = "the epoch is over"
+
 
 def _checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The checkpoints in a folder, the newest first; whatever else there is does not count."""
-    found = [each for each in folder.glob("epoch-*") if re.fullmatch(r"epoch-\d{6}-batch-\d{9}", each.name)]
-    return sorted((each for each in found if each.is_dir()), reverse=True)
+    """The checkpoints in a folder, the newest first; anything else in it does not count."""
+    found = [path for path in folder.glob("epoch-*") if re.fullmatch(r"epoch-\d{6}-batch-\d{9}", path.name)]
+    return sorted((path for path in found if path.is_dir()), reverse=True)
 
 
 def newest_checkpoint(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]] | None:
-    """The newest checkpoint in `folder` whose files are those that were written, and its state; None without any."""
+    """The newest undamaged checkpoint in `folder`, and its state; None without any. Warns of those that are damaged."""
     for checkpoint in _checkpoints(folder):
         try:
-            state = read_sealed(checkpoint / "state.json")
-            for name, digest in state["files"].items():
+            for name, digest in read_json(checkpoint / "files.json", "state.json").items():
                 if not (checkpoint / name).is_file() or file_sha256(checkpoint / name) != digest:
                     raise UserError(f"{checkpoint / name}: damaged")
-            return checkpoint, state
-        except UserError as error:
-            warn(f"{str(error).split(';')[0]}; going on from the one before it, or from the beginning")
-        except OSError as error:
-            warn(f"{checkpoint}: {error.strerror}; going on from the one before it, or from the beginning")
+            return checkpoint, read_json(checkpoint / "state.json", *_STATE)
+        except (UserError, OSError) as error:
+            problem = str(error).split(";")[0] if isinstance(error, UserError) else f"{checkpoint}: {error.strerror}"
+            warn(f"{problem}; going on from the one before it, or from the beginning")
     return None
-
-
-def _key(kind: str, number: int) -> str:
-    """The name of a tensor in a checkpoint, as `tf.train.Checkpoint` gives it to lists of variables."""
-    return f"{kind}/{number}/.ATTRIBUTES/VARIABLE_VALUE"
-
-
-def _tensors(checkpoint: pathlib.Path) -> dict[str, np.ndarray]:
-    with tempfile.TemporaryDirectory() as folder:
-        # TensorFlow would take a [ in a path for a pattern.
-        link = pathlib.Path(folder, "checkpoint")
-        link.symlink_to(checkpoint.resolve())
-        reader = tf.train.load_checkpoint(str(link / "variables"))
-        names = [name for name in reader.get_variable_to_shape_map() if name.endswith("VARIABLE_VALUE")]
-        return {name: np.asarray(reader.get_tensor(name)) for name in names}
 
 
 def _unnumbered(variable: list) -> list:
@@ -66,29 +53,55 @@ def _unnumbered(variable: list) -> list:
     return [re.sub(r"_\d+/", "/", variable[0]), *variable[1:]]
 
 
-# How much of the time checkpoints at the ends of epochs may take: where epochs are over in no time, not each has one.
-_SHARE = 0.01
-_GUESS = 0.05  # seconds that a checkpoint takes, until there was one
+def _encoded(value: Any, arrays: list[np.ndarray]) -> Any:
+    """A value as JSON, in which arrays are numbers of those appended to `arrays`; a TypeError if it can't be kept."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufcSU":
+        arrays.append(np.asarray(value))
+        return {"array" if isinstance(value, np.ndarray) else "scalar": len(arrays) - 1}
+    if type(value) is dict:
+        return {"dict": [[_encoded(part, arrays) for part in pair] for pair in value.items()]}
+    if type(value) in (list, tuple, set, frozenset):
+        return {type(value).__name__: [_encoded(part, arrays) for part in value]}
+    raise TypeError(type(value).__name__)
+
+
+def _decoded(content: Any, arrays: list[np.ndarray]) -> Any:
+    """The value that was given to `_encoded`."""
+    if not isinstance(content, dict):
+        return content
+    ((kind, parts),) = content.items()
+    if kind in ("array", "scalar"):
+        return arrays[parts] if kind == "array" else arrays[parts][()]
+    if kind == "dict":
+        return {_decoded(key, arrays): _decoded(value, arrays) for key, value in parts}
+    make = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind]
+    return make(_decoded(part, arrays) for part in parts)
 
 
 class Checkpoints(keras.callbacks.Callback):
-    """Saves and restores a training, and ends it in time; the last in the list of callbacks.
+    """Saves and restores a training, and stops it when asked to; the last in the list of callbacks.
 
-    It ends on SIGTERM and SIGINT, when the running execution is done and saved, and on a loss that is not finite.
+    It stops on SIGTERM and SIGINT, when the running execution is done and saved, and on a loss that is not finite.
 
     A checkpoint is a folder `epoch-E-batch-B`: all variables of model and optimizer (the seeds of dropout are among
     them), the metrics of the epoch so far, the state of other callbacks, and the number of the step. It is written
     as `part` and renamed; after an epoch, unless the last one is too short a time ago and none is due. The last two
-    stay, and the one with the lowest validation loss (without validation: loss). Keras' own `BackupAndRestore` keeps
-    neither seeds nor metrics nor callbacks.
+    are kept. Keras' own `BackupAndRestore` keeps neither seeds nor metrics nor callbacks.
+
+    A training that is resumed within an epoch runs the remaining steps of it only: other callbacks see its batches
+    numbered from 0 again, and the progress bar counts the remaining ones. One that was stopped in a validation runs the
+    last execution before it once more, as `fit` can't begin with a validation, and takes its effects back.
 
     Args:
         folder: where the checkpoints are.
         every: save within an epoch too: so many steps, as "500", or minutes, as "10min"; "" for neither.
-        others: the callbacks whose state belongs to the training: their public numbers, texts and arrays, but
-            for what their constructors were given.
-        about: gives what else is to be stored with each checkpoint.
-        resumed: the checkpoint to go on from and its state, by `newest_checkpoint`.
+        others: the callbacks whose state belongs to the training: those of their attributes that neither begin with _
+            nor are named like a parameter of their constructor. Kept are numbers, texts and arrays, also in lists,
+            tuples, sets and dictionaries; a warning names what can't be kept.
+        about: returns what else to store with each checkpoint.
+        resumed: the checkpoint to resume from and its state, by `newest_checkpoint`.
         cluster: the workers of the training, of which only the chief writes.
     """
 
@@ -103,13 +116,15 @@ class Checkpoints(keras.callbacks.Callback):
     ):
         super().__init__()
         self.folder, self.every, self.others, self.about, self.resumed = folder, every, others, about, resumed
-        self.cluster = cluster
-        self._signal, self._passed_over, self._last_step, self._due, self._handlers = 0, 0, 0, False, {}
-        self._failed, self._best, self._last_loss = False, None, "none before it was finite"
+        self.cluster, self.progress_bar = cluster, keras.callbacks.ProgbarLogger()
+        self._signal, self._handlers, self._last_step, self._due = 0, {}, 0, False
+        self._failed, self._unkept, self._last_loss = False, set(), "none before it was finite"
+        # Of a resumed epoch: the batches before its first one, and the steps up to those that the checkpoint holds.
+        self._offset, self._ahead = 0, 0
 
     def on_train_begin(self, logs=None):
         if self.resumed:
-            self._restore(*self.resumed)
+            self._prepare(*self.resumed)
         self._saved, self._took = time.monotonic(), _GUESS
         if threading.current_thread() is threading.main_thread():  # Only there, Python allows it.
             for number in STOPPING:
@@ -123,14 +138,18 @@ class Checkpoints(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
+        self.progress_bar.target = self.params["steps"] - self._offset
+        if self._offset or self._ahead:
+            self._restore()
 
     def on_train_batch_end(self, batch, logs=None):
-        done, steps = batch + 1, self.params["steps"]
-        if done <= self._passed_over:
-            if done == self._passed_over:
-                for callback, own in self._deaf:
-                    del callback.on_train_batch_begin, callback.on_train_batch_end
-                    vars(callback).update(own)
+        done, steps, cluster = self._offset + batch + 1, self.params["steps"], self.cluster
+        if self._offset and done == steps and not self.model.stop_training:
+            self.model.stop_training = EPOCH_OVER
+        if self._ahead:
+            self._stop_if_asked()  # The checkpoint that it was resumed from is still the newest.
+            if done == steps:
+                self._restore()
             return
         step = self._epoch * steps + done
         if not math.isfinite(logs["loss"]):
@@ -143,7 +162,7 @@ class Checkpoints(keras.callbacks.Callback):
             due = step // int(self.every) > self._last_step // int(self.every)
         self._last_step = step
         self._due = due and done == steps  # Then it is time once the epoch is over.
-        due, cluster = (self._asked_to_stop() or due) and done < steps, self.cluster
+        due = (self._asked_to_stop() or due) and done < steps
         if due and cluster.chief and step != cluster.save_at and not self.model.stop_training:
             cluster.agree_to_save(step)
         if step == cluster.save_at:
@@ -154,21 +173,26 @@ class Checkpoints(keras.callbacks.Callback):
         self._before_validation = self._metrics()
 
     def on_test_batch_end(self, batch, logs=None):
-        if self._asked_to_stop() and not self.model.stop_training:  # Else the epoch comes to its end first.
-            self._save(self._epoch, self.params["steps"], self._before_validation)
+        # If the training is to stop anyway, the epoch comes to its end first.
+        if self._asked_to_stop() and not self._stopping():
+            ahead = self.model.steps_per_execution
+            self._save(self._epoch, self.params["steps"] - ahead, self._before_validation, ahead)
             self._stop_if_asked()
 
     def on_epoch_end(self, epoch, logs=None):
-        self._passed_over = 0
+        self._offset = self._ahead = 0
         ended = epoch + 1 == self.params["epochs"] or self.model.stop_training or self._asked_to_stop()
         if ended or self._due or time.monotonic() - self._saved >= self._took / _SHARE:
-            self._save(epoch + 1, 0, [], logs.get("val_loss", logs["loss"]))
+            self._save(epoch + 1, 0, [])
         self._stop_if_asked()
 
     def on_train_end(self, logs=None):
         self.model._initial_epoch = None
         self._give_signals_back()
         self._stop_if_asked()  # The last epoch is saved, but the signal came later.
+
+    def _stopping(self) -> bool:
+        return bool(self.model.stop_training) and self.model.stop_training != EPOCH_OVER
 
     def _give_signals_back(self) -> None:
         for number, handler in self._handlers.items():
@@ -189,7 +213,11 @@ class Checkpoints(keras.callbacks.Callback):
         raise TrainingFailedError(f"{problem}; try a smaller --learning-rate, and inputs of a sensible scale")
 
     def _variables(self) -> list:
-        return [*self.model.variables, *self.model.optimizer.variables]
+        optimizer = self.model.optimizer
+        if not optimizer.built:
+            with self.model.distribute_strategy.scope():
+                optimizer.build(self.model.trainable_variables)
+        return [*self.model.variables, *optimizer.variables]
 
     def _parts(self, variable: keras.Variable) -> Sequence[tf.Variable]:
         """A metric's variable on each replica of this worker: their sum is its value."""
@@ -197,72 +225,63 @@ class Checkpoints(keras.callbacks.Callback):
 
     def _metrics(self) -> list[np.ndarray]:
         """Of each variable of the metrics its parts on all replicas, [replicas, ...]; on the chief only."""
-
-        def read(part: tf.Variable) -> np.ndarray:  # `np.asarray(part)` takes more than twice as long.
-            return tf.raw_ops.ReadVariableOp(resource=part.handle, dtype=part.dtype).numpy()
-
-        parts = [np.stack(list(map(read, self._parts(each)))) for each in self.model.metrics_variables]
+        parts = [np.stack([part.numpy() for part in self._parts(each)]) for each in self.model.metrics_variables]
         return [np.concatenate(workers) for workers in zip(*self.cluster.gather(parts), strict=True)]
 
-    def _save(self, epoch: int, batch: int, metrics: list[np.ndarray], value: float | None = None) -> None:
-        """Writes a checkpoint; one that can't be written is warned of, and the one before stays."""
+    def _states(self, arrays: list[np.ndarray]) -> list[dict[str, Any]]:
+        """Class and state of each of the other callbacks, as JSON; its arrays are appended to `arrays`."""
+        states = []
+        for callback in self.others:
+            states.append({"class": type(callback).__name__, "state": {}})
+            # `EarlyStopping` negates the `min_delta` that it was given in each process.
+            given = {"params", *inspect.signature(type(callback).__init__).parameters}
+            for name, value in vars(callback).items():
+                if name.startswith("_") or name in given or callable(value):
+                    continue
+                try:
+                    states[-1]["state"][name] = _encoded(value, arrays)
+                except TypeError as error:
+                    place = f"{type(callback).__name__}.{name}"
+                    if place not in self._unkept:
+                        warn(f"{place}: holds a {error}, which no checkpoint keeps; --resume starts without it")
+                    self._unkept.add(place)
+        return states
+
+    def _save(self, epoch: int, batch: int, metrics: list[np.ndarray], ahead: int = 0) -> None:
+        """Writes a checkpoint; warns if it can't be written, and the one before stays.
+
+        Args:
+            epoch: the epoch to resume.
+            batch: the batch of this epoch to resume at.
+            metrics: by `_metrics`; empty before the first batch.
+            ahead: the number of steps by which the variables are ahead of `batch`.
+        """
         if not self.cluster.chief:
             return
-        began, variables, step = time.monotonic(), self._variables(), epoch * self.params["steps"] + batch
-        tensors = {_key("variables", number): tf.convert_to_tensor(each) for number, each in enumerate(variables)}
-        for variable, tensor in zip(variables, tensors.values(), strict=True):
-            if tensor.dtype.is_floating and not np.isfinite(tensor.numpy()).all():
-                self._fail(f"{variable.path} is not finite after step {step}")
-        arrays, callbacks = list(metrics), []
-        for callback in self.others:
-            callbacks.append({"class": type(callback).__name__, "plain": {}, "arrays": {}})
-            # `EarlyStopping` turns the sign of its `min_delta` in each process: what was given is no state.
-            given = {"params", *inspect.signature(type(callback).__init__).parameters}
-            for name, content in vars(callback).items():
-                if name.startswith("_") or name in given:
-                    continue
-                content = content.item() if isinstance(content, np.generic) else content
-                if isinstance(content, list) and content and all(isinstance(each, np.ndarray) for each in content):
-                    callbacks[-1]["arrays"][name] = list(range(len(arrays), len(arrays) + len(content)))
-                    arrays += content
-                else:
-                    with contextlib.suppress(TypeError, ValueError):  # What JSON can't hold is no state: a function.
-                        json.dumps(content)
-                        callbacks[-1]["plain"][name] = content
-        part, checkpoint = self.folder / "part", self.folder / f"epoch-{epoch:06}-batch-{batch:09}"
-        best = self._best
-        if value is not None and (best is None or value <= best[0]):
-            best = [value, checkpoint.name]
+        began, step = time.monotonic(), epoch * self.params["steps"] + batch
+        arrays = [keras.ops.convert_to_numpy(variable) for variable in self._variables()]
+        for variable, values in zip(self._variables(), arrays, strict=True):
+            if "float" in str(values.dtype) and not np.isfinite(values).all():
+                self._fail(f"{variable.path} is not finite after step {step + ahead}")
+        arrays += metrics
+        state = {"epoch": epoch, "batch": batch, "step": step, "ahead": ahead, "metrics": len(metrics)}
+        state |= {"stopped": self._stopping(), "variables": self._shapes(), "callbacks": self._states(arrays)}
+        part, checkpoint = self.folder / "part", self.folder / f"epoch-{epoch:06}-batch-{batch + ahead:09}"
         try:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-            tensors |= {_key("arrays", number): tf.constant(each) for number, each in enumerate(arrays)}
-            # As `tf.train.Checkpoint` does, which builds and traces a graph before.
-            tf.raw_ops.SaveV2(
-                prefix=str(part / "variables"),
-                tensor_names=list(tensors),
-                shape_and_slices=[""] * len(tensors),
-                tensors=list(tensors.values()),
-            )
-            state = {
-                "epoch": epoch,
-                "batch": batch,
-                "step": step,
-                "stopped": self.model.stop_training,
-                "best": best,
-                "variables": self._shapes(),
-                "metrics": len(metrics),
-                "callbacks": callbacks,
-                "files": {file.name: file_sha256(file) for file in sorted(part.iterdir())},
-                **self.about(),
-            }
-            write_file(part / "state.json", sealed(state))
+            np.savez(part / "arrays.npz", *arrays)
+            (part / "state.json").write_text(json.dumps(state | self.about()))
+            digests = {file.name: file_sha256(file) for file in part.iterdir()}
+            (part / "files.json").write_text(json.dumps(digests))
             shutil.rmtree(checkpoint, ignore_errors=True)  # A damaged one that was reached again.
-            os.rename(part, checkpoint)
-            self._best = best
-            self._delete_old(checkpoint)
+            rename(part, checkpoint)
+            before = [path for path in _checkpoints(self.folder) if path < checkpoint][:1]
+            for path in _checkpoints(self.folder):
+                if path not in (checkpoint, *before):
+                    shutil.rmtree(path, ignore_errors=True)
             self._failed = False
-        except (OSError, tf.errors.OpError) as error:
+        except OSError as error:
             shutil.rmtree(part, ignore_errors=True)
             if not self._failed:
                 warn(f"{checkpoint}: can't be written ({error}); the checkpoint before it stays")
@@ -273,62 +292,36 @@ class Checkpoints(keras.callbacks.Callback):
     def _shapes(self) -> list[list]:
         return [[each.path, list(each.shape), str(each.dtype)] for each in self._variables()]
 
-    def _delete_old(self, newest: pathlib.Path) -> None:
-        others = [each for each in _checkpoints(self.folder) if each != newest]
-        before = [each for each in others if each.name < newest.name]
-        kept = {*before[:1], self.folder / (self._best[1] if self._best else newest.name)}
-        for each in others:
-            if each not in kept:
-                shutil.rmtree(each, ignore_errors=True)
-
-    def _restore(self, checkpoint: pathlib.Path, state: dict[str, Any]) -> None:
+    def _prepare(self, checkpoint: pathlib.Path, state: dict[str, Any]) -> None:
+        """Reads a checkpoint, and restores it unless it is one within an epoch: see `on_epoch_begin`."""
         for there, here in zip(state["variables"], self._shapes(), strict=False):
             if _unnumbered(there) != _unnumbered(here):
                 raise UserError(f"{checkpoint}: holds {there} where this model has {here}; start a new run")
         names = [type(callback).__name__ for callback in self.others]
         if len(state["variables"]) != len(self._shapes()) or [each["class"] for each in state["callbacks"]] != names:
             raise UserError(f"{checkpoint}: of another model or with other callbacks; start a new run")
-        tensors = self.cluster.from_chief(_tensors(checkpoint) if self.cluster.chief else None)
-
-        def stored(kind: str, number: int) -> np.ndarray:
-            return tensors[_key(kind, number)]
-
-        for number, variable in enumerate(self._variables()):
-            variable.assign(stored("variables", number))
-        for callback, kept in zip(self.others, state["callbacks"], strict=True):
-            vars(callback).update(kept["plain"])
-            for name, numbers in kept["arrays"].items():
-                setattr(callback, name, [stored("arrays", number) for number in numbers])
+        arrays = None
+        if self.cluster.chief:
+            with np.load(checkpoint / "arrays.npz") as file:
+                arrays = [file[name] for name in file.files]
+        self._arrays = self.cluster.from_chief(arrays)
         # Keras' own way to let a callback choose the first epoch; `BackupAndRestore` has no other.
         self.model._initial_epoch = self.params["epochs"] if state["stopped"] else state["epoch"]
-        self._last_step, self._best = state["step"], state["best"]
-        if state["batch"]:
-            self._pass_over(state["batch"], [stored("arrays", number) for number in range(state["metrics"])])
+        self._offset, self._ahead, self._last_step = state["batch"], state["ahead"], state["step"] + state["ahead"]
+        if not self._offset and not self._ahead:
+            self._restore()
 
-    def _pass_over(self, batches: int, metrics: list[np.ndarray]) -> None:
-        """Lets the epoch go on behind its first batches: Keras counts them, but nothing is computed."""
-        self._passed_over, compute, left = batches, self.model.train_function, [batches]
-
-        def go_on(iterator: Any) -> Any:
-            if left[0] == batches:
-                # `fit` has just reset the metrics; those of `compile` may not even be built.
-                self.model._symbolic_build(data_batch=iterator.element_spec)
-                for variable, content in zip(self.model.metrics_variables, metrics, strict=True):
-                    parts = self._parts(variable)
-                    for replica, part in enumerate(parts, start=self.cluster.index * len(parts)):
-                        part.assign(content[replica])
-            if left[0] > 0:
-                left[0] -= self.model.steps_per_execution
-                return self.model.get_metrics_result()
-            self.model.train_function = compute
-            return compute(iterator)
-
-        self.model.train_function = go_on
-        # The other callbacks have seen these batches.
-        hooks = ("on_train_batch_begin", "on_train_batch_end")
-        self._deaf = [
-            (callback, {name: vars(callback)[name] for name in hooks if name in vars(callback)})
-            for callback in self.others
-        ]
-        for callback in self.others:
-            vars(callback).update(dict.fromkeys(hooks, lambda batch, logs=None: None))
+    def _restore(self) -> None:
+        """Restores variables, metrics and callbacks: after what `fit` and other callbacks do before the first batch."""
+        state, variables = self.resumed[1], self._variables()
+        # As the variables' types: NumPy's files do not know bfloat16.
+        for variable, values in zip(variables, self._arrays, strict=False):
+            variable.assign(values.view(tf.as_dtype(variable.dtype).as_numpy_dtype))
+        # Keras has built the metrics before the first step, see `common/upstream.py`.
+        metrics = self.model.metrics_variables if state["metrics"] else []
+        for variable, values in zip(metrics, self._arrays[len(variables) :][: state["metrics"]], strict=True):
+            parts = self._parts(variable)
+            for replica, part in enumerate(parts, start=self.cluster.index * len(parts)):
+                part.assign(values[replica])
+        for callback, kept in zip(self.others, state["callbacks"], strict=True):
+            vars(callback).update({name: _decoded(value, self._arrays) for name, value in kept["state"].items()})

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
-import functools
+import gc
 import inspect
 import math
 import os
@@ -15,6 +15,8 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, NoReturn
 
+import tensorflow as tf
+
 # Numbers with limits: the lowest value allowed, and the one that all must stay below.
 Count = Annotated[int, 1, math.inf]
 Positive = Annotated[float, 1e-30, math.inf]
@@ -24,8 +26,6 @@ Strategy = Literal["auto", "none", "mirrored", "multi-worker", "tpu", "parameter
 EXIT_INTERRUPTED = 75
 # What asks a program to end: Ctrl-C, and a cluster that wants its machine back.
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-# The file descriptors to say so on: the last one counts, as others may be kept quiet.
-terminals = [2]
 # Called with the exit code and the line that says why, when a recipe ends.
 endings: list[Callable[[int, str], None]] = []
 # The flags that change nothing of what is computed in training.
@@ -77,6 +77,35 @@ class SharedConfig:
     profile: bool = False  # write a TensorBoard profile of a few steps
     quiet: bool = False  # print errors only
 
+    def __post_init__(self):
+        """Checks all fields, and keeps a smoke test short.
+
+        Raises:
+            UserError: a value is not of its field's type, or beyond its limits.
+        """
+        for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
+            if problem := _problem(getattr(self, name), kind):
+                raise UserError(f"--{name.replace('_', '-')}: {problem}")
+        if not re.fullmatch(r"([1-9]\d{0,8}(min)?)?", self.checkpoint_every):
+            raise UserError(f"--checkpoint-every {self.checkpoint_every}: give steps, as 500, or minutes, as 10min")
+        if self.smoke:
+            object.__setattr__(self, "epochs", min(self.epochs, 2))
+
+
+def _problem(value: Any, kind: Any) -> str:
+    """What is wrong with a value for a field of a type, which may be `Literal` or annotated with limits; or nothing."""
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        return "" if value in choices else f"{value!r} is none of {', '.join(choices)}"
+    number, lowest, below = typing.get_args(kind) or (kind, 0, math.inf)
+    fits = isinstance(value, (int, float) if number is float else number)
+    if not fits or (isinstance(value, bool) and number is not bool):
+        return f"{value!r} is no {number.__name__}"
+    if number not in (int, float) or lowest <= value < below:
+        return ""
+    limits = f"at least {lowest:,}" + (f" and less than {below:,}" if below < math.inf else "")
+    return f"{value} must be {limits if math.isfinite(value) else 'finite'}"
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line; flags can't be shortened, so that a new one breaks no old command."""
@@ -110,29 +139,24 @@ def parse_config(config_class: type, arguments: Sequence[str], description: str 
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is Literal:
-            options["choices"] = typing.get_args(kind)
+            options["metavar"] = f"{{{','.join(typing.get_args(kind))}}}"
         elif kind is not str:
-            number, *limits = typing.get_args(kind) or (kind, 0, math.inf)
-            options |= {"type": functools.partial(_number, number, *limits), "metavar": number.__name__}
+            number = (typing.get_args(kind) or (kind,))[0]
+            options |= {"type": number, "metavar": number.__name__}
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **options)
-    config = config_class(**vars(parser.parse_args(arguments)))
-    return dataclasses.replace(config, epochs=min(config.epochs, 2)) if config.smoke else config
+    return config_class(**vars(parser.parse_args(arguments)))
 
 
-def whole_number(lowest: int, below: float = math.inf) -> Callable[[str], float]:
+def whole_number(lowest: int, below: float = math.inf) -> Callable[[str], int]:
     """For the `type` of a script's flag: the lowest number allowed, and the one that it must stay below."""
-    return functools.partial(_number, int, lowest, below)
 
+    def number(text: str) -> int:
+        value = int(text)
+        if problem := _problem(value, Annotated[int, lowest, below]):
+            raise argparse.ArgumentTypeError(problem)
+        return value
 
-def _number(kind: type, lowest: float, below: float, text: str) -> float:
-    try:
-        value = kind(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from error
-    if not lowest <= value < below:
-        limits = f"at least {lowest:,}" + (f" and less than {below:,}" if below < math.inf else "")
-        raise argparse.ArgumentTypeError(f"{value} must be {limits if math.isfinite(value) else 'finite'}")
-    return value
+    return number
 
 
 def field_comments(config_class: type) -> dict[str, str]:
@@ -183,12 +207,16 @@ def _of_the_disk(error: OSError) -> str:
 def run_recipe(train: Callable[[Any], dict], config_class: type, description: str | None = None) -> None:
     """The whole of a recipe's `main`: reads the flags, trains, and ends the process with the exit code.
 
-    0 done; 2 something the user can mend; 3 the loss is no longer a finite number; 75 interrupted; and, with
-    several workers, 76 when one of them is lost.
+    0 done; 2 something the user can fix; 3 the loss is not finite; 75 interrupted; and, with several workers, 76 when
+    one of them is lost. From here on Ctrl-C and `SIGTERM` end the process at once, in training once it is saved.
+    Before, while modules are imported, they do what they do in any Python program.
     """
-    exit_when_stopped("interrupted: the same command with --resume goes on")
+    _exit_when_stopped()
+    gc.freeze()  # The modules are a million objects that stay: the garbage collector need not look at them again.
+    config = None
     try:
-        train(parse_config(config_class, sys.argv[1:], description or ""))
+        config = parse_config(config_class, sys.argv[1:], description or "")
+        train(config)
         code, line = 0, ""
     except AlreadyFinishedError as finished:
         code, line = 0, str(finished)
@@ -205,6 +233,9 @@ def run_recipe(train: Callable[[Any], dict], config_class: type, description: st
         if error.errno not in _DISK:
             raise
         code, line = 2, f"error: {_of_the_disk(error)}"
+    except (MemoryError, tf.errors.ResourceExhaustedError):
+        size = config.batch_size
+        code, line = 2, f"error: --batch-size {size}: does not fit into memory; try {max(1, size // 2)}"
     except KeyboardInterrupt as interruption:
         code, line = EXIT_INTERRUPTED, f"interrupted: {interruption}"
     line = " ".join(line.split())
@@ -217,17 +248,21 @@ def run_recipe(train: Callable[[Any], dict], config_class: type, description: st
     sys.exit(code)
 
 
-def exit_when_stopped(line: str) -> None:
-    """Lets a signal that asks the program to end do so at once, with this line and exit code 75.
+def _exit_when_stopped() -> None:
+    """Lets a signal that asks the program to end do so at once, with one line and exit code 75.
 
     During `fit` another handler saves first. At any other time nothing is unsaved, and to exit at once is safer than
     an exception, which a library might swallow.
     """
+    line, terminal = "interrupted: the same command with --resume goes on", 2
+    with contextlib.suppress(OSError):  # There is no stderr.
+        terminal = os.dup(2)  # As `quiet_native_stderr` redirects the other.
 
     def exit_interrupted(number: int, frame: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # The signal came while a line was being printed.
+        with contextlib.suppress(RuntimeError, OSError):  # The signal came while a line was being printed.
             sys.stdout.flush()
-        os.write(terminals[-1], f"{line}\n".encode())
+        with contextlib.suppress(OSError):
+            os.write(terminal, f"{line}\n".encode())
         for say in endings:
             say(EXIT_INTERRUPTED, line)
         os._exit(EXIT_INTERRUPTED)

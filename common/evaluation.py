@@ -78,6 +78,8 @@ def evaluate_classifier(
         xticks_rotation=45,
         include_values=len(class_names) <= 20,
     )
+    if len(class_names) > 40:  # Nobody could read it, and it would take gigabytes.
+        del report.figures["confusion_matrix"]
     shown = (split.inputs if shown_inputs is None else shown_inputs).numpy()[mistakes]
     titles = [f"{is_class}, not {taken_for}" for is_class, taken_for in named]
     if shown.dtype == np.uint8 and titles:

@@ -1,4 +1,4 @@
-"""What a result states beside its metrics: which weights, which code, which versions, how much memory."""
+"""Files that are written whole or not at all, and what a result states of its code, weights and memory."""
 
 import functools
 import hashlib
@@ -20,45 +20,63 @@ from common.cli import UserError
 import keras
 import numpy as np
 
-
-def write_file(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all: under another name first, then renamed."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def sealed(content: dict[str, Any]) -> str:
-    """JSON that holds the SHA-256 of its own content."""
-    seal = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return json.dumps({**content, "sha256": seal}, indent=2) + "\n"
+# What scripts read of a result.
+RESULT = (
+    *("recipe", "data", "metrics", "parameters", "seconds", "examples_per_second", "history", "class_names", "columns"),
+    *("weights_sha256", "model_sha256"),
+)
 
 
-def unsealed(text: bytes) -> dict[str, Any]:
-    """What was given to `sealed`; a ValueError if a single byte is another."""
-    try:
-        content = json.loads(text)
-        del content["sha256"]
-        whole = sealed(content)
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError("not written by a recipe, or damaged") from error
-    if text != whole.encode():
-        raise ValueError("changed since it was written")
-    return content
-
-
-def read_sealed(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a file that was written as `write_file(path, sealed(content))`.
+def rename(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Renames a file or a folder so that after a power cut there is the whole content under the new name, or the old.
 
     Raises:
-        UserError: the file is not there, or a byte of it is another.
+        OSError: it can't be written to the disk, or renamed.
+    """
+    for path in (*source.rglob("*"), source):
+        _flush(path)
+    os.replace(source, target)
+    _flush(target.parent)
+
+
+def _flush(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # Some network file systems refuse that of folders.
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    rename(part, path)
+
+
+def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_file(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: pathlib.Path, *keys: str) -> dict[str, Any]:
+    """Reads a JSON file that holds an object with these keys.
+
+    Raises:
+        UserError: it can't be read, or holds something else.
     """
     try:
-        return unsealed(path.read_bytes())
+        content = json.loads(path.read_bytes())
+        if isinstance(content, dict) and content.keys() >= set(keys):
+            return content
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror}); name the folder of a run, below runs/") from error
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; take another run, or train again") from error
+    except (ValueError, RecursionError):
+        pass
+    raise UserError(f"{path}: not written by a recipe, or damaged; take another run, or train again")
 
 
 def read_run(folder: pathlib.Path) -> dict[str, Any]:
@@ -69,8 +87,8 @@ def read_run(folder: pathlib.Path) -> dict[str, Any]:
     """
     if (folder / "config.json").exists() and not (folder / "result.json").exists():
         raise UserError(f"{folder}: a run that is not finished; go on with it by --resume, or name another")
-    result, settings = read_sealed(folder / "result.json"), read_sealed(folder / "config.json")
-    return {**result, "config": settings["config"]}
+    result = read_json(folder / "result.json", *RESULT)
+    return {**result, "config": read_json(folder / "config.json", "config")["config"]}
 
 
 def load_program(path: pathlib.Path) -> types.ModuleType:
@@ -103,16 +121,18 @@ def weights_sha256(model: keras.Model) -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Which program with which packages gave a result, and the most memory it held at any one time.
+    """Which code with which packages gave a result, and the most memory it held at any one time, in bytes.
 
-    The commit is that of the program's folder as the process found it first, as that is the code that it runs; marked
-    where files differ from it; None outside a repository.
+    `commit` is that of the repository of this package, as imported; `recipe_commit` that of the program's folder, where
+    it is another. Each as the process found it first, as that is the code that it runs.
     """
     packages = ("tensorflow", "keras", "tensorflow-datasets", "tensorboard", "numpy", "scikit-learn")
+    package, recipe = (commit(pathlib.Path(file).parent) for file in (__file__, sys.argv[0]))
     return {
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in packages},
-        "commit": commit(pathlib.Path(sys.argv[0]).parent),
+        "commit": package,
+        **({} if recipe == package else {"recipe_commit": recipe}),
         "command": shlex.join(["python", *sys.argv]),
         # Linux counts in KiB, macOS in bytes.
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

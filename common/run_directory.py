@@ -1,4 +1,4 @@
-"""Which folder a run writes to, that no other process does, and whether what is in it may be resumed."""
+"""The run directory: its choice, its lock, and the check that a run in it may be resumed."""
 
 import contextlib
 import datetime
@@ -9,10 +9,12 @@ import platform
 from typing import Any, BinaryIO
 
 from common.cli import BESIDE_TRAINING, AlreadyFinishedError, SharedConfig, UserError, warn
-from common.records import file_sha256, read_sealed, sealed, unsealed
+from common.records import RESULT, file_sha256, read_json
 
 # What may be left of a run that was killed before it had begun.
 TRACES = {"lock", "config.json.part"}
+# What may be left of a run that was killed before its first checkpoint.
+_EARLY = {*TRACES, "config.json", "plots", "checkpoints", "tensorboard"}
 _locks: dict[pathlib.Path, BinaryIO] = {}
 
 
@@ -37,89 +39,96 @@ def choose_directory(recipe: str, config: SharedConfig) -> pathlib.Path:
 
 def _recipe_of(directory: pathlib.Path) -> str:
     try:
-        return read_sealed(directory / "config.json")["recipe"]
-    except UserError:  # Damaged, as `resumed_settings` is going to say.
+        return read_json(directory / "config.json", "recipe")["recipe"]
+    except UserError:  # Damaged: `resumed_settings` reports it.
         return directory.parent.name
 
 
 def is_used(directory: pathlib.Path, resume: bool) -> bool:
-    """Whether there is a run in `directory`, which then is locked; refuses one that may not be used."""
+    """Whether there is a run in `directory`; locks it then.
+
+    Raises:
+        UserError: the directory is not empty and `resume` is False, another process has locked it, or it can't be read.
+    """
     try:
         found = set(os.listdir(directory)) - TRACES
     except FileNotFoundError:
-        found = set()
+        return False
     except OSError as error:
         raise UserError(f"--run-dir {directory}: {error.strerror}; choose an empty or a new one") from error
-    if not found:
-        return False
-    if resume or (directory / "lock").exists():
-        lock(directory)
-    if not resume:
-        unlock(directory)
+    if found and not resume:
         raise UserError(f"--run-dir {directory}: is not empty; choose a new folder, or go on with its run by --resume")
-    return True
+    if found:
+        lock(directory)
+    return bool(found)
 
 
 def lock(directory: pathlib.Path) -> None:
-    """Keeps other processes out of a run directory, until this one ends in whatever way.
+    """Keeps other processes out of a run directory until `unlock`, or until this process ends.
 
     Raises:
-        UserError: another process is at work in it, or it can't be written to.
+        UserError: another process has locked it, or it can't be written to.
     """
     path = (directory / "lock").resolve()
-    if path in _locks:  # An earlier run of this process.
+    if path in _locks:  # By an earlier run of this process.
         _locks.pop(path).close()
-    new, file = not path.exists(), None
     try:
-        file = open(path, "a+b")  # noqa: SIM115
-        file.seek(0)
-        try:
-            holder = "process {pid} on {host}".format(**unsealed(file.read()))
-        except ValueError:
-            holder = ""
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not new and not holder:
-            warn(f"{path}: damaged; taken over, as no process holds it")
-        file.truncate(0)
-        file.write(sealed({"pid": os.getpid(), "host": platform.node()}).encode())
-        file.flush()
+        while True:
+            file = open(path, "a+b", buffering=0)  # noqa: SIM115
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    break
+            file.close()  # Another process had locked this file and has just deleted it.
+    except BlockingIOError as error:
+        with file:
+            file.seek(0)
+            holder = file.read().decode(errors="replace") or "another process"
+        raise UserError(f"--run-dir {directory}: in use by {holder}; wait for it, or choose another") from error
     except OSError as error:
-        with contextlib.suppress(OSError):  # On a full disk, closing tries to write once more.
-            if new and not isinstance(error, BlockingIOError):
-                path.unlink()
-            if file:
-                file.close()
-        problem = f"{error.strerror}; choose an empty or a new one"
-        if isinstance(error, BlockingIOError):
-            problem = f"in use by {holder or 'another process'}; wait for it, or choose another"
-        raise UserError(f"--run-dir {directory}: {problem}") from error
+        raise UserError(f"--run-dir {directory}: {error.strerror}; choose an empty or a new one") from error
+    with contextlib.suppress(OSError):  # Only for the message above.
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}".encode())
     _locks[path] = file
 
 
 def unlock(directory: pathlib.Path) -> bool:
-    """Gives the lock of a run directory back; whether this process had it."""
+    """Unlocks a run directory; returns whether this process had locked it."""
     path = (directory / "lock").resolve()
-    held = _locks.pop(path, None)
-    if held:
-        path.unlink(missing_ok=True)
-        held.close()
-    return held is not None
+    file = _locks.pop(path, None)
+    if file:
+        path.unlink(missing_ok=True)  # While it is locked: see the comparison in `lock`.
+        file.close()
+    return file is not None
 
 
 def resumed_settings(directory: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the run in `directory`, if `settings` are the same."""
-    if not (directory / "config.json").exists():
+    """The settings of the run in `directory`, with `resumed` counted up.
+
+    Raises:
+        UserError: there is no run, it is damaged, or it has other settings than `settings`.
+        AlreadyFinishedError: the run has its result.
+    """
+    path = directory / "config.json"
+    if not path.exists():
         raise UserError(f"--run-dir {directory}: holds no run; choose a new folder, or that of a run to resume")
-    before = read_sealed(directory / "config.json")
+    try:
+        before = read_json(path, "recipe", "config", "chosen", "files", "resumed")
+    except UserError as error:
+        torn = path.is_file() and not path.read_bytes().rstrip().endswith(b"}")
+        if not torn or set(os.listdir(directory)) - _EARLY or any(directory.glob("checkpoints/epoch-*")):
+            raise
+        warn(f"{str(error).split(';')[0]}; the run has no checkpoint yet and starts anew")
+        before = settings
     if before["recipe"] != settings["recipe"]:
         raise UserError(
             f"--run-dir {directory}: a run of {before['recipe']}, not of {settings['recipe']}; choose another"
         )
     differing = {}
     for part in ("config", "chosen", "files"):
-        was = before.get(part, {})  # Older runs name no files.
-        for name in {**was, **settings[part]}:
-            old, new = was.get(name), settings[part].get(name)
+        for name in {**before[part], **settings[part]}:
+            old, new = before[part].get(name), settings[part].get(name)
             exact = part == "config" or name != "threads" or settings["config"]["deterministic"]
             if old != new and exact and name not in BESIDE_TRAINING:
                 differing[name] = f"{name} was {old!r} and is {new!r}"
@@ -128,7 +137,7 @@ def resumed_settings(directory: pathlib.Path, settings: dict[str, Any]) -> dict[
             f"--resume: in {directory}, {'; '.join(differing.values())}; give the same flags, or start a new run"
         )
     if (directory / "result.json").exists():
-        result, model = read_sealed(directory / "result.json"), directory / "model.keras"
+        result, model = read_json(directory / "result.json", *RESULT), directory / "model.keras"
         if not model.is_file() or file_sha256(model) != result["model_sha256"]:
             raise UserError(f"{model}: missing, or not what the training wrote; get it back, or start a new run")
         raise AlreadyFinishedError(f"{directory}: finished already; a new run needs another folder, and no --resume")

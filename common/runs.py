@@ -5,7 +5,6 @@ import dataclasses
 import math
 import os
 import pathlib
-import re
 import shlex
 import shutil
 import sys
@@ -13,20 +12,22 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from common import upstream
 from common.batches import Augment
-from common.checkpoints import Checkpoints, newest_checkpoint
-from common.cli import BESIDE_TRAINING, AlreadyFinishedError, SharedConfig, UserError
+from common.checkpoints import EPOCH_OVER, Checkpoints, newest_checkpoint
+from common.cli import BESIDE_TRAINING, AlreadyFinishedError, SharedConfig, UserError, warn
 from common.cluster_description import described_cluster
 from common.data import Data
 from common.evaluation import Report, curves_figure, figure_png
 from common.hardware import apply, choose, describe_machine
 from common.multiworker import Cluster, joined_cluster
-from common.records import file_sha256, provenance, sealed, weights_sha256, write_file
+from common.records import file_sha256, provenance, rename, weights_sha256, write_json
 from common.run_directory import TRACES, choose_directory, is_used, lock, resumed_settings, unlock
 from common.tensorboard import Logs
 
 import keras
 import tensorflow as tf
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -48,8 +49,6 @@ def start_run(config: SharedConfig, **files: str) -> "Run":
         AlreadyFinishedError: the run to resume has its result.
     """
     started = time.perf_counter()
-    if not re.fullmatch(r"([1-9]\d{0,8}(min)?)?", config.checkpoint_every):
-        raise UserError(f"--checkpoint-every {config.checkpoint_every}: give steps, as 500, or minutes, as 10min")
     described = config.strategy in ("auto", "multi-worker")
     workers, index = described_cluster(os.environ) if described else ((), 0)
     # A class typed into a notebook stands in no file.
@@ -178,7 +177,7 @@ class Run:
             card = {"recipe": self.recipe, "data": about, "config": dataclasses.asdict(self.config)}
             card |= {"hardware": self.hardware, **made_by}
             self.logs.attempt(self.logs.begin, f"{self.recipe}/{self.directory.name}", card, data, augment)
-        return [self.watch, self.logs, *more, kept]
+        return [self.watch, self.logs, *more, kept, kept.progress_bar]
 
     def _seconds(self) -> dict[str, float]:
         return {**self.seconds, "total": self.seconds["total"] + time.perf_counter() - self.started}
@@ -195,7 +194,7 @@ class Run:
                 raise UserError(f"{data.name}: not the data that this run began with; bring those back, or start anew")
             if not self.settings["resumed"] and set(os.listdir(self.directory)) - TRACES:
                 raise UserError(f"--run-dir {self.directory}: another process was faster; choose a new folder")
-            write_file(self.directory / "config.json", sealed(self.settings))
+            write_json(self.directory / "config.json", self.settings)
             for name in ("plots", "checkpoints"):
                 (self.directory / name).mkdir(exist_ok=True)
             # Whether checkpoints can be written shall show now, not after hours.
@@ -234,10 +233,7 @@ class Run:
         metrics, watch = {**report.metrics, **beside}, self.watch
         if not self.cluster.chief:
             return metrics
-        figures = {"learning_curves": curves_figure(watch.history), **report.figures}
-        pictures = {name: figure_png(figure) for name, figure in figures.items()}
-        self.logs.attempt(self.logs.end, watch.steps, metrics, pictures, report.texts)
-        evaluated = time.perf_counter()
+        self.logs.attempt(self.logs.end, watch.steps, metrics, report.texts)
         result = {
             "recipe": self.recipe,
             "data": {"source": data.source, "name": data.name, "digest": self.data_digest, **data.counts()},
@@ -250,12 +246,13 @@ class Run:
             "seconds": {
                 "compile": watch.compile_seconds,
                 "train": watch.elapsed - watch.compile_seconds,
-                "evaluate": evaluated - watch._end,
+                "evaluate": time.perf_counter() - watch._end,
                 **self._seconds(),
             },
             "examples_per_second": watch.examples / watch.seconds if watch.examples else None,
             "weights_sha256": weights_sha256(model),
             "hardware": self.hardware,
+            "patches": getattr(upstream, "applied", []),
             "files": self.settings["files"],
             **provenance(),
             "task": data.task,
@@ -264,18 +261,17 @@ class Run:
             "history": watch.history,
             "evaluation": report.details,
         }
-        part = self.directory / "part.keras"  # Renamed when whole; Keras wants the suffix.
+        part = self.directory / "part.keras"  # Keras wants the suffix.
         try:
-            for name, png in pictures.items():
-                (self.directory / "plots" / f"{name}.png").write_bytes(png)
             (with_class_names(model, data.class_names) if data.task["output"] == "class" else model).save(part)
-            os.replace(part, self.directory / "model.keras")
+            rename(part, self.directory / "model.keras")
             result["model_sha256"] = file_sha256(self.directory / "model.keras")
-            write_file(self.directory / "result.json", sealed(result))
-            unlock(self.directory)
+            write_json(self.directory / "result.json", result)
         except OSError as error:
             part.unlink(missing_ok=True)
             raise UserError(f"--run-dir {self.directory}: {error}; make room, then go on with --resume") from error
+        self._draw({"learning_curves": curves_figure(watch.history), **report.figures})
+        unlock(self.directory)
         if not self.config.quiet:
             table = Table("figure", "value", title=f"{self.recipe}: test split of {data.name} ({data.source})")
             for name, value in metrics.items():
@@ -287,6 +283,17 @@ class Run:
             print(f"run directory: {self.directory}")
             print(f"watch it: {shlex.join([tensorboard_program(), '--logdir', str(self.directory)])}")
         return metrics
+
+    def _draw(self, figures: dict[str, Figure]) -> None:
+        """Writes figures below `plots` and to TensorBoard, after all else: one that fails is only warned of."""
+        for name, figure in figures.items():
+            try:
+                png = figure_png(figure)
+                (self.directory / "plots" / f"{name}.png").write_bytes(png)
+                self.logs.attempt(self.logs.show, self.watch.steps, name, png)
+            except Exception as error:  # Matplotlib has errors of many types.
+                warn(f"{self.directory / 'plots' / name}.png: can't be written ({error})")
+        self.logs.attempt(self.logs.close)
 
 
 def once(run: Run, make: Callable[[], Any]) -> Any:
@@ -338,10 +345,12 @@ class _Watch(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self._tick()
+        self._done = 0
 
     def on_train_batch_end(self, batch, logs=None):
-        # With several steps per execution, `batch` is the last one of them.
-        took, batches, self.batches = self._tick(), batch + 1 - self.batches, batch + 1
+        # With several steps per execution, `batch` is the last one of them. A resumed epoch counts from 0 again.
+        took, batches, self._done = self._tick(), batch + 1 - self._done, batch + 1
+        self.batches += batches
         if self._traced:
             self.epoch_examples += batches * self._examples_per_epoch / self.params["steps"]
             self.epoch_seconds += took
@@ -351,6 +360,8 @@ class _Watch(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self._tick()
+        if self.model.stop_training == EPOCH_OVER:  # Here, so that later callbacks can stop the training.
+            self.model.stop_training = False
         # An epoch of one execution, which was traced, has nothing else to be measured by.
         examples, seconds = self.epoch_examples, self.epoch_seconds
         logs["examples_per_second"] = (

@@ -131,15 +131,22 @@ class Logs(keras.callbacks.TensorBoard):
             hparams.hparams({**chosen, "recipe": card["recipe"], "data": data.name}, trial_id=name)
             _show_examples(data, augment)
 
-    def end(self, step: int, metrics: dict[str, float], pictures: dict[str, bytes], texts: dict[str, str]) -> None:
+    def end(self, step: int, metrics: dict[str, float], texts: dict[str, str]) -> None:
         """Writes the results on the test split."""
         with self.writer.as_default(step=step):
             for name, value in metrics.items():
                 tf.summary.scalar(f"test/{name}", value)
-            for name, png in pictures.items():
-                _write_picture(name, png)
             for name, text in texts.items():
                 tf.summary.text(name, text)
+        self.writer.flush()
+
+    def show(self, step: int, name: str, png: bytes) -> None:
+        """Writes a picture, given as the bytes of a PNG file."""
+        with self.writer.as_default(step=step):
+            _write_picture(name, png)
+
+    def close(self) -> None:
+        """Writes what is still in memory."""
         self.writer.close()
 
 

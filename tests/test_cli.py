@@ -19,6 +19,7 @@ from common.cli import (
 )
 
 import pytest
+import tensorflow as tf
 from conftest import run_program
 
 
@@ -86,6 +87,31 @@ def test_bad_flags_are_named(flags, named):
 
 
 @pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"batch_size": 0}, "--batch-size: 0 must be at least 1"),
+        ({"batch_size": "8"}, "--batch-size: '8' is no int"),
+        ({"batch_size": True}, "--batch-size: True is no int"),
+        ({"learning_rate": float("nan")}, "--learning-rate: nan must be finite"),
+        ({"warmup": 1}, "--warmup: 1 must be at least 0 and less than 1"),
+        ({"strategy": "fast"}, "--strategy: 'fast' is none of auto, none, mirrored"),
+        ({"checkpoint_every": "5 hours"}, "--checkpoint-every 5 hours: give steps"),
+    ],
+)
+def test_limits_hold_in_python_too(values, named):
+    with pytest.raises(UserError) as error:
+        Config(**values)
+    assert str(error.value).startswith(named)
+    with pytest.raises(UserError):
+        dataclasses.replace(Config(), **values)
+
+
+def test_numbers_and_smoke_tests_in_python():
+    assert Config(learning_rate=1, warmup=0).learning_rate == 1
+    assert Config(smoke=True).epochs == 2
+
+
+@pytest.mark.parametrize(
     ("raised", "code", "line"),
     [
         (UserError("file.csv: no rows;\nadd some"), 2, "error: file.csv: no rows; add some\n"),
@@ -95,6 +121,12 @@ def test_bad_flags_are_named(flags, named):
             OSError(errno.EROFS, "Read-only file system", "x.npz"),
             2,
             "error: x.npz: Read-only file system; make room, or choose a place that can be written to\n",
+        ),
+        (MemoryError(), 2, "error: --batch-size 128: does not fit into memory; try 64\n"),
+        (
+            tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor"),
+            2,
+            "error: --batch-size 128: does not fit into memory; try 64\n",
         ),
     ],
 )
@@ -121,20 +153,9 @@ def test_a_script_that_is_stopped_leaves_nothing_behind(number, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("number", STOPPING)
-@pytest.mark.parametrize("module", ["tensorflow.python", "sklearn.metrics"])
-def test_a_program_that_is_stopped_while_it_imports_says_so(module, number, tmp_path):
-    """Within the import of TensorFlow, when its native messages are held back, and behind it."""
-    (tmp_path / "program.py").write_text(STOPPED_IN_AN_IMPORT)
-    run = run_program("program.py", module, str(int(number)), cwd=tmp_path)
-    assert (run.returncode, run.stdout, run.stderr) == (EXIT_INTERRUPTED, "", "interrupted before it had begun\n")
-
-
-def test_signals_of_what_is_no_program_of_ours_are_left_alone():
-    """As in a notebook, or where a test imports a recipe."""
-    words = "import signal, common; print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)"
-    run = run_program("-c", words)
-    assert (run.stdout, run.stderr) == ("True\n", "")
+def test_importing_changes_nothing_of_the_process():
+    run = run_program("-c", IMPORTED)
+    assert (run.returncode, run.stdout) == (0, ""), run.stderr
 
 
 def test_a_script_whose_reader_has_seen_enough_says_nothing():
@@ -161,15 +182,24 @@ def test_a_script_on_a_full_disk_says_so_in_one_line():
     assert run.stderr == "error: output: No space left on device; make room, or choose a place that can be written to\n"
 
 
-STOPPED_IN_AN_IMPORT = """
-import importlib.abc, os, sys
-class Stop(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name == sys.argv[1]:
-            os.kill(os.getpid(), int(sys.argv[2]))
-sys.meta_path.insert(0, Stop())
-from common.evaluation import Report
-print("not to be reached")
+IMPORTED = """
+import gc, inspect, os, signal
+os.environ.update(KERAS_BACKEND="tensorflow", TF_CPP_MIN_LOG_LEVEL="3")  # Else Keras and TensorFlow print.
+import keras
+from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+def process():
+    collector = gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()
+    classes = {keras.Model, TensorFlowTrainer}
+    for module in (keras.layers, keras.optimizers, keras.losses, keras.metrics, keras.callbacks, keras.distillation):
+        classes |= {each for each in vars(module).values() if inspect.isclass(each)}
+    attributes = {(each, name): id(value) for each in classes for name, value in vars(each).items()}
+    return [signal.getsignal(number) for number in signal.valid_signals()], collector, attributes
+before = process()
+import common, common.runs
+after = process()
+for name, was, now in zip(("handlers", "garbage collector", "classes"), before, after):
+    if was != now:
+        print(name, was if name != "classes" else was.items() ^ now.items(), now if name != "classes" else "")
 """
 STOPPED = """
 import sys, tempfile, time

@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
+import json
 import math
 import os
-import pathlib
 import random
 import shutil
 import signal
@@ -17,7 +18,7 @@ from common.checkpoints import Checkpoints, newest_checkpoint
 from common.cli import AlreadyFinishedError, SharedConfig, TrainingFailedError, UserError, run_recipe
 from common.data import Data
 from common.evaluation import evaluate_regressor
-from common.records import read_sealed, sealed
+from common.records import read_json, read_run, rename, write_json
 from common.runs import start_run
 
 import damage
@@ -81,6 +82,28 @@ class Brake(keras.callbacks.Callback):
             rate.assign(rate * 0.98)
 
 
+class Notes(keras.callbacks.Callback):
+    """Holds all kinds of state, which changes with each epoch, and an object that no checkpoint can hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.stranger = [], object()
+        self.state = {
+            "arrays": [np.arange(3.0), np.float32(0.1)],
+            "array": np.ones((2, 0), np.int8),
+            "names": np.array(["a", "bc"]),
+            ("a", "tuple"): {1: "integer key", 2.5: {3, frozenset({4})}},
+            "numbers": (1, 2**70, -0.0, math.inf, True, None, np.bool_(True)),
+            "huge": np.longdouble(1) / 3,
+        }
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.seen = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen.append(np.int64(batch))
+
+
 def splits():
     random = np.random.default_rng(0)
     inputs = random.normal(size=(130, 5)).astype(np.float32)
@@ -92,7 +115,17 @@ def splits():
     )
 
 
-def fit(directory, moment=None, number=signal.SIGTERM, steps_per_execution=1, width=8, more=(), **settings):
+def fit(
+    directory,
+    moment=None,
+    number=signal.SIGTERM,
+    steps_per_execution=1,
+    width=8,
+    more=(),
+    look=None,
+    verbose=0,
+    **settings,
+):
     """Trains a network with all that has a state: dropout, batch normalisation, Adam, callbacks that wait."""
     config = Config(run_dir=str(directory), **settings)
     run, data = start_run(config), splits()
@@ -118,8 +151,8 @@ def fit(directory, moment=None, number=signal.SIGTERM, steps_per_execution=1, wi
         epochs=config.epochs,
         validation_data=evaluation_batches(data.validation, 10, run.strategy),
         validation_steps=2,
-        callbacks=run.callbacks(data, more=callbacks),
-        verbose=0,
+        callbacks=[*run.callbacks(data, more=callbacks), *([look] if look else [])],
+        verbose=verbose,
     )
     run.finish(model, data, evaluate_regressor(model, data.test, 16, run.strategy), {})
 
@@ -173,7 +206,7 @@ def test_interrupted_anywhere_the_end_is_the_same(tmp_path, alone, moment):
     assert not (tmp_path / "run" / "result.json").exists()
     fit(tmp_path / "run", resume=True)
     assert torture.outcome(tmp_path / "run") == alone
-    assert read_sealed(tmp_path / "run" / "result.json")["resumed"] == 1
+    assert read_json(tmp_path / "run" / "result.json")["resumed"] == 1
     assert not (tmp_path / "run" / "lock").exists()
 
 
@@ -184,7 +217,7 @@ def test_interrupted_at_every_stage_of_one_run(tmp_path, alone):
     if not (tmp_path / "run" / "result.json").exists():
         fit(tmp_path / "run", resume=True)
     assert torture.outcome(tmp_path / "run") == alone
-    result = read_sealed(tmp_path / "run" / "result.json")
+    result = read_json(tmp_path / "run" / "result.json")
     assert result["resumed"] >= 6
     seconds = result["seconds"]
     assert seconds["total"] > seconds["compile"] + seconds["train"] >= 0.99 * result["history"][-1]["seconds"]
@@ -201,6 +234,79 @@ def test_several_steps_in_one_execution(tmp_path):
     fit(directory, steps_per_execution=3, resume=True)
     copy = shutil.copytree(directory, tmp_path / "copy")  # `outcome` reads with TensorFlow.
     assert torture.outcome(copy) == torture.outcome(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("moment", [("train", 1, 0), ("validation", 1, 0)])
+def test_resumed_with_other_steps_per_execution(tmp_path, monkeypatch, moment):
+    """As when the machine is slower than before."""
+    monkeypatch.delattr(Brake, "on_train_batch_end")  # It counts executions.
+    fit(tmp_path / "alone", epochs=3)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", moment, steps_per_execution=3, epochs=3)
+    fit(tmp_path / "run", epochs=3, resume=True)
+    assert torture.outcome(tmp_path / "run") == torture.outcome(tmp_path / "alone")
+
+
+def test_the_progress_bar_of_a_resumed_epoch_counts_what_remains(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", ("train", 1, 3), epochs=3)
+    capsys.readouterr()
+    fit(tmp_path / "run", epochs=3, verbose=2, resume=True)
+    shown = [line.partition(" ")[0] for line in capsys.readouterr().out.splitlines() if line[0].isdigit()]
+    assert shown == ["2/2", f"{STEPS}/{STEPS}"]
+    result = read_json(tmp_path / "run" / "result.json")
+    assert result["steps"] == 3 * STEPS
+
+
+def test_a_run_whose_config_is_torn_starts_anew(tmp_path, alone, monkeypatch, capsys):
+    """As after a power cut on a disk that breaks its promises; a run with a checkpoint is refused instead."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "on_train_begin", lambda self, logs=None: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fit(tmp_path / "run")
+    config = tmp_path / "run" / "config.json"
+    config.write_bytes(config.read_bytes()[:50])
+    fit(tmp_path / "run", resume=True)
+    assert "config.json: not written by a recipe, or damaged; the run has no checkpoint" in capsys.readouterr().err
+    assert torture.outcome(tmp_path / "run") == alone
+
+
+def test_files_that_an_editor_has_laid_out_anew(tmp_path, alone):
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", ("train", 1, 3))
+    config = tmp_path / "run" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text())))
+    fit(tmp_path / "run", resume=True)
+    assert torture.outcome(tmp_path / "run") == alone
+    result = tmp_path / "run" / "result.json"
+    result.write_text(result.read_text().rstrip())
+    assert read_run(tmp_path / "run")["weights_sha256"] == alone["weights"]
+
+
+def test_what_is_renamed_is_on_the_disk_first(tmp_path, monkeypatch):
+    done = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), sync(file)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append(f"renamed {old}"), replace(old, new)))
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "file").write_text("content")
+    rename(tmp_path / "part", tmp_path / "whole")
+    part = tmp_path / "part"
+    assert done == [str(part / "file"), str(part), f"renamed {part}", str(tmp_path)]
+    assert (tmp_path / "whole" / "file").read_text() == "content"
+
+
+def test_a_picture_that_fails_costs_a_picture(tmp_path, alone, monkeypatch, capsys):
+    def fail(figure):
+        raise MemoryError("no room for so many pixels")
+
+    monkeypatch.setattr("common.runs.figure_png", fail)
+    fit(tmp_path / "run")
+    names = [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert [name.rpartition("/")[2] for name in names] == [
+        f"{name}.png: can't be written (no room for so many pixels)" for name in ("learning_curves", "predictions")
+    ]
+    assert torture.outcome(tmp_path / "run") == alone
 
 
 def test_under_several_replicas(tmp_path):
@@ -221,7 +327,7 @@ def test_killed_in_evaluation_or_while_the_result_is_written(tmp_path, alone, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("common.runs.sealed", lambda content: die() if "metrics" in content else sealed(content))
+        patch.setattr("common.runs.write_json", lambda *file: die() if "metrics" in file[1] else write_json(*file))
         with pytest.raises(KeyboardInterrupt):
             fit(tmp_path / "run")
     fit(tmp_path / "run", ("train", len(alone["history"]), 0), resume=True)
@@ -246,20 +352,12 @@ def test_resume_starts_what_never_began(tmp_path, alone):
     assert torture.outcome(tmp_path / "run") == alone
 
 
-def test_the_last_two_checkpoints_and_the_best_are_kept(tmp_path, monkeypatch):
+def test_the_last_two_checkpoints_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("common.checkpoints._SHARE", math.inf)  # After each epoch, however short.
-    directory = tmp_path / "run"
-    fit(directory, checkpoint_every="4")
-    history = read_sealed(directory / "result.json")["history"]
-    best = 1 + int(np.argmin([epoch["val_loss"] for epoch in history]))
-    last = len(history)
-    # Every four steps: in the last epoch (steps 6 x (last - 1) to 6 x last) after 2 or 4 of its steps.
-    steps = [step for step in range(4, STEPS * last, 4) if step % STEPS]
-    newest = max(steps)
-    names = {(best, 0), (last, 0), max((last - 1, 0), divmod(newest, STEPS))}
-    assert best < last - 1
-    expected = {f"epoch-{epoch:06}-batch-{batch:09}" for epoch, batch in names}
-    assert {path.name for path in (directory / "checkpoints").iterdir()} == expected
+    fit(tmp_path / "run", checkpoint_every="4", epochs=2)
+    # Every four steps, of which the last within an epoch of six is step 8, and after each epoch.
+    kept = {"epoch-000001-batch-000000002", "epoch-000002-batch-000000000"}
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == kept
 
 
 def test_a_checkpoint_that_is_due_at_the_end_of_an_epoch_is_written(tmp_path):
@@ -278,7 +376,7 @@ def test_what_else_lies_beside_the_checkpoints_stays(tmp_path, alone, capsys):
     fit(tmp_path / "run", resume=True)
     assert capsys.readouterr().err == ""
     assert (checkpoints / "epoch-zzz" / "notes.txt").read_text() == "mine"
-    assert len([path for path in checkpoints.iterdir() if path.is_dir()]) <= 1 + 3
+    assert len([path for path in checkpoints.iterdir() if path.is_dir()]) <= 1 + 2
     shutil.rmtree(checkpoints / "epoch-zzz")
     (checkpoints / "epoch-000009-batch-000000000").unlink()
     assert torture.outcome(tmp_path / "run") == alone
@@ -296,7 +394,7 @@ def test_short_epochs_do_not_all_have_a_checkpoint(tmp_path, monkeypatch, guess,
 
     monkeypatch.setattr(Checkpoints, "_save", slow)
     fit(tmp_path / "run")
-    assert saved == [*first, len(read_sealed(tmp_path / "run" / "result.json")["history"])]
+    assert saved == [*first, len(read_json(tmp_path / "run" / "result.json")["history"])]
 
 
 def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
@@ -313,7 +411,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, alon
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "run", ("train", 3, 2))
     newest, _ = newest_checkpoint(tmp_path / "run" / "checkpoints")
-    file = newest / "variables.data-00000-of-00001"
+    file = newest / "arrays.npz"
     content = bytearray(file.read_bytes())
     content[100] ^= 1
     file.write_bytes(content)
@@ -326,7 +424,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, alon
 def test_damage_anywhere_is_noticed(tmp_path, capsys):
     """The quick part of tools/damage.py: every kind of file, some of its bytes."""
     counts = damage.damage(tmp_path, flips=100, truncations=30, random=random.Random(0))
-    assert len(counts) == 8
+    assert len(counts) == 7
     assert sum(counts.values()) == 130
 
 
@@ -419,6 +517,40 @@ def test_resume_alone_finds_a_run_with_a_name_of_its_own(tmp_path, monkeypatch):
     assert [path.parent.name for path in tmp_path.rglob("result.json")] == ["over_night"]
 
 
+def same(one, other):
+    """Whether two values are equal, and of equal types all the way down."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, np.ndarray | np.generic):
+        return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+    if isinstance(one, dict):
+        return same(list(one.items()), list(other.items()))
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return repr(one) == repr(other)
+
+
+def test_the_state_of_callbacks_is_kept_exactly_or_named(tmp_path, capsys):
+    notes = Notes()
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", ("train", 1, 3), more=[notes], checkpoint_every="2")
+    warning = "warning: Notes.stranger: holds a object, which no checkpoint keeps; --resume starts without it\n"
+    assert capsys.readouterr().err == warning
+    assert same(notes.seen, list(map(np.int64, range(4))))
+    resumed = Notes()
+    resumed.state = None
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            assert batch == 0
+            assert same(resumed.seen, notes.seen)
+            assert same(resumed.state, notes.state)
+            raise StopAsyncIteration
+
+    with pytest.raises(StopAsyncIteration):
+        fit(tmp_path / "run", more=[resumed], look=Look(), resume=True)
+
+
 def test_another_model_is_refused(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "run", ("train", 1, 2))
@@ -457,9 +589,8 @@ def test_one_run_directory_one_run(tmp_path, alone):
         [sys.executable, "-c", HOLDER, tmp_path / "other"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert holder.stdout.readline() == "locked\n"
-    for resume in (True, False):
-        with pytest.raises(UserError, match=f"in use by process {holder.pid} on .*; wait for it, or choose another"):
-            fit(tmp_path / "other", resume=resume)
+    with pytest.raises(UserError, match=f"in use by process {holder.pid} on .*; wait for it, or choose another"):
+        fit(tmp_path / "other", resume=True)
     holder.kill()
     holder.communicate()
     fit(tmp_path / "other", resume=True)
@@ -497,10 +628,8 @@ def test_a_loss_that_is_no_number(tmp_path, monkeypatch, capsys):
     assert line.startswith("training failed: ")
     assert "step" in line
     checkpoint, _ = newest_checkpoint(tmp_path / "run" / "checkpoints")
-    reader = tf.train.load_checkpoint(str(checkpoint / "variables"))
-    for name, shape in reader.get_variable_to_shape_map().items():
-        if shape:
-            assert np.isfinite(reader.get_tensor(name)).all(), name
+    with np.load(checkpoint / "arrays.npz") as arrays:
+        assert all(np.isfinite(arrays[name]).all() for name in arrays.files)
 
 
 def test_a_loss_that_is_no_number_names_the_last_one_that_was(tmp_path, monkeypatch):
@@ -572,7 +701,7 @@ def never_full(tmp_path_factory):
     directory = tmp_path_factory.mktemp("never_full") / "run"
     recipe = load_recipe("dense_classifier")
     recipe.train(smoke_config(recipe, directory), smoke_data("dense_classifier"))
-    return read_sealed(directory / "result.json")["weights_sha256"]
+    return read_json(directory / "result.json")["weights_sha256"]
 
 
 @pytest.mark.parametrize(
@@ -598,26 +727,26 @@ def test_a_full_disk(tmp_path, never_full, limit, warnings, code, line):
         assert not (tmp_path / "run").exists(), "nothing is left behind"
     done = run_program(*command, "--resume", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert read_sealed(tmp_path / "run" / "result.json")["weights_sha256"] == never_full
+    assert read_json(tmp_path / "run" / "result.json")["weights_sha256"] == never_full
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, alone, monkeypatch, capsys):
-    write, calls = tf.raw_ops.SaveV2, []
+    write, calls = np.savez, []
 
-    def full(prefix, **tensors):
-        calls.append(prefix)
+    def full(path, *arrays):
+        calls.append(path)
         if len(calls) > 2:
-            (pathlib.Path(prefix).parent / "half").write_bytes(b"half")
-            raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
-        return write(prefix=prefix, **tensors)
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, *arrays)
 
     with monkeypatch.context() as patch:
         patch.setattr("common.checkpoints._SHARE", math.inf)
-        patch.setattr(tf.raw_ops, "SaveV2", full)
+        patch.setattr(np, "savez", full)
         with pytest.raises(KeyboardInterrupt):
             fit(tmp_path / "run", ("train", 3, 2))
     (line,) = capsys.readouterr().err.splitlines()
-    assert ": can't be written (No space left on device); the checkpoint before it stays" in line
+    assert ": can't be written ([Errno 28] No space left on device); the checkpoint before it stays" in line
     assert newest_checkpoint(tmp_path / "run" / "checkpoints")[1]["step"] == 2 * STEPS
     fit(tmp_path / "run", resume=True)
     assert torture.outcome(tmp_path / "run") == alone

@@ -6,7 +6,7 @@ import pathlib
 import sys
 
 from common.cli import run_recipe
-from common.records import sealed, write_file
+from common.records import write_json
 
 import numpy as np
 import pandas as pd
@@ -271,11 +271,12 @@ def interrupted(folder, **changes):
         "recipe": "linear_regression",
         "config": dataclasses.asdict(module.Config(resume=True, quiet=True)),
         "chosen": {"strategy": "none", "devices": 1, "precision": "float32"},
+        "files": {},
         "resumed": 0,
         "data_digest": "of other data",
     }
     settings["config"] |= changes.pop("config", {})
-    write_file(folder / "config.json", sealed(settings | changes))
+    write_json(folder / "config.json", settings | changes)
     return ["--resume", "--run-dir", str(folder)]
 
 
@@ -302,18 +303,19 @@ def run_without_settings(folder):
 
 def run_with_damaged_settings(folder):
     flags = interrupted(folder)
-    settings = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(settings.replace('"epochs": 100', '"epochs": 900'))
+    (folder / "config.json").write_text((folder / "config.json").read_text()[:100])
+    (folder / "checkpoints" / "epoch-000001-batch-000000000").mkdir(parents=True)
     return flags
+
+
+def folder_of_another_program(folder):
+    (folder / "config.json").write_text("# settings of another program")
+    (folder / "main.js").touch()
+    return ["--resume", "--run-dir", str(folder)]
 
 
 def run_with_settings_of_a_stranger(folder):
     (folder / "config.json").write_text('{"recipe": "linear_regression"}')
-    return ["--resume", "--run-dir", str(folder)]
-
-
-def run_with_deep_settings(folder):
-    (folder / "config.json").write_text("[" * 100_000)
     return ["--resume", "--run-dir", str(folder)]
 
 
@@ -384,9 +386,9 @@ def never_so_often(folder):
             "noisy line: not the data that this run began with; bring those back",
         ),
         ("linear_regression", run_without_settings, "holds no run; choose a new folder"),
-        ("linear_regression", run_with_damaged_settings, "config.json: changed since it was written"),
+        ("linear_regression", run_with_damaged_settings, "config.json: not written by a recipe, or damaged"),
+        ("linear_regression", folder_of_another_program, "config.json: not written by a recipe, or damaged"),
         ("linear_regression", run_with_settings_of_a_stranger, "config.json: not written by a recipe, or damaged"),
-        ("linear_regression", run_with_deep_settings, "config.json: not written by a recipe, or damaged"),
         ("linear_regression", run_with_settings_that_are_a_folder, "config.json: can't be read (Is a directory)"),
         ("linear_regression", run_with_damaged_result, "result.json: not written by a recipe, or damaged"),
         ("linear_regression", used_run, "is not empty; choose a new folder, or go on with its run by --resume"),

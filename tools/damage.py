@@ -1,11 +1,11 @@
-"""Flips single bytes of what a run wrote and reads, cuts files short, and checks that nobody is fooled.
+"""Flips single bytes of what a run wrote and reads, cuts files short, and checks that all of it is noticed.
 
     python tools/damage.py --flips 1000 --truncations 100
 
 A small training is run and a small TFDS folder is made; then one file after the other is
-damaged, read in the way a recipe or `predict.py` does, and mended. A checkpoint must be refused and the one before
-it used; `model.keras`, `config.json`, `result.json` and a shard of data must be refused in one line; a damaged
-lock must be named when it is taken over.
+damaged, read in the way a recipe or `predict.py` does, and repaired. A checkpoint must be refused and the one before
+it used; `model.keras` and a shard of data must be refused in one line; so must `config.json` and `result.json` that are
+cut short. People may edit these two, so their single bytes are not checked.
 """
 
 import collections
@@ -23,8 +23,7 @@ from common.artefacts import load_run
 from common.checkpoints import newest_checkpoint
 from common.cli import Parser, SharedConfig, UserError, run_script, whole_number
 from common.data import MNIST, load_images
-from common.records import read_run, read_sealed
-from common.run_directory import lock
+from common.records import read_json, read_run
 
 import numpy as np
 import tensorflow as tf
@@ -63,20 +62,22 @@ def damage(folder: pathlib.Path, flips: int, truncations: int, random: random.Ra
     checks = {
         **{file: lambda file: checkpoint_is_refused(run, file) for file in sorted(checkpoint.iterdir())},
         run / "model.keras": lambda file: is_refused(lambda: load_run(run), file),
-        run / "config.json": lambda file: is_refused(lambda: read_sealed(run / "config.json"), file),
-        run / "result.json": lambda file: is_refused(lambda: read_run(run), file),
-        run / "lock": lambda file: is_warned_of(lambda: lock(run), file),
         data: lambda file: is_refused(lambda: read_tfds(folder / "tfds"), file),
+    }
+    cut_only = {
+        run / "config.json": lambda file: is_refused(lambda: read_json(file), file),
+        run / "result.json": lambda file: is_refused(lambda: read_run(run), file),
     }
     counts = collections.Counter()
     for number in range(flips + truncations):
-        file = random.choice(list(checks))
-        lock(run)  # Writes it anew.
+        flip = number < flips
+        found = checks if flip else checks | cut_only
+        file = random.choice(list(found))
         whole = file.read_bytes()
-        place = random.randrange(len(whole))
+        place = random.randrange(len(whole) - 1)  # A text may lack its last line break.
         flipped = whole[:place] + bytes([whole[place] ^ random.randrange(1, 256)]) + whole[place + 1 :]
-        file.write_bytes(flipped if number < flips else whole[:place])
-        problem = checks[file](file)
+        file.write_bytes(flipped if flip else whole[:place])
+        problem = found[file](file)
         if problem:
             raise DamageAcceptedError(f"{file}, byte {place} of {len(whole)}: {problem}")
         counts[f"{file.parent.name}/{file.name}"] += 1
@@ -105,7 +106,7 @@ def is_warned_of(read: Callable[[], object], file: pathlib.Path) -> str:
 def checkpoint_is_refused(run: pathlib.Path, file: pathlib.Path) -> str:
     """What is wrong, unless there is a warning and the checkpoint before is used."""
     found = []
-    problem = is_warned_of(lambda: found.append(newest_checkpoint(run / "checkpoints")), file)
+    problem = is_warned_of(lambda: found.append(newest_checkpoint(run / "checkpoints")), file.parent)
     return problem or ("" if found[0] and found[0][0] < file.parent else "no earlier checkpoint was used")
 
 

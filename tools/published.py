@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import json
 import pathlib
 import re
 import shlex
@@ -9,9 +10,28 @@ import statistics
 from typing import Any
 
 from common.cli import UserError
-from common.records import sealed, unsealed, write_file
+from common.records import write_file
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+def sealed(content: dict[str, Any]) -> str:
+    """JSON that holds the SHA-256 of its own content."""
+    seal = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, "sha256": seal}, indent=2) + "\n"
+
+
+def unsealed(text: bytes) -> dict[str, Any]:
+    """The content that was given to `sealed`; a ValueError if a single byte of the text differs."""
+    try:
+        content = json.loads(text)
+        del content["sha256"]
+        whole = sealed(content)
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError("not written by a recipe, or damaged") from error
+    if text != whole.encode():
+        raise ValueError("changed since it was written")
+    return content
 
 
 def write_record(name: str, record: dict[str, Any]) -> pathlib.Path:

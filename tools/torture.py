@@ -36,6 +36,7 @@ from common.cli import EXIT_INTERRUPTED, Parser, run_script, whole_number
 from common.multiworker import EXIT_WORKER_LOST
 from common.records import load_program
 
+import numpy as np
 import tensorflow as tf
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -205,9 +206,8 @@ def outcome(run_dir: pathlib.Path) -> dict[str, object]:
     newest = max((run_dir / "checkpoints").glob("epoch-*"))
     names = [name for name, _, _ in json.loads((newest / "state.json").read_text())["variables"]]
     (iteration,) = [number for number, name in enumerate(names) if name.endswith("/iteration")]
-    iterations = tf.train.load_checkpoint(str(newest / "variables")).get_tensor(
-        f"variables/{iteration}/.ATTRIBUTES/VARIABLE_VALUE"
-    )
+    with np.load(newest / "arrays.npz") as arrays:
+        iterations = arrays[f"arr_{iteration}"]
     timed = ("seconds", "examples_per_second")
     return {
         "weights": result["weights_sha256"],
@@ -224,7 +224,10 @@ def curves(folder: pathlib.Path) -> list[tuple[str, str, int]]:
     for file in folder.rglob("events.out.tfevents*"):
         for record in tf.data.TFRecordDataset(str(file)):
             event = tf.compat.v1.Event.FromString(record.numpy())
-            found += [(str(file.parent.relative_to(folder)), value.tag, event.step) for value in event.summary.value]
+            run = str(file.parent.relative_to(folder))
+            # Pictures come after the result: a kill between the two costs them.
+            values = [each for each in event.summary.value if each.metadata.plugin_data.plugin_name != "images"]
+            found += [(run, value.tag, event.step) for value in values]
     return sorted(found)
 
 
