@@ -202,16 +202,6 @@ def test_tensorflow_still_prints_a_banner():
     assert "absl::InitializeLog" in run.stderr, "mended upstream: set TF_CPP_MIN_LOG_LEVEL alone"
 
 
-def test_tensorflow_still_is_objects_by_the_hundred_thousand():
-    """common/startup.py: what the garbage collector leaves alone."""
-    told = "import gc, common; print(gc.get_freeze_count(), len(gc.get_objects()), gc.isenabled())"
-    frozen, others, enabled = run_program("-c", told).stdout.split()
-    assert int(frozen) > 300_000, "mended upstream: let the garbage collector be"
-    assert (int(others) < 20_000, enabled) == (True, "True")
-    # Who has turned it off, keeps it off.
-    assert run_program("-c", f"import gc; gc.disable(); {told}").stdout.split()[2] == "False"
-
-
 def test_tensorflow_variables_still_lack_the_copy_keyword():
     """pyproject.toml: the filter for "__array__ implementation doesn't accept a copy keyword"."""
     with pytest.warns(DeprecationWarning, match="__array__ implementation"):
