@@ -48,14 +48,17 @@ class Artefact(NamedTuple):
 
 def describe(result: dict[str, Any], model: keras.Model) -> dict[str, Any]:
     """The description of a run's model, from the run's result."""
-    told = {name: result[name] for name in ("recipe", "class_names", "columns", "weights_sha256")}
-    taken = _signature(model)
-    # Results of older versions have no task.
-    kind = {"uint8": "image", "string": "text"}.get(model.inputs[0].dtype, "table")
-    told["task"] = result.get("task", {"input": kind, "output": "class" if result["class_names"] else "number"})
+    names, taken = ("recipe", "task", "class_names", "columns", "weights_sha256"), _signature(model)
+    told = {name: result[name] for name in names if name in result}
     told["shape"] = tf.nest.map_structure(lambda each: each.shape.as_list()[1:], taken)
     told["dtype"] = tf.nest.map_structure(lambda each: each.dtype.name, taken)
-    return {**told, "text_column": result["config"].get("text_column", "")}
+    return _with_task({**told, "text_column": result["config"].get("text_column", "")})
+
+
+def _with_task(description: dict[str, Any]) -> dict[str, Any]:
+    """What older versions wrote has no task: it follows from the rest."""
+    kind = {"uint8": "image", "string": "text"}.get(str(description["dtype"]), "table")
+    return {"task": {"input": kind, "output": "class" if description["class_names"] else "number"}, **description}
 
 
 def save(
@@ -249,7 +252,7 @@ def load(path: pathlib.Path, threads: int = 0) -> Artefact:
         notes, answer = read(path, threads)
         if DESCRIPTION not in notes:
             raise UserError(f"{path}: not written by scripts/export.py; give the folder of its run, or export that")
-        description = json.loads(notes[DESCRIPTION])
+        description = _with_task(json.loads(notes[DESCRIPTION]))
         if TOKENIZER not in notes:
             return Artefact(description, answer)
         with tempfile.TemporaryDirectory() as folder:

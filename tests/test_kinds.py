@@ -274,7 +274,7 @@ def test_the_share_of_equal_answers_is_counted_per_pixel():
     assert not export.compare(lambda _: said, lambda _: said[::-1], None, 0.5, "text")["passed"]
 
 
-def test_a_run_of_before_tasks_were_told():
+def test_what_older_versions_wrote_has_no_task():
     inputs = keras.Input([], dtype="string", name="text")
     result = {"recipe": "x", "class_names": ["a", "b"], "columns": [], "weights_sha256": "", "config": {}}
     assert artefacts.describe(result, keras.Model(inputs, inputs))["task"] == {"input": "text", "output": "class"}
