@@ -333,7 +333,9 @@ def _load_saved_model(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes
 def _load_litert(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Callable]:
     litert = _package("ai_edge_litert.interpreter")
     with quiet_native_stderr():
-        runner = litert.Interpreter(str(path), num_threads=threads or os.cpu_count()).get_signature_runner()
+        interpreter = litert.Interpreter(str(path), num_threads=threads or os.cpu_count())
+        interpreter.allocate_tensors()  # It says once what it calculates with.
+        runner = interpreter.get_signature_runner()
     return _zip_notes(path), _of_named(runner, runner.get_input_details())
 
 

@@ -119,8 +119,8 @@ def test_an_export_that_answers_otherwise_is_refused(run_of, form, tmp_path, mon
 
 
 @pytest.mark.parametrize("form", sorted(artefacts.SUFFIXES))
-def test_predict_takes_an_artefact(run_of, form, tmp_path):
-    """Pictures and texts: the answers are those of the run, by name."""
+def test_predict_takes_an_artefact(run_of, form, tmp_path, capfd):
+    """Pictures and texts: the answers are those of the run, by name; and nothing else is told."""
     picture = tmp_path / "new.png"
     Image.fromarray(np.arange(28 * 28, dtype=np.uint8).reshape(28, 28)).save(picture)
     (tmp_path / "new.txt").write_text("a fine film\nnot a dull moment\n")
@@ -129,7 +129,9 @@ def test_predict_takes_an_artefact(run_of, form, tmp_path):
         result, model = artefacts.load_run(run)
         path = tmp_path / (name + artefacts.SUFFIXES[form])
         artefacts.save(model, artefacts.describe(result, model), form, path)
+        capfd.readouterr()
         answers, wanted = predict.predict(path, [str(file)]), predict.predict(run, [str(file)])
+        assert capfd.readouterr().err == ""
         assert [answer["class"] for answer in answers] == [answer["class"] for answer in wanted]
         for answer, other in zip(answers, wanted, strict=True):
             assert answer["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
