@@ -2,12 +2,15 @@
 
 import dataclasses
 import itertools
+import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from common.cli import UserError
-from common.upstream import distributed
+from common.upstream import replica_datasets
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -49,37 +52,62 @@ Augment = Callable[[tf.Tensor, tf.Tensor, "BatchRandom"], tuple[tf.Tensor, tf.Te
 
 
 def steps_per_epoch(split: Split, batch_size: int) -> int:
-    """The number of batches that deal `split` out evenly, none larger than `batch_size`.
+    """The number of training batches in an epoch, all of `batch_size` examples; 1 where the split has fewer.
 
-    From 32 on a multiple of 8, for executions of several steps (see `steps_per_execution`), or the number of examples.
+    Up to one in fifty is left out where the number then has a divisor from 8 to 32, see `steps_per_execution`.
     """
-    steps = -(-len(split) // batch_size)
-    return steps if steps <= 32 else min(-(-steps // 8) * 8, len(split))
+    most = max(1, len(split) // batch_size)
+    return next((n for n in range(most, most - most // 50 - 1, -1) if any(n % d == 0 for d in range(8, 33))), most)
 
 
-def steps_per_execution(steps: int, strategy: tf.distribute.Strategy, at_most: int = 32) -> int:
-    """The largest divisor of `steps` up to `at_most`, for `model.compile`.
+def evaluation_steps(split: Split, batch_size: int) -> int:
+    """The number of batches of `evaluation_batches`, for `validation_steps`."""
+    return -(-len(split) // batch_size)
 
-    Several steps per execution save Keras' work between steps. A divisor, because `fit` would
-    otherwise run past the end of the epoch: it executes whole groups of steps only. And one step under
-    several replicas: there, Keras 3.15's loop over steps fails ("You must feed a value for placeholder
-    tensor"), see `tests/test_upstream.py`.
+
+def steps_per_execution(
+    model: keras.Model, split: Split, batch_size: int, strategy: tf.distribute.Strategy, start_step: int = 0
+) -> int:
+    """The number of training steps that Keras executes at once, for `model.compile`.
+
+    Several steps save Keras' work between steps, but only between executions does Python answer to a signal. So an
+    execution takes half a second at most, by the time of a forward pass, of which a step takes about three. On several
+    replicas it is one step: there, Keras 3.15's loop over steps fails ("You must feed a value for placeholder tensor").
+
+    Args:
+        model: the model, built.
+        split: the training examples.
+        batch_size: examples per step.
+        strategy: the strategy that the model is trained under.
+        start_step: the first step of a resumed run, after which executions still have to fit into the epoch.
+
+    Returns:
+        A divisor of the steps per epoch: `fit` executes whole groups of steps only.
     """
     if strategy.num_replicas_in_sync > 1:
         return 1
-    return max(size for size in range(1, at_most + 1) if steps % size == 0)
+    inputs = tf.nest.map_structure(tf.convert_to_tensor, split.arrays(slice(batch_size))[0])
+    forward = tf.function(lambda inputs: model(inputs, training=False), autograph=False)
+    forward(inputs)  # Traces the graph.
+    began = time.perf_counter()
+    tf.nest.map_structure(np.asarray, forward(inputs))
+    step_seconds = 3 * (time.perf_counter() - began)
+    steps = steps_per_epoch(split, batch_size)
+    steps = math.gcd(steps, start_step % steps)
+    return max(size for size in range(1, steps + 1) if steps % size == 0 and (size == 1 or size * step_seconds <= 0.5))
 
 
 class BatchRandom(NamedTuple):
-    """What the random numbers of a batch follow from; given to an augmentation, which passes it to `uniform`.
+    """The seed of the random numbers for one batch; an augmentation passes it to `uniform`.
 
-    `turns` is True for half of the examples, bool [batch], and in the next epoch for the other half: mirrored by it,
-    two epochs show each image both ways, which by chance they do for half of them only (Jordan, "94% on CIFAR-10 in
-    3.29 Seconds on a Single GPU", https://arxiv.org/abs/2404.00498). `calls` counts.
+    `turns` is True for half of the examples, bool [batch], and in the next epoch for the other half: flipped by it,
+    two epochs show each image both ways, which random flips do for half of the images only (Jordan, "94% on CIFAR-10 in
+    3.29 Seconds on a Single GPU", https://arxiv.org/abs/2404.00498). `batch` is the size of the global batch; `calls`
+    counts the calls of `uniform`.
     """
 
     seed: tf.Tensor
-    batch: tf.Tensor
+    batch: tf.Tensor | int
     turns: tf.Tensor
     calls: Iterator[int]
     replica: tf.Tensor | int = 0
@@ -87,10 +115,10 @@ class BatchRandom(NamedTuple):
 
 
 def uniform(random: BatchRandom, minimum: float, maximum: float, dtype: tf.DType = tf.float32) -> tf.Tensor:
-    """Uniform numbers in [minimum, maximum), one for each example.
+    """Uniform random numbers in [minimum, maximum), one for each example.
 
-    The same however the batch is sliced: drawn for the whole global batch, from (seed, step, number of the call), of
-    which those of this replica are returned. So two devices augment just as one would.
+    They are drawn for the whole global batch, from (seed, step, number of the call); a replica gets those of its own
+    examples. So two devices augment as one does.
     """
     seed = tf.random.experimental.stateless_fold_in(random.seed, next(random.calls))
     drawn = tf.random.stateless_uniform([random.batch], seed, minimum, maximum, dtype)
@@ -101,7 +129,7 @@ def random_shift(images: tf.Tensor, random: BatchRandom, pixels: int, mirrored: 
     """Moves each image by up to `pixels` along both axes; the edge is filled by reflection.
 
     Whole pixels, so images stay uint8; [batch, height, width, channels]. Those that are `mirrored`, bool [batch], are
-    turned left to right as well.
+    flipped left to right as well.
     """
     for axis in (1, 2):
         size = images.shape[axis]
@@ -124,93 +152,104 @@ def training_batches(
     strategy: tf.distribute.Strategy | None = None,
     start_step: int = 0,
 ) -> Any:
-    """An endless stream of shuffled global batches, from step `start_step` on.
+    """An endless stream of shuffled global batches of equal size, from step `start_step` on.
 
-    Step t belongs to epoch t // steps_per_epoch, whose order is a permutation that follows from
-    (seed, epoch). An epoch deals every example out once, to batches whose sizes differ by one at most,
-    so that no small last batch is left over and no device without an example.
+    Step t belongs to epoch t // steps_per_epoch, whose order is a permutation of all examples that follows from
+    (seed, epoch). The batches of an epoch are its first `steps_per_epoch * batch_size` places; the examples that are
+    left out differ from epoch to epoch. A split with fewer examples than `batch_size` is one batch.
 
     Args:
         split: the training examples.
-        batch_size: upper limit of a global batch, over all devices together.
+        batch_size: size of a global batch, over all devices together; a multiple of the number of replicas.
         seed: the seed of the run.
-        augment: called on each slice inside the tf.data map; must be made of TensorFlow operations.
+        augment: called on each replica's slice inside the tf.data map; must be made of TensorFlow operations.
         strategy: where the batches go; each replica computes only its own slice of them.
         start_step: number of the first batch.
 
     Returns:
-        A `tf.data.Dataset` of (inputs, targets) or, under several replicas, a `DistributedDataset` of
-        (inputs, targets, sample_weight): Keras averages the replicas' mean losses as if their slices
-        were of equal size, and the weight sets that right. Pass `steps_per_epoch` to `fit`.
+        A `tf.data.Dataset` of (inputs, targets), on several replicas a `DistributedDataset`. Pass `steps_per_epoch` to
+        `fit`.
+
+    Raises:
+        UserError: there are fewer examples than replicas.
     """
-    return _deal(split, batch_size, strategy, seed, augment, start_step)
+    strategy = strategy or tf.distribute.get_strategy()
+    replicas, steps = strategy.num_replicas_in_sync, steps_per_epoch(split, batch_size)
+    rows = min(batch_size, len(split)) // replicas
+    if not rows:
+        raise UserError(f"--devices {replicas}: there are {len(split)} training examples; use fewer devices")
+    shuffle, fold_in = tf.random.experimental.index_shuffle, tf.random.experimental.stateless_fold_in
+
+    def replica_batch(step: tf.Tensor, replica: tf.Tensor) -> tuple:
+        places = (step % steps * rows + tf.range(rows, dtype=tf.int64)) * replicas + replica
+        epoch_seed = fold_in(tf.constant([seed, 0], tf.int64), step // steps)
+        examples = shuffle(places, epoch_seed, tf.constant(len(split) - 1, tf.int64))
+        inputs, targets = _gather(split, examples)
+        if augment is None:
+            return inputs, targets
+        batch_seed = fold_in(tf.constant([seed, 1], tf.int64), step)
+        turns = (examples + step // steps) % 2 == 0
+        return augment(
+            inputs, targets, BatchRandom(batch_seed, rows * replicas, turns, itertools.count(), replica, replicas)
+        )
+
+    return _stream(replica_batch, strategy, start_step)
 
 
 def evaluation_batches(split: Split, batch_size: int, strategy: tf.distribute.Strategy | None = None) -> Any:
     """Every example once, in order, in batches of up to `batch_size` whose sizes differ by one at most.
 
     Returns:
-        A `tf.data.Dataset` of (inputs, targets), under several replicas a `DistributedDataset`; None where the
-        split is empty. Its length is left unknown, as Keras makes a second iterator for each validation of a known
-        one: pass `validation_steps` or `steps`.
+        A `tf.data.Dataset` of (inputs, targets), on several replicas a `DistributedDataset`; None where the
+        split is empty. Its length is unknown to Keras, which makes a second iterator for each validation of a known
+        length: pass `evaluation_steps` as `validation_steps` or `steps`.
+
+    Raises:
+        UserError: a batch has fewer examples than there are replicas.
     """
-    return _deal(split, batch_size, strategy) if len(split) else None
-
-
-def _deal(
-    split: Split,
-    batch_size: int,
-    strategy: tf.distribute.Strategy | None,
-    seed: int | None = None,
-    augment: Augment | None = None,
-    start_step: int = 0,
-) -> Any:
-    """The stream for training, or without a seed for evaluation."""
+    if not len(split):
+        return None
     strategy = strategy or tf.distribute.get_strategy()
-    replicas, steps = strategy.num_replicas_in_sync, steps_per_epoch(split, batch_size)
-    shuffle, fold_in = tf.random.experimental.index_shuffle, tf.random.experimental.stateless_fold_in
+    replicas, steps = strategy.num_replicas_in_sync, evaluation_steps(split, batch_size)
     if len(split) // steps < replicas:
         raise UserError(
             f"--devices {replicas}: a batch of {len(split) // steps} examples (of {len(split)} in the split) "
             "leaves devices without any; use fewer devices or larger batches"
         )
 
-    def of_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
-        # A worker with several replicas deals their slices out one after the other.
+    def replica_batch(step: tf.Tensor, replica: tf.Tensor) -> tuple:
+        # A replica's rows are contiguous, as Keras concatenates the predictions of the replicas in their order.
+        first, end = step * len(split) // steps, (step + 1) * len(split) // steps
+        return _gather(split, tf.range(*(first + part * (end - first) // replicas for part in (replica, replica + 1))))
+
+    return _stream(replica_batch, strategy, 0, steps)
+
+
+def _gather(split: Split, examples: tf.Tensor) -> tuple:
+    return tf.nest.map_structure(lambda part: tf.gather(part, examples), (split.inputs, split.targets))
+
+
+def _stream(replica_batch: Callable, strategy: tf.distribute.Strategy, start: int, end: int | None = None) -> Any:
+    """The batches `replica_batch(step, replica)` of the steps from `start` to `end`, or without an end."""
+
+    def worker_dataset(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        # A worker with several replicas yields their slices one after the other.
         local = context.num_replicas_in_sync // context.num_input_pipelines
 
         @tf.autograph.experimental.do_not_convert  # It would put its own traceback into the messages of errors.
-        def replica_slice(number: tf.Tensor) -> tuple:
-            step, replica = number // local, context.input_pipeline_id * local + number % local
-            first = step % steps * len(split) // steps
-            batch = (step % steps + 1) * len(split) // steps - first
-            if seed is None:  # In a row each, as predictions are going to be joined in this order.
-                start, stop = replica * batch // replicas, (replica + 1) * batch // replicas
-                examples = tf.range(first + start, first + stop)
-            else:  # In turn, so that a replica knows the places of its examples in the batch: see `cure_dropout`.
-                examples = tf.range(first + replica, first + batch, replicas)
-                epoch_seed = fold_in(tf.constant([seed, 0], tf.int64), step // steps)
-                examples = shuffle(examples, epoch_seed, tf.constant(len(split) - 1, tf.int64))
-            parts = (split.inputs, split.targets)
-            inputs, targets = tf.nest.map_structure(lambda part: tf.gather(part, examples), parts)
-            if augment is not None:
-                batch_seed = fold_in(tf.constant([seed, 1], tf.int64), step)
-                turns = (examples + step // steps) % 2 == 0
-                random = BatchRandom(batch_seed, batch, turns, itertools.count(), replica, replicas)
-                inputs, targets = augment(inputs, targets, random)
-            if replicas == 1 or seed is None:
-                return inputs, targets
-            weight = tf.cast(tf.size(examples, tf.int64) * replicas / batch, tf.float32)
-            return inputs, targets, tf.fill(tf.shape(examples), weight)
+        def numbered_batch(number: tf.Tensor) -> tuple:
+            return replica_batch(number // local, context.input_pipeline_id * local + number % local)
 
-        numbers = tf.data.Dataset.range(start_step * local, tf.int64.max)
+        numbers = tf.data.Dataset.range(start * local, tf.int64.max)
         numbers = numbers.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
-        if seed is None:
-            numbers = numbers.take_while(lambda number: number < steps * local)
+        if end is not None:
+            numbers = numbers.take_while(lambda number: number < end * local)
         options = tf.data.Options()
         # The rewriting of the graph would copy the tensors it captures: the whole data set.
         options.experimental_optimization.apply_default_optimizations = False
-        batches = numbers.map(replica_slice, num_parallel_calls=tf.data.AUTOTUNE)
+        # The thread that tunes parallelism delays the deletion of an iterator by up to a minute in TensorFlow 2.21.
+        options.autotune.enabled = False
+        batches = numbers.map(numbered_batch, num_parallel_calls=tf.data.AUTOTUNE)
         return batches.prefetch(tf.data.AUTOTUNE).with_options(options)
 
-    return distributed(of_worker, strategy)
+    return replica_datasets(worker_dataset, strategy)

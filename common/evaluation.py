@@ -5,7 +5,7 @@ import io
 import warnings
 from typing import Any
 
-from common.batches import Split, evaluation_batches, steps_per_epoch
+from common.batches import Split, evaluation_batches, evaluation_steps
 
 import keras
 import numpy as np
@@ -109,7 +109,7 @@ def _predict(model: keras.Model, split: Split, batch_size: int, strategy: tf.dis
     # Keras 3.15 joins the outputs of several steps per execution at quadratic cost.
     model.steps_per_execution = 1
     batches = evaluation_batches(split, batch_size, strategy)
-    predicted = model.predict(batches, steps=steps_per_epoch(split, batch_size), verbose=0)
+    predicted = model.predict(batches, steps=evaluation_steps(split, batch_size), verbose=0)
     return predicted.astype(np.float32)
 
 

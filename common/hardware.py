@@ -10,18 +10,7 @@ from typing import Any
 
 from common.cli import STOPPING, SharedConfig, UserError
 from common.multiworker import Cluster
-from common.upstream import (
-    cure_adam,
-    cure_distiller,
-    cure_filter_gradient,
-    cure_fusion,
-    cure_gradient_leak,
-    cure_iterator_wait,
-    cure_replicas,
-    cure_several_workers,
-    cure_silu,
-    cure_symbolic_build,
-)
+from common.upstream import apply_patch
 
 import keras
 import tensorflow as tf
@@ -45,7 +34,7 @@ class Machine:
 
 def describe_machine() -> Machine:
     """The machine this process runs on. Touches no device that TensorFlow has not been told about yet."""
-    gpus = map(tf.config.experimental.get_device_details, tf.config.list_physical_devices("GPU"))
+    gpus = map(tf.config.experimental.get_device_details, tf.config.get_visible_devices("GPU"))
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             about = lines.read()
@@ -99,8 +88,12 @@ def choose(machine: Machine, config: SharedConfig, workers: int = 0) -> dict[str
         problem = f"--devices {config.devices}: this machine has {gpus} GPU(s); ask for fewer"
     elif config.devices > local:
         problem = f"--strategy none: uses one device, not --devices {config.devices}; leave one flag out"
-    elif config.batch_size < devices:
-        problem = f"--batch-size {config.batch_size}: {devices} devices need at least {devices} examples; add some"
+    elif config.batch_size % devices:
+        nearest = max(1, round(config.batch_size / devices)) * devices
+        problem = f"--batch-size {config.batch_size}: not a multiple of the {devices} devices; give {nearest}"
+    elif config.precision == "mixed_float16" and devices > 1:
+        # Keras 3.15 skips a step by the gradients of the first replica only; an overflow in another one is kept.
+        problem = "--precision mixed_float16: not on several devices; use float32, mixed_bfloat16, or --devices 1"
     elif config.precision == "mixed_float16" and not gpus:
         problem = "--precision mixed_float16: a CPU computes it many times slower; use float32 or mixed_bfloat16"
     if problem:
@@ -115,6 +108,8 @@ def choose(machine: Machine, config: SharedConfig, workers: int = 0) -> dict[str
         precision = "float32", "the safe choice on a CPU"
     elif all(capability >= (8, 0) for _, capability in machine.gpus):
         precision = "mixed_bfloat16", "Ampere or newer"
+    elif devices > 1:
+        precision = "float32", "several GPUs, one older than Ampere"
     else:
         precision = "mixed_float16", "GPU older than Ampere"
     return {
@@ -136,10 +131,9 @@ def _devices_of(strategy: str, gpus: int) -> str:
 def apply(
     choices: dict[str, tuple[Any, str]], config: SharedConfig, cluster: Cluster | None = None
 ) -> tf.distribute.Strategy:
-    """Sets TensorFlow and Keras up as chosen; before TensorFlow has touched a device, where that matters.
+    """Sets TensorFlow and Keras up as chosen.
 
-    In plain Keras: `tf.config.experimental.set_memory_growth`, `keras.config.set_dtype_policy` and
-    `tf.distribute.MirroredStrategy()`.
+    In plain Keras: `keras.config.set_dtype_policy` and `tf.distribute.MirroredStrategy()`.
 
     Args:
         choices: by `choose`.
@@ -149,17 +143,15 @@ def apply(
     Raises:
         UserError: TensorFlow runs already, with fewer logical CPU devices or other threads.
     """
-    gpus, (cpu, *_) = (tf.config.list_physical_devices(kind) for kind in ("GPU", "CPU"))
+    gpus, (cpu, *_) = tf.config.get_visible_devices("GPU"), tf.config.list_physical_devices("CPU")
     (strategy, _), (devices, _), threading = choices["strategy"], choices["devices"], tf.config.threading
     try:
-        for gpu in gpus:
-            tf.config.experimental.set_memory_growth(gpu, True)
         # Without --threads, nothing to set: TensorFlow's own default is one per core too.
         if config.threads not in (0, threading.get_intra_op_parallelism_threads()):
             threading.set_intra_op_parallelism_threads(config.threads)
             threading.set_inter_op_parallelism_threads(config.threads)
-        if strategy == "multi-worker" and gpus:
-            tf.config.set_visible_devices(gpus[: config.devices or len(gpus)], "GPU")
+        if strategy == "multi-worker" and 0 < config.devices < len(gpus):
+            tf.config.set_visible_devices(gpus[: config.devices], "GPU")
         parts = len(tf.config.get_logical_device_configuration(cpu) or [None])
         if strategy == "mirrored" and not gpus and parts < devices:
             tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * devices)
@@ -170,21 +162,13 @@ def apply(
         ) from error
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
+        tf.config.experimental.enable_tensor_float_32_execution(False)
     keras.config.set_dtype_policy(choices["precision"][0])
-    cure_adam()
-    cure_distiller()
-    cure_fusion()
-    cure_gradient_leak()
-    cure_iterator_wait()
-    cure_silu()
-    cure_symbolic_build()
-    if not gpus and strategy != "tpu":
-        cure_filter_gradient()
+    apply_patch("symbolic build", required=devices > 1)
     if strategy == "none":
         return tf.distribute.get_strategy()
-    cure_replicas()
     if strategy == "multi-worker":
-        cure_several_workers()
+        apply_patch("logs of several workers", required=True)
         cluster = cluster or Cluster()
         strategy = _multi_worker(cluster, bool(gpus))
         if not config.quiet:

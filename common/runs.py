@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from common import upstream
-from common.batches import Augment
+from common.batches import Augment, steps_per_epoch
 from common.checkpoints import EPOCH_OVER, Checkpoints, newest_checkpoint
 from common.cli import BESIDE_TRAINING, AlreadyFinishedError, SharedConfig, UserError, warn
 from common.cluster_description import described_cluster
 from common.data import Data
 from common.evaluation import Report, curves_figure, figure_png
 from common.hardware import apply, choose, describe_machine
+from common.layers import with_stock_layers
 from common.multiworker import Cluster, joined_cluster
 from common.records import file_sha256, provenance, rename, weights_sha256, write_json
 from common.run_directory import TRACES, choose_directory, is_used, lock, resumed_settings, unlock
@@ -153,7 +154,8 @@ class Run:
         self.seconds = {"data": data.seconds, "total": 0.0}
         for part, seconds in state.get("seconds", {}).items():
             self.seconds[part] += seconds
-        self.watch = _Watch(len(data.train))
+        batch_size = self.config.batch_size
+        self.watch = _Watch(steps_per_epoch(data.train, batch_size) * min(batch_size, len(data.train)))
         kept = Checkpoints(
             self.directory / "checkpoints",
             self.config.checkpoint_every,
@@ -263,7 +265,8 @@ class Run:
         }
         part = self.directory / "part.keras"  # Keras wants the suffix.
         try:
-            (with_class_names(model, data.class_names) if data.task["output"] == "class" else model).save(part)
+            saved = with_stock_layers(model)
+            (with_class_names(saved, data.class_names) if data.task["output"] == "class" else saved).save(part)
             rename(part, self.directory / "model.keras")
             result["model_sha256"] = file_sha256(self.directory / "model.keras")
             write_json(self.directory / "result.json", result)

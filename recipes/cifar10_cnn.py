@@ -12,7 +12,14 @@ Run       python recipes/cifar10_cnn.py
 
 import dataclasses
 
-from common.batches import evaluation_batches, random_shift, steps_per_epoch, steps_per_execution, training_batches
+from common.batches import (
+    evaluation_batches,
+    evaluation_steps,
+    random_shift,
+    steps_per_epoch,
+    steps_per_execution,
+    training_batches,
+)
 from common.cli import Count, Positive, Share, SharedConfig, run_recipe
 from common.data import CIFAR10, Data, load_images
 from common.evaluation import evaluate_classifier
@@ -79,7 +86,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             optimizer=Muon(schedule, config.kernel_speed, weight_decay=config.weight_decay, epsilon=1e-3),
             loss=keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing),
             metrics=["accuracy"],
-            steps_per_execution=steps_per_execution(steps, run.strategy),
+            steps_per_execution=steps_per_execution(model, data.train, config.batch_size, run.strategy, run.start_step),
         )
     model.fit(
         training_batches(data.train, config.batch_size, config.seed, augment, run.strategy, run.start_step),
@@ -87,7 +94,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         shuffle=False,  # Shuffled already.
         epochs=config.epochs,
         validation_data=evaluation_batches(data.validation, config.batch_size, run.strategy),
-        validation_steps=steps_per_epoch(data.validation, config.batch_size),
+        validation_steps=evaluation_steps(data.validation, config.batch_size),
         callbacks=run.callbacks(data, augment),
         verbose=run.verbose,
     )

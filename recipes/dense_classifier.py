@@ -8,10 +8,18 @@ Run       python recipes/dense_classifier.py
 
 import dataclasses
 
-from common.batches import Arrays, evaluation_batches, steps_per_epoch, steps_per_execution, training_batches
+from common.batches import (
+    Arrays,
+    evaluation_batches,
+    evaluation_steps,
+    steps_per_epoch,
+    steps_per_execution,
+    training_batches,
+)
 from common.cli import Count, Positive, SharedConfig, run_recipe
 from common.data import Data, load_table
 from common.evaluation import evaluate_classifier
+from common.optimizers import FusedAdam
 from common.runs import start_run
 
 import keras
@@ -54,7 +62,7 @@ def build_model(config: Config, data: Data) -> keras.Model:
     inputs = keras.Input(data.train.inputs.shape[1:], name="columns")
     # In float32 whatever the precision of the rest: of 2001 and 2002, bfloat16 keeps no difference.
     normalize = keras.layers.Normalization(dtype="float32")
-    normalize.adapt(data.train.inputs)
+    normalize.adapt(np.asarray(data.train.inputs))
     x = normalize(inputs)
     x = keras.layers.Dense(64, activation="relu")(x)
     x = keras.layers.Dense(64, activation="relu")(x)
@@ -71,11 +79,10 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         model = build_model(config, data)
         learning_rate = keras.optimizers.schedules.CosineDecay(config.learning_rate, config.epochs * steps)
         model.compile(
-            optimizer=keras.optimizers.AdamW(learning_rate, weight_decay=config.weight_decay),
+            optimizer=FusedAdam(learning_rate, weight_decay=config.weight_decay),
             loss=keras.losses.CategoricalCrossentropy(),
             metrics=["accuracy"],
-            # A step is over in less than it takes Keras to look at it: best a whole epoch at once.
-            steps_per_execution=steps_per_execution(steps, run.strategy, at_most=128),
+            steps_per_execution=steps_per_execution(model, data.train, config.batch_size, run.strategy, run.start_step),
             # XLA joins a step's many small operations. Left to itself, Keras leaves it off on a CPU.
             jit_compile=run.strategy.num_replicas_in_sync == 1 and not config.deterministic,
         )
@@ -85,7 +92,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         shuffle=False,  # Shuffled already.
         epochs=config.epochs,
         validation_data=evaluation_batches(data.validation, config.batch_size, run.strategy),
-        validation_steps=steps_per_epoch(data.validation, config.batch_size),
+        validation_steps=evaluation_steps(data.validation, config.batch_size),
         callbacks=run.callbacks(data),
         verbose=run.verbose,
     )

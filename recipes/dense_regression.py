@@ -8,10 +8,18 @@ Run       python recipes/dense_regression.py
 
 import dataclasses
 
-from common.batches import Arrays, evaluation_batches, steps_per_epoch, steps_per_execution, training_batches
+from common.batches import (
+    Arrays,
+    evaluation_batches,
+    evaluation_steps,
+    steps_per_epoch,
+    steps_per_execution,
+    training_batches,
+)
 from common.cli import Count, Positive, SharedConfig, run_recipe
 from common.data import Data, load_table
 from common.evaluation import evaluate_regressor
+from common.optimizers import FusedAdam
 from common.runs import start_run
 
 import keras
@@ -55,7 +63,7 @@ def build_model(config: Config, data: Data) -> keras.Model:
     inputs = keras.Input(data.train.inputs.shape[1:], name="columns")
     # In float32 whatever the precision of the rest: of 2001 and 2002, bfloat16 keeps no difference.
     normalize = keras.layers.Normalization(dtype="float32")
-    normalize.adapt(data.train.inputs)
+    normalize.adapt(np.asarray(data.train.inputs))
     x = normalize(inputs)
     x = keras.layers.Dense(500, activation="relu")(x)
     x = keras.layers.Dense(100, activation="relu")(x)
@@ -63,7 +71,7 @@ def build_model(config: Config, data: Data) -> keras.Model:
     x = keras.layers.Dense(1, dtype="float32")(x)
     # From deviations around the mean to the units of the target, so that these can be any.
     denormalize = keras.layers.Normalization(invert=True, dtype="float32")
-    denormalize.adapt(data.train.targets)
+    denormalize.adapt(np.asarray(data.train.targets))
     return keras.Model(inputs, denormalize(x), name="dense_regression")
 
 
@@ -75,14 +83,13 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         model = build_model(config, data)
         learning_rate = keras.optimizers.schedules.CosineDecay(config.learning_rate, config.epochs * steps)
         model.compile(
-            optimizer=keras.optimizers.AdamW(learning_rate, weight_decay=config.weight_decay),
+            optimizer=FusedAdam(learning_rate, weight_decay=config.weight_decay),
             loss="mse",
             # The share of the variance that is left: whatever the unit of the target, gradients are of one size.
             # It is what `loss` shows; `mse` is in the units of the target.
             loss_weights=1 / max(float(np.var(data.train.targets)), 1e-30),
             metrics=["mse", "mae"],
-            # A step is over in less than it takes Keras to look at it: best a whole epoch at once.
-            steps_per_execution=steps_per_execution(steps, run.strategy, at_most=512),
+            steps_per_execution=steps_per_execution(model, data.train, config.batch_size, run.strategy, run.start_step),
         )
     model.fit(
         training_batches(data.train, config.batch_size, config.seed, strategy=run.strategy, start_step=run.start_step),
@@ -90,7 +97,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         shuffle=False,  # Shuffled already.
         epochs=config.epochs,
         validation_data=evaluation_batches(data.validation, config.batch_size, run.strategy),
-        validation_steps=steps_per_epoch(data.validation, config.batch_size),
+        validation_steps=evaluation_steps(data.validation, config.batch_size),
         callbacks=run.callbacks(data),
         verbose=run.verbose,
     )

@@ -16,6 +16,7 @@ import zipfile
 from common.batches import (
     Split,
     evaluation_batches,
+    evaluation_steps,
     random_shift,
     steps_per_epoch,
     steps_per_execution,
@@ -125,7 +126,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
                 optimizer=Muon(schedule, weight_decay=0.1, epsilon=1e-3),
                 loss=keras.losses.CategoricalCrossentropy(from_logits, label_smoothing=0.05),
                 metrics=["accuracy"],
-                steps_per_execution=steps_per_execution(steps, run.strategy),
+                steps_per_execution=steps_per_execution(model, training, config.batch_size, run.strategy, start_step),
             )
         model.fit(
             training_batches(training, config.batch_size, config.seed, augment, run.strategy, start_step),
@@ -133,7 +134,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             shuffle=False,  # Shuffled already.
             epochs=config.epochs,
             validation_data=evaluation_batches(validation, config.batch_size, run.strategy),
-            validation_steps=steps_per_epoch(validation, config.batch_size),
+            validation_steps=evaluation_steps(validation, config.batch_size),
             callbacks=list(callbacks),
             verbose=run.verbose,
         )

@@ -14,7 +14,14 @@ without the noise, or from so few points that it is chance.
 
 import dataclasses
 
-from common.batches import Arrays, evaluation_batches, steps_per_epoch, steps_per_execution, training_batches
+from common.batches import (
+    Arrays,
+    evaluation_batches,
+    evaluation_steps,
+    steps_per_epoch,
+    steps_per_execution,
+    training_batches,
+)
 from common.cli import Count, Positive, SharedConfig, run_recipe
 from common.data import Data, load_table
 from common.evaluation import evaluate_regressor
@@ -52,7 +59,7 @@ def build_model(config: Config, data: Data) -> keras.Model:
     inputs = keras.Input(data.train.inputs.shape[1:], name="columns")
     # One learning rate suits all columns when they are all spread alike.
     normalize = keras.layers.Normalization(dtype="float32", name="normalize")
-    normalize.adapt(data.train.inputs)
+    normalize.adapt(np.asarray(data.train.inputs))
     # In float32 whatever the precision of the rest: the prediction needs the digits.
     return keras.Model(inputs, keras.layers.Dense(1, dtype="float32", name="line")(normalize(inputs)))
 
@@ -67,7 +74,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             optimizer=keras.optimizers.SGD(config.learning_rate),
             loss="mse",
             metrics=["mae"],
-            steps_per_execution=steps_per_execution(steps, run.strategy),
+            steps_per_execution=steps_per_execution(model, data.train, config.batch_size, run.strategy, run.start_step),
         )
     model.fit(
         training_batches(data.train, config.batch_size, config.seed, strategy=run.strategy, start_step=run.start_step),
@@ -75,7 +82,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         shuffle=False,  # Shuffled already.
         epochs=config.epochs,
         validation_data=evaluation_batches(data.validation, config.batch_size, run.strategy),
-        validation_steps=steps_per_epoch(data.validation, config.batch_size),
+        validation_steps=evaluation_steps(data.validation, config.batch_size),
         callbacks=run.callbacks(data),
         verbose=run.verbose,
     )

@@ -10,10 +10,18 @@ Run       python recipes/mnist_cnn.py
 
 import dataclasses
 
-from common.batches import evaluation_batches, random_shift, steps_per_epoch, steps_per_execution, training_batches
+from common.batches import (
+    evaluation_batches,
+    evaluation_steps,
+    random_shift,
+    steps_per_epoch,
+    steps_per_execution,
+    training_batches,
+)
 from common.cli import Count, Positive, Share, SharedConfig, run_recipe
 from common.data import MNIST, Data, load_images
 from common.evaluation import evaluate_classifier
+from common.optimizers import FusedAdam
 from common.runs import start_run
 
 import keras
@@ -73,10 +81,10 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         model.compile(
             # The usual epsilon of 1e-7 would blow gradients of nearly zero, rounding errors among them, up to
             # full steps.
-            optimizer=keras.optimizers.AdamW(schedule, weight_decay=config.weight_decay, epsilon=1e-3),
+            optimizer=FusedAdam(schedule, weight_decay=config.weight_decay, epsilon=1e-3),
             loss=keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing),
             metrics=["accuracy"],
-            steps_per_execution=steps_per_execution(steps, run.strategy),
+            steps_per_execution=steps_per_execution(model, data.train, config.batch_size, run.strategy, run.start_step),
         )
     model.fit(
         training_batches(data.train, config.batch_size, config.seed, augment, run.strategy, run.start_step),
@@ -84,7 +92,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         shuffle=False,  # Shuffled already.
         epochs=config.epochs,
         validation_data=evaluation_batches(data.validation, config.batch_size, run.strategy),
-        validation_steps=steps_per_epoch(data.validation, config.batch_size),
+        validation_steps=evaluation_steps(data.validation, config.batch_size),
         callbacks=run.callbacks(data, augment),
         verbose=run.verbose,
     )

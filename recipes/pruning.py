@@ -12,10 +12,18 @@ Run       python recipes/pruning.py
 import dataclasses
 from typing import Any, Literal
 
-from common.batches import evaluation_batches, random_shift, steps_per_epoch, steps_per_execution, training_batches
+from common.batches import (
+    evaluation_batches,
+    evaluation_steps,
+    random_shift,
+    steps_per_epoch,
+    steps_per_execution,
+    training_batches,
+)
 from common.cli import Count, Positive, Share, SharedConfig, run_recipe
 from common.data import MNIST, Data, load_images
 from common.evaluation import evaluate_classifier
+from common.optimizers import FusedAdam
 from common.runs import start_run
 
 import keras
@@ -56,7 +64,7 @@ def build_model(config: Config, data: Data, widths: tuple[int, int, int] = (32, 
     return keras.Model(images, x, name="pruning")
 
 
-class ZerosStay(keras.optimizers.AdamW):
+class ZerosStay(FusedAdam):
     """AdamW that leaves zeros alone: they are the mask, and every checkpoint and every saved model has it."""
 
     def update_step(self, gradient: Any, variable: keras.Variable, learning_rate: Any) -> None:
@@ -136,7 +144,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
                 optimizer=ZerosStay(schedule, weight_decay=config.weight_decay, epsilon=1e-3),
                 loss=keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing),
                 metrics=["accuracy"],
-                steps_per_execution=steps_per_execution(steps, run.strategy),
+                steps_per_execution=steps_per_execution(model, data.train, config.batch_size, run.strategy, start_step),
             )
         model.fit(
             training_batches(data.train, config.batch_size, config.seed, augment, run.strategy, start_step),
@@ -144,7 +152,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             shuffle=False,  # Shuffled already.
             epochs=config.epochs,
             validation_data=evaluation_batches(data.validation, config.batch_size, run.strategy),
-            validation_steps=steps_per_epoch(data.validation, config.batch_size),
+            validation_steps=evaluation_steps(data.validation, config.batch_size),
             callbacks=callbacks,
             verbose=run.verbose,
         )

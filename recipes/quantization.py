@@ -15,6 +15,7 @@ import pathlib
 from common.batches import (
     Split,
     evaluation_batches,
+    evaluation_steps,
     random_shift,
     steps_per_epoch,
     steps_per_execution,
@@ -120,7 +121,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             optimizer=Muon(schedule, weight_decay=0.1, epsilon=1e-3),
             loss=keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing),
             metrics=["accuracy"],
-            steps_per_execution=steps_per_execution(steps, run.strategy),
+            steps_per_execution=steps_per_execution(model, data.train, config.batch_size, run.strategy, run.start_step),
         )
     model.fit(
         training_batches(data.train, config.batch_size, config.seed, augment, run.strategy, run.start_step),
@@ -128,7 +129,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         shuffle=False,  # Shuffled already.
         epochs=config.epochs,
         validation_data=evaluation_batches(data.validation, config.batch_size, run.strategy),
-        validation_steps=steps_per_epoch(data.validation, config.batch_size),
+        validation_steps=evaluation_steps(data.validation, config.batch_size),
         callbacks=run.callbacks(data, augment),
         verbose=run.verbose,
     )

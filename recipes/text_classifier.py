@@ -10,10 +10,18 @@ import dataclasses
 import math
 from typing import Annotated
 
-from common.batches import Split, evaluation_batches, steps_per_epoch, steps_per_execution, training_batches
+from common.batches import (
+    Split,
+    evaluation_batches,
+    evaluation_steps,
+    steps_per_epoch,
+    steps_per_execution,
+    training_batches,
+)
 from common.cli import Count, Positive, Share, SharedConfig, UserError, run_recipe
 from common.data import IMDB, Data, load_texts
 from common.evaluation import evaluate_classifier
+from common.optimizers import FusedAdam
 from common.runs import start_run
 from common.upstream import with_vocabulary_in_config
 
@@ -126,10 +134,12 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     with run.strategy.scope():
         model = build_model(config, data, ratios)
         model.compile(
-            optimizer=keras.optimizers.Adam(schedule),
+            optimizer=FusedAdam(schedule),
             loss=keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing),
             metrics=["accuracy"],
-            steps_per_execution=steps_per_execution(steps, run.strategy),
+            steps_per_execution=steps_per_execution(
+                model, train_tokens, config.batch_size, run.strategy, run.start_step
+            ),
         )
     model.fit(
         training_batches(
@@ -139,7 +149,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         shuffle=False,  # Shuffled already.
         epochs=config.epochs,
         validation_data=evaluation_batches(validation_tokens, config.batch_size, run.strategy),
-        validation_steps=steps_per_epoch(validation_tokens, config.batch_size),
+        validation_steps=evaluation_steps(validation_tokens, config.batch_size),
         callbacks=run.callbacks(data),
         verbose=run.verbose,
     )

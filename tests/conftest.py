@@ -12,12 +12,15 @@ from common.data import Data
 from common.hardware import apply, choose, describe_machine
 
 import pytest
+import tensorflow as tf
 from worker import SMALL
 
 ROOT = pathlib.Path(__file__).parent.parent
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 NO_NETWORK = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
 
+# The tests of this process run on the CPU, also where there are GPUs: tests/test_gpu.py is for these.
+tf.config.set_visible_devices([], "GPU")
 # Two logical CPU devices for all tests of this process, so that `none` and `mirrored` can both run in it.
 TWO_DEVICES = SharedConfig(devices=2, threads=2, deterministic=True)
 apply(choose(describe_machine(), TWO_DEVICES), TWO_DEVICES)

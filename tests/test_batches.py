@@ -1,16 +1,19 @@
 """Section by section: batch t from (seed, t) alone."""
 
 import itertools
+import time
 
 from common.batches import (
     BatchRandom,
     Split,
     evaluation_batches,
+    evaluation_steps,
     random_shift,
     steps_per_epoch,
     steps_per_execution,
     training_batches,
 )
+from common.cli import UserError
 
 import keras
 import numpy as np
@@ -67,16 +70,23 @@ def test_a_batch_does_not_depend_on_where_the_stream_was_started(stream):
         assert_equal_batches(from_start[start:], first(training_batches(**stream, start_step=start), 40 - start))
 
 
-def test_an_epoch_is_a_permutation_and_the_next_epoch_another(stream):
+def test_an_epoch_has_each_example_once_at_most_and_the_next_epoch_others(stream):
     numbered = Split.of(np.arange(len(stream["split"])), np.asarray(stream["split"].targets))
-    steps = steps_per_epoch(numbered, 37)
+    steps, size = steps_per_epoch(numbered, 37), min(37, len(numbered))
     seen = [numbers for numbers, _ in first(training_batches(numbered, 37, stream["seed"]), 2 * steps)]
+    assert {len(batch) for batch in seen} == {size}
     epochs = np.concatenate(seen[:steps]), np.concatenate(seen[steps:])
     for epoch in epochs:
-        np.testing.assert_array_equal(np.sort(epoch), np.arange(len(numbered)))
+        assert len(np.unique(epoch)) == len(epoch) == steps * size
     assert not np.array_equal(*epochs)
-    assert not np.array_equal(epochs[0], np.arange(len(numbered)))
-    assert {len(batch) for batch in seen} <= {len(numbered) // steps, len(numbered) // steps + 1}
+    assert not np.array_equal(np.sort(epochs[0]), np.sort(epochs[1]))  # Those left out are others too.
+    assert not np.array_equal(epochs[0], np.arange(len(epochs[0])))
+
+
+def test_all_batches_have_one_static_shape(stream):
+    inputs, targets = training_batches(**stream).element_spec
+    size = min(37, len(stream["split"]))
+    assert {spec.shape[0] for spec in (*tf.nest.flatten(inputs), targets)} == {size}
 
 
 def test_targets_stay_with_their_inputs():
@@ -93,6 +103,7 @@ def test_another_seed_gives_another_order(stream):
 
 @pytest.mark.parametrize(("workers", "replicas"), [(1, 2), (2, 2), (3, 3), (2, 4)])
 def test_the_slices_of_workers_join_to_the_global_batch(stream, workers, replicas):
+    stream["batch_size"] = 36
     whole = first(training_batches(**stream), 20)
     local = replicas // workers
     parts = [first(each, 20 * local) for each in training_batches(**stream, strategy=Workers(workers, replicas))]
@@ -101,10 +112,7 @@ def test_the_slices_of_workers_join_to_the_global_batch(stream, workers, replica
         for replica, piece in enumerate(slices):
             np.testing.assert_array_equal(piece[0], inputs[replica::replicas])
             np.testing.assert_array_equal(piece[1], targets[replica::replicas])
-        assert min(len(piece[0]) for piece in slices) > 0
-        # Keras takes the mean over each slice, then over the slices: with the weights, all count the same.
-        each = np.concatenate([piece[2] / len(piece[2]) / replicas for piece in slices])
-        np.testing.assert_allclose(each, 1 / len(inputs), rtol=1e-6)
+        assert {len(piece[0]) for piece in slices} == {len(inputs) // replicas}
 
 
 @pytest.mark.parametrize("size", [1, 36, 37, 38, 100])
@@ -116,7 +124,7 @@ def test_evaluation_sees_every_example_once_in_order(size):
 
 def test_evaluation_on_two_workers_sees_every_example_once():
     numbered = Split.of(np.arange(100), np.zeros((100, 1), np.float32))
-    steps = steps_per_epoch(numbered, 33)
+    steps = evaluation_steps(numbered, 33)
     parts = [first(each, steps) for each in evaluation_batches(numbered, 33, Workers(2, 2))]
     seen = [part[step][0] for step in range(steps) for part in parts]
     np.testing.assert_array_equal(np.concatenate(seen), np.arange(100))
@@ -140,16 +148,46 @@ def test_an_empty_split_gives_no_batches():
     assert evaluation_batches(Split.of(np.zeros((0, 2)), np.zeros((0, 1))), 8) is None
 
 
-def test_steps_per_execution_divides_the_epoch():
-    strategy = tf.distribute.get_strategy()
-    assert [steps_per_execution(steps, strategy) for steps in (1, 6, 37, 64, 176)] == [1, 6, 1, 32, 22]
+@pytest.fixture
+def executions(monkeypatch):
+    """The steps per execution of an epoch of so many steps, for a model whose forward pass takes so long."""
+
+    def of_epoch(steps: int, start_step: int = 0, strategy=None, seconds: float = 0.001) -> int:
+        monkeypatch.setattr(time, "perf_counter", itertools.count(0.0, seconds).__next__)
+        split = Split.of(np.zeros((steps, 1), np.float32), np.zeros((steps, 1), np.float32))
+        strategy = strategy or tf.distribute.get_strategy()
+        return steps_per_execution(lambda inputs, training: inputs, split, 1, strategy, start_step)
+
+    return of_epoch
 
 
-def test_there_are_executions_of_several_steps_whatever_the_number_of_examples():
-    for size in range(1, 3000, 7):
+def test_steps_per_execution_divides_the_epoch_and_what_is_left_of_it(executions):
+    assert [executions(steps) for steps in (1, 6, 37, 64, 176)] == [1, 6, 37, 64, 88]
+    assert [executions(64, start) for start in (64, 64 + 16, 3 * 64 + 6, 1)] == [64, 16, 2, 1]
+    assert executions(64, strategy=Workers(1, 2)) == 1
+
+
+def test_an_execution_is_over_in_half_a_second(executions):
+    """A step takes three times as long as a forward pass."""
+    assert [executions(64, seconds=seconds) for seconds in (0.004, 0.02, 0.08, 0.2, 5)] == [32, 8, 2, 1, 1]
+
+
+def test_an_epoch_can_be_executed_in_groups_of_steps_whatever_the_number_of_examples():
+    for size in range(1, 6000, 13):
         steps = steps_per_epoch(Split.of(np.zeros((size, 1)), np.zeros((size, 1))), 10)
-        assert size / 10 <= steps < size / 10 + 8
-        assert steps_per_execution(steps, tf.distribute.get_strategy()) >= min(8, steps)
+        assert 0.98 * (size // 10) <= steps <= max(1, size // 10)
+        if steps >= 400:
+            assert any(steps % group == 0 for group in range(8, 33))
+
+
+def test_a_split_smaller_than_a_batch_is_one_batch():
+    split = Split.of(np.arange(7), np.zeros((7, 1)))
+    ((inputs, _),) = first(training_batches(split, 10, seed=0), 1)
+    assert (steps_per_epoch(split, 10), sorted(inputs)) == (1, [*range(7)])
+    ((inputs, _),) = first(training_batches(split, 10, 0, strategy=Workers(1, 2))[0].batch(2), 1)
+    assert inputs.shape == (2, 3)
+    with pytest.raises(UserError, match="--devices 8: there are 7 training examples; use fewer devices"):
+        training_batches(split, 16, 0, strategy=Workers(1, 8))
 
 
 def test_batches_of_one_are_as_many_as_examples():
@@ -194,8 +232,8 @@ def test_each_example_has_its_turn_once_in_any_two_epochs():
         return random.turns, targets
 
     had = np.zeros([4, 50], bool)
-    for step, (turns, targets) in enumerate(training_batches(Split.of(numbers, numbers), 20, 3, turned).take(4 * 3)):
-        had[step // 3, targets.numpy()[:, 0].astype(int)] = turns
+    for step, (turns, targets) in enumerate(training_batches(Split.of(numbers, numbers), 10, 3, turned).take(4 * 5)):
+        had[step // 5, targets.numpy()[:, 0].astype(int)] = turns
     assert had[0].sum() == 25
     np.testing.assert_array_equal(had[:-1], ~had[1:])
 

@@ -28,7 +28,8 @@ def with_gpus(*gpus: tuple) -> Machine:
         (with_gpus(A100), {}, ("none", 1, "mixed_bfloat16", 16)),
         (with_gpus(A100), {"precision": "float32"}, ("none", 1, "float32", 16)),
         (with_gpus(A100, A100), {}, ("mirrored", 2, "mixed_bfloat16", 16)),
-        (with_gpus(A100, T4), {}, ("mirrored", 2, "mixed_float16", 16)),
+        (with_gpus(A100, T4), {}, ("mirrored", 2, "float32", 16)),
+        (with_gpus(T4, T4), {"devices": 1}, ("none", 1, "mixed_float16", 16)),
         (with_gpus(A100, A100), {"devices": 1}, ("none", 1, "mixed_bfloat16", 16)),
         (with_gpus(A100, A100), {"strategy": "none"}, ("none", 1, "mixed_bfloat16", 16)),
         (LAPTOP, {"strategy": "mirrored"}, ("mirrored", 1, "float32", 4)),
@@ -45,7 +46,7 @@ def test_choices(machine, flags, expected):
 @pytest.mark.parametrize(
     ("machine", "flags", "workers", "expected"),
     [
-        (LAPTOP, {}, 3, ("multi-worker", 3, "float32")),
+        (LAPTOP, {"batch_size": 129}, 3, ("multi-worker", 3, "float32")),
         (LAPTOP, {}, 1, ("none", 1, "float32")),
         (LAPTOP, {"strategy": "multi-worker"}, 1, ("multi-worker", 1, "float32")),
         (LAPTOP, {"strategy": "mirrored", "devices": 2}, 3, ("mirrored", 2, "float32")),
@@ -68,7 +69,9 @@ def test_choices_in_a_cluster(machine, flags, workers, expected):
         (with_gpus(T4), {"devices": 2}, "--devices 2: this machine has 1 GPU"),
         (LAPTOP, {"strategy": "none", "devices": 2}, "--strategy none: uses one device, not --devices 2"),
         (LAPTOP, {"precision": "mixed_float16"}, "--precision mixed_float16: a CPU computes"),
-        (LAPTOP, {"devices": 4, "batch_size": 3}, "--batch-size 3: 4 devices need"),
+        (LAPTOP, {"devices": 4, "batch_size": 3}, "--batch-size 3: not a multiple of the 4 devices; give 4"),
+        (LAPTOP, {"devices": 3}, "--batch-size 128: not a multiple of the 3 devices; give 129"),
+        (with_gpus(T4, T4), {"precision": "mixed_float16"}, "--precision mixed_float16: not on several devices"),
     ],
 )
 def test_what_the_machine_cannot_do_is_refused(machine, flags, named):

@@ -7,8 +7,9 @@
     python tools/benchmark.py strategy --data tfds
 
 For a recipe, each round runs: the naive way (the same layers and batches, arrays from NumPy, pixels divided to float64,
-no augmentation, Adam as it comes, float32, plain `fit`, none of this project's cures, oneDNN where TensorFlow uses it
-by itself); the recipe; its twin in PyTorch, as it is and with `torch.compile` (tools/pytorch_twin.py, where
+no augmentation, Adam as it comes, float32, plain `fit`, none of this project's layers, optimizers and patches, oneDNN
+where TensorFlow uses it by itself); the recipe; its twin in PyTorch, as it is and with `torch.compile`
+(tools/pytorch_twin.py, where
 requirements-benchmark.txt is installed), in the precision of the recipe; and products of large matrices in that
 precision, for the peak of the machine. Examples per second leave out the first execution, and validation. Of the same
 time, the recipe's process counts what Keras spends in callbacks: TensorBoard, checkpoints, the record, and logs made

@@ -27,6 +27,7 @@ from common.batches import Split
 from common.cli import Parser, SharedConfig, UserError, run_script, whole_number
 from common.data import CIFAR10, Data, load_images
 from common.hardware import describe_machine
+from common.layers import with_stock_layers
 from common.records import load_program, write_file
 
 import keras
@@ -118,9 +119,8 @@ def measure(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[str, An
         raise MeasuredError
 
     recipe.training_batches, keras.Model.fit = remember_split, measured_fit
-    if way == "naive":  # A naive script would not know of our cures.
-        for cure in [name for name in vars(hardware) if name.startswith("cure_")]:
-            setattr(hardware, cure, lambda: None)
+    if way == "naive":  # A naive script has none of the patches.
+        hardware.apply_patch = lambda *name, **options: None
     try:
         recipe.train(config, data)
     except MeasuredError:
@@ -130,7 +130,7 @@ def measure(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[str, An
 
 def fit_naively(fit: Callable, model: keras.Model, split: Split, config: SharedConfig, clock: Clock) -> None:
     """Trains the layers of `model` on arrays, as tutorials do."""
-    inputs, targets, loss = split.inputs.numpy(), split.targets.numpy(), model.loss
+    inputs, targets, loss, model = split.inputs.numpy(), split.targets.numpy(), model.loss, with_stock_layers(model)
     if inputs.dtype == np.uint8:
         inputs = inputs / 255.0
         preparing = keras.layers.InputLayer | keras.layers.Rescaling | keras.layers.Normalization
@@ -161,7 +161,7 @@ def describe(model: keras.Model, split: Split, data: Data, config: SharedConfig,
         "loss": loss if isinstance(loss, str) else "cross-entropy",
         "loss_weight": model.get_compile_config()["loss_weights"] or 1.0,
         "label_smoothing": getattr(config, "label_smoothing", 0.0),
-        "optimizer": type(optimizer).__name__,
+        "optimizer": type(optimizer).__name__.replace("FusedAdam", "AdamW" if optimizer.weight_decay else "Adam"),
         "constants": {**constants, "learning_rate": config.learning_rate},
         "batch_size": config.batch_size,
         "epochs": config.epochs,
