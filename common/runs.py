@@ -254,7 +254,7 @@ class Run:
             "examples_per_second": watch.examples / watch.seconds if watch.examples else None,
             "weights_sha256": weights_sha256(model),
             "hardware": self.hardware,
-            "patches": getattr(upstream, "applied", []),
+            "patches": upstream.applied,
             "files": self.settings["files"],
             **provenance(),
             "task": data.task,
