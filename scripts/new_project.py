@@ -140,14 +140,14 @@ def as_notebook(source: str) -> str:
     """A recipe cut into cells, without `main`; the last cell trains."""
     tree, lines, cells, end, before = ast.parse(source), source.splitlines(), [], 0, None
     for node in tree.body:
-        text, end = "\n".join(lines[end : node.end_lineno]).strip(), node.end_lineno
+        text, end = "\n".join(lines[end : node.end_lineno]), node.end_lineno
         if node is tree.body[0] and ast.get_docstring(tree):
             title, _, rest = ast.get_docstring(tree).partition("\n")
             cells.append(nbformat.v4.new_markdown_cell(f"# {title}\n\n```\n{rest.strip()}\n```"))
         elif isinstance(before, ast.Import | ast.ImportFrom) and isinstance(node, ast.Import | ast.ImportFrom):
-            cells[-1].source += f"\n{text}"
-        elif getattr(node, "name", "") != "main" and not text.startswith("if __name__"):
-            cells.append(nbformat.v4.new_code_cell(text))
+            cells[-1].source += f"\n{text}"  # With the empty lines between groups of imports.
+        elif getattr(node, "name", "") != "main" and not text.strip().startswith("if __name__"):
+            cells.append(nbformat.v4.new_code_cell(text.strip()))
         before = node
     cells.append(nbformat.v4.new_markdown_cell(TRAINING))
     cells.append(nbformat.v4.new_code_cell('metrics = train(Config(data="sample", smoke=True, epochs=2))\nmetrics'))
