@@ -115,7 +115,8 @@ def run_of(tmp_path_factory):
                 callbacks=run.callbacks(data, augment),
                 verbose=0,
             )
-            found = model.evaluate(evaluation_batches(data.test, config.batch_size), return_dict=True, verbose=0)
+            batches, steps = evaluation_batches(data.test, config.batch_size), -(-len(data.test) // config.batch_size)
+            found = model.evaluate(batches, steps=steps, return_dict=True, verbose=0)
             metrics = run.finish(model, data, Report({"loss": found["loss"]}), {})
             runs[name] = run.directory, data, metrics
         return runs[name]
