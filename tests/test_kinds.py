@@ -26,7 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
-    epochs: int = 6
+    epochs: int = 10
     batch_size: int = 16
     learning_rate: float = 0.03
     quiet: bool = True
