@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).parent.parent
 GIB = 1 << 30
@@ -61,6 +61,7 @@ def look_at_machine() -> Iterable[Finding]:
     from common.cli import SharedConfig
     from common.data import CIFAR10, IMDB, MNIST, prepared_version, reachable, tfds_folder
     from common.hardware import describe_machine
+    from common.upstream import PATCHES
 
     machine = describe_machine()
     yield check_gpu(driver_sees_gpus(), [name for name, _ in machine.gpus])
@@ -69,6 +70,7 @@ def look_at_machine() -> Iterable[Finding]:
         # work on the machine at one moment and not at the next.
         peaks = [[measure_peak(name, 512, 5) for name in ("float32", "mixed_bfloat16")] for _ in range(5)]
         yield check_precision(*map(max, zip(*peaks, strict=True)))
+    yield from map(check_patch, PATCHES.items())
     yield check_threads(machine.cores, os.environ)
     yield check_memory(machine.memory_bytes)
     folder = tfds_folder(SharedConfig())
@@ -164,6 +166,16 @@ def check_precision(float32: float, bfloat16: float) -> Finding:
         found = f"bfloat16 multiplies matrices {bfloat16 / float32:.1f} times as fast as float32"
         return Finding("precision", found, "train the large networks with --precision mixed_bfloat16")
     return Finding("precision", f"float32; bfloat16 multiplies matrices {bfloat16 / float32:.1f} times as fast")
+
+
+def check_patch(named: tuple[str, Any]) -> Finding:
+    """Whether a patch of Keras or TensorFlow is made for the installed version; without it, runs say so or refuse."""
+    name, patch = named
+    found = f"{patch.package} {importlib.metadata.version(patch.package)}, made for {patch.versions}"
+    if patch.fits():
+        return Finding(f"patch {name!r}", found)
+    remedy = f"{sys.executable} -m pip install '{patch.package}{patch.versions}'"
+    return Finding(f"patch {name!r}", f"{found}: {patch.reason}", remedy, trouble=True)
 
 
 def check_threads(cores: int, environment: dict[str, str]) -> Finding:

@@ -2,6 +2,8 @@
 
 import pathlib
 
+from common.upstream import Patch
+
 import pytest
 from conftest import run_program
 from test_readme import load_script
@@ -64,6 +66,14 @@ def test_threads(environment, trouble):
     assert (finding.trouble, finding.remedy) == (trouble, "unset OMP_NUM_THREADS" if trouble else "")
 
 
+@pytest.mark.parametrize(("versions", "trouble"), [(">=3.15.1", False), ("==3.14.*", True)])
+def test_patches(versions, trouble):
+    finding = doctor.check_patch(("logs", Patch("keras", versions, "fit fails", lambda: None)))
+    assert (finding.subject, finding.trouble) == ("patch 'logs'", trouble)
+    assert finding.found.startswith("keras 3.15")
+    assert finding.remedy.endswith("-m pip install 'keras==3.14.*'" if trouble else "")
+
+
 def test_memory_and_disk():
     assert not doctor.check_memory(8 * GIB).trouble
     assert doctor.check_memory(2 * GIB).trouble
@@ -88,7 +98,17 @@ def test_the_program_ends_as_it_found(tmp_path):
     run = run_program("scripts/doctor.py", **environment)
     assert run.returncode == (2 if "TROUBLE" in run.stdout else 0)
     subjects = [line[8:].split(":")[0] for line in run.stdout.splitlines() if not line.startswith("  ")]
-    assert {"Python", "tensorflow", "GPU", "precision", "threads", "memory", "disk", "MNIST"} <= set(subjects)
+    assert {
+        "Python",
+        "tensorflow",
+        "GPU",
+        "precision",
+        "patch 'symbolic build'",
+        "threads",
+        "memory",
+        "disk",
+        "MNIST",
+    } <= set(subjects)
     assert run.stdout.count("trains on its sample") == 3
 
 

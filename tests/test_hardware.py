@@ -110,6 +110,39 @@ def test_this_machine_is_described():
     assert machine.memory_bytes > 1 << 28
 
 
+PRETENDED_GPU = """
+import sys
+from tensorflow.python.eager import context
+import tensorflow as tf
+
+tf.config.list_physical_devices()
+gpu = context.PhysicalDevice("/physical_device:GPU:0", "GPU")
+context.context()._physical_devices.append(gpu)
+context.context()._visible_device_list.append(gpu)
+context.context()._pluggable_devices = []
+tf.config.experimental.get_device_details = lambda gpu: {"device_name": "T4", "compute_capability": (7, 5)}
+
+import keras
+from common.cli import SharedConfig
+from common.data import MNIST, load_images
+from common.runs import start_run
+
+config = SharedConfig(data="sample", smoke=True, run_dir=sys.argv[1], precision="float32")
+data = load_images(MNIST, config, (28, 28))
+data.train.arrays(slice(25))
+run = start_run(config)
+print("grows:", tf.config.experimental.get_memory_growth(gpu))
+"""
+
+
+def test_data_can_be_loaded_before_the_run_on_a_gpu(tmp_path):
+    """A GPU that TensorFlow's context is told of: memory growth is set when TensorFlow is imported."""
+    run = run_program("-c", PRETENDED_GPU, str(tmp_path / "run"))
+    assert run.returncode == 0, run.stderr
+    assert "T4: strategy none (one device)" in run.stdout
+    assert run.stdout.endswith("grows: True\n")
+
+
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="TensorFlow has oneDNN for such processors")
 @pytest.mark.parametrize(("given", "used"), [({}, True), ({"TF_ENABLE_ONEDNN_OPTS": "0"}, False)])
 def test_onednn_is_used_unless_the_user_says_otherwise(given, used, monkeypatch):
