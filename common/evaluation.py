@@ -80,11 +80,13 @@ def evaluate_classifier(
     )
     if len(class_names) > 40:  # Nobody could read it, and it would take gigabytes.
         del report.figures["confusion_matrix"]
-    shown = (split.inputs if shown_inputs is None else shown_inputs).numpy()[mistakes]
-    titles = [f"{is_class}, not {taken_for}" for is_class, taken_for in named]
-    if shown.dtype == np.uint8 and titles:
+    shown = split.inputs if shown_inputs is None else shown_inputs
+    if isinstance(shown, dict) or not mistakes:
+        return report
+    shown, titles = np.asarray(shown)[mistakes], [f"{is_class}, not {taken_for}" for is_class, taken_for in named]
+    if shown.dtype == np.uint8:
         report.figures["worst_mistakes"] = picture_figure(shown, titles)
-    elif shown.dtype == object and titles:
+    elif shown.dtype == object:
         report.texts["worst_mistakes"] = text_table(shown, titles)
     return report
 

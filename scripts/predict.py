@@ -50,11 +50,10 @@ def predict(path: pathlib.Path, files: list[str]) -> list[dict]:
     """One answer for each picture, line or row: `input`, and what the writer of the model's kind of output gives."""
     description, answer = artefacts.load(path)
     functions = []
-    for side, name, known in (("input", "reader", READERS), ("output", "writer", WRITERS)):
+    for side, known in (("input", READERS), ("output", WRITERS)):
         if (kind := description["task"][side]) not in known:
-            raise UserError(
-                f"{path}: predict.py has no {name} for {side} of kind {kind!r}, only for {', '.join(known)}"
-            )
+            only = f"only of {', '.join(known)}; add a function to predict.py"
+            raise UserError(f"{path}: the kind of its {side} is {kind!r}, and predict.py knows {only}")
         functions.append(known[kind])
     read, write = functions
     if files.count("-") > 1:

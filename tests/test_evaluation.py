@@ -76,6 +76,16 @@ def test_mistakes_are_shown_with_the_texts_they_were_made_on():
     assert "second" not in report.texts["worst_mistakes"]
 
 
+def test_a_classifier_may_take_several_inputs():
+    first, second = keras.Input([2], name="first"), keras.Input([2], name="second")
+    model = keras.Model({"first": first, "second": second}, keras.layers.Average()([first, second]))
+    model.compile(loss="categorical_crossentropy")
+    probabilities = np.float32([[0.9, 0.1], [0.8, 0.2]])
+    split = Split.of({"first": probabilities, "second": probabilities}, np.float32([[0, 1], [1, 0]]))
+    report = evaluate_classifier(model, split, ("no", "yes"), 8, STRATEGY)
+    assert (report.metrics["accuracy"], len(report.details["worst_mistakes"])) == (0.5, 1)
+
+
 def test_regression_metrics_equal_those_counted_by_hand():
     random = np.random.default_rng(0)
     predicted, truth = random.normal(size=(2, 101, 1)).astype(np.float32)

@@ -187,7 +187,9 @@ def test_predict_needs_a_writer_for_each_kind_of_output(run_of, tmp_path, monkey
     files = [str(tmp_path / f"{number}.png") for number in range(2)]
     for image, file in zip(images, files, strict=True):
         Image.fromarray(image).save(file)
-    with pytest.raises(UserError, match=r"has no writer for output of kind 'mask', only for class, number") as refused:
+    with pytest.raises(
+        UserError, match=r"the kind of its output is 'mask', and .* knows only of class, number;"
+    ) as refused:
         predict.predict(directory, files)
     assert "\n" not in str(refused.value)
 
@@ -207,7 +209,7 @@ def test_predict_needs_a_writer_for_each_kind_of_output(run_of, tmp_path, monkey
 
 def test_predict_needs_a_reader_for_each_kind_of_input(run_of, tmp_path, monkeypatch):
     directory, data, _ = run_of("series")
-    with pytest.raises(UserError, match=r"has no reader for input of kind 'series', only for image, text, table"):
+    with pytest.raises(UserError, match=r"the kind of its input is 'series', and .* knows only of image, text, table;"):
         predict.predict(directory, [__file__])
     inputs, targets = data.test.arrays(slice(3))
     np.savez(tmp_path / "new.npz", **inputs)
