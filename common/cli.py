@@ -176,6 +176,7 @@ def warn(line: str) -> None:
 
 def run_script(main: Callable[[], None]) -> None:
     """The whole of a script: a `UserError` ends it with one line and exit code 2, Ctrl-C and `SIGTERM` with 75."""
+    gc.freeze()  # As in `run_recipe`.
     # An exception, so that temporary files, and what else a script ends and removes, are not left behind.
     for number in STOPPING:
         signal.signal(number, signal.default_int_handler)

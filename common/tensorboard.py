@@ -20,7 +20,6 @@ import numpy as np
 import tensorflow as tf
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api as hparams
-from tensorboard.plugins.scalar.summary import scalar_pb
 
 # What TensorBoard's HParams tab shows of every run; the same in all runs, or it would show some runs only.
 _COLUMNS = hparams.hparams_config_pb(
@@ -49,16 +48,6 @@ class Logs(keras.callbacks.TensorBoard):
                 setattr(self, name, functools.partial(self.attempt, getattr(self, name)))
         self.attempt(self._open, sizes)
 
-    def set_model(self, model):
-        """Gets ready to read the learning rate: that of a schedule traced, which takes milliseconds otherwise."""
-        super().set_model(model)
-        rate = model.optimizer.learning_rate
-        self._learning_rate = lambda: rate
-        if not isinstance(rate, keras.Variable):
-            traced = tf.function(lambda: model.optimizer.learning_rate, autograph=False)
-            self._learning_rate = traced.get_concrete_function()
-            self._learning_rate()  # Now, with all else that is compiled before training.
-
     def attempt(self, write: Callable[..., None], *arguments: Any, **named: Any) -> None:
         """Calls `write` unless logging has failed before; a failure is only warned of."""
         if not self.failed:
@@ -83,20 +72,16 @@ class Logs(keras.callbacks.TensorBoard):
         Keras has one for each metric, and together they take longer than the shortest epochs. To the disk they go at
         most once a second.
         """
-        values: dict[str, dict[str, float]] = {"train": {"learning_rate": float(np.asarray(self._learning_rate()))}}
+        values = {"train": {"learning_rate": float(np.asarray(self.model.optimizer.learning_rate))}, "validation": {}}
         for name, value in (logs or {}).items():
-            run = "validation" if name.startswith("val_") else "train"
-            values.setdefault(run, {})[name.removeprefix("val_")] = value
+            values["validation" if name.startswith("val_") else "train"][name.removeprefix("val_")] = value
         for run, metrics in values.items():
-            summary = _scalars(tuple(metrics))
-            for scalar, value in zip(summary.value, metrics.values(), strict=True):
-                scalar.tensor.float_val[:] = [value]
-            writer = self._train_writer if run == "train" else self._val_writer
-            tf.raw_ops.WriteRawProtoSummary(
-                writer=writer._resource,
-                step=tf.constant(epoch, tf.int64),  # Tensors: of plain values, the operation takes ten times as long.
-                tensor=tf.constant(summary.SerializeToString()),
-            )
+            if metrics:
+                scalars = [Summary.Value(tag=f"epoch_{name}", simple_value=value) for name, value in metrics.items()]
+                with (self._train_writer if run == "train" else self._val_writer).as_default():
+                    # Tensors: of plain values, the operation takes ten times as long.
+                    summary, step = tf.constant(Summary(value=scalars).SerializeToString()), tf.constant(epoch, tf.int64)
+                    tf.summary.experimental.write_raw_pb(summary, step)
         if time.monotonic() - self._flushed >= 1:
             self._flush()
         super().on_epoch_end(epoch)  # The histograms.
@@ -144,19 +129,7 @@ class Logs(keras.callbacks.TensorBoard):
         """Writes a picture, given as the bytes of a PNG file."""
         with self.writer.as_default(step=step):
             _write_picture(name, png)
-
-    def close(self) -> None:
-        """Writes what is still in memory."""
-        self.writer.close()
-
-
-@functools.cache
-def _scalars(names: tuple[str, ...]) -> Summary:
-    """A summary of these metrics of an epoch, whose values are still to be filled in."""
-    summary = Summary()
-    for name in names:
-        summary.MergeFrom(scalar_pb(f"epoch_{name}", 0.0))
-    return summary
+        self.writer.flush()
 
 
 def _show_examples(data: Data, augment: Augment | None) -> None:
