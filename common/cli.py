@@ -35,16 +35,16 @@ BESIDE_TRAINING = {
 }
 
 
-# What a user can mend wherever it shows: a disk that is full or may not be written to.
+# What a user can fix wherever it shows: a disk that is full or may not be written to.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: what, where, and the remedy."""
+    """Something the user can fix. The message is one line: what, where, and the remedy."""
 
 
 class TrainingFailedError(Exception):
-    """Training came to a loss that is not a finite number."""
+    """The loss is not a finite number."""
 
 
 class AlreadyFinishedError(Exception):
@@ -150,13 +150,12 @@ def parse_config(config_class: type, arguments: Sequence[str], description: str 
 def whole_number(lowest: int, below: float = math.inf) -> Callable[[str], int]:
     """For the `type` of a script's flag: the lowest number allowed, and the one that it must stay below."""
 
-    def number(text: str) -> int:
-        value = int(text)
-        if problem := _problem(value, Annotated[int, lowest, below]):
+    def checked(text: str) -> int:
+        if problem := _problem(int(text), Annotated[int, lowest, below]):
             raise argparse.ArgumentTypeError(problem)
-        return value
+        return int(text)
 
-    return number
+    return checked
 
 
 def field_comments(config_class: type) -> dict[str, str]:
@@ -176,33 +175,10 @@ def warn(line: str) -> None:
 
 def run_script(main: Callable[[], None]) -> None:
     """The whole of a script: a `UserError` ends it with one line and exit code 2, Ctrl-C and `SIGTERM` with 75."""
-    gc.freeze()  # As in `run_recipe`.
     # An exception, so that temporary files, and what else a script ends and removes, are not left behind.
     for number in STOPPING:
         signal.signal(number, signal.default_int_handler)
-    try:
-        main()
-        sys.stdout.flush()
-        for number in STOPPING:
-            signal.signal(number, signal.SIG_IGN)  # All is done; Python's farewell shall not change it.
-    except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno in _DISK:
-            print(f"error: {_of_the_disk(error)}", file=sys.stderr)
-            os._exit(2)  # Standard output may be what can't be written.
-        if not isinstance(error, BrokenPipeError):
-            raise
-        # A reader such as `head` has seen enough; Python's farewell would try to write once more.
-        os._exit(128 + signal.SIGPIPE)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-
-
-def _of_the_disk(error: OSError) -> str:
-    return f"{error.filename or 'output'}: {error.strerror}; make room, or choose a place that can be written to"
+    _run(main, 128 + signal.SIGPIPE, "")
 
 
 def run_recipe(train: Callable[[Any], dict], config_class: type, description: str | None = None) -> None:
@@ -213,37 +189,50 @@ def run_recipe(train: Callable[[Any], dict], config_class: type, description: st
     Before, while modules are imported, they do what they do in any Python program.
     """
     _exit_when_stopped()
-    gc.freeze()  # The modules are a million objects that stay: the garbage collector need not look at them again.
-    config = None
-    try:
+
+    def main() -> None:
         config = parse_config(config_class, sys.argv[1:], description or "")
-        train(config)
-        code, line = 0, ""
+        try:
+            train(config)
+        except (MemoryError, tf.errors.ResourceExhaustedError) as error:
+            size = config.batch_size
+            raise UserError(f"--batch-size {size}: does not fit into memory; try {max(1, size // 2)}") from error
+
+    unread = "interrupted: nobody reads the output any more; the same command with --resume goes on"
+    _run(main, EXIT_INTERRUPTED, unread)
+
+
+def _run(main: Callable[[], None], unread_code: int, unread_line: str) -> NoReturn:
+    """Runs a program to its exit code and its last line; `unread_...` for a reader, such as `head`, that has gone."""
+    gc.freeze()  # The modules are a million objects that stay: the garbage collector need not look at them again.
+    code, line = 0, ""
+    try:
+        main()
+        sys.stdout.flush()
     except AlreadyFinishedError as finished:
-        code, line = 0, str(finished)
+        line = str(finished)
     except UserError as error:
         code, line = 2, f"error: {error}"
     except TrainingFailedError as error:
         code, line = 3, f"training failed: {error}"
     except BrokenPipeError:
-        # A reader such as `head` has seen enough; Python's farewell would try to write once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = EXIT_INTERRUPTED
-        line = "interrupted: nobody reads the output any more; the same command with --resume goes on"
+        code, line = unread_code, unread_line
     except OSError as error:
         if error.errno not in _DISK:
             raise
-        code, line = 2, f"error: {_of_the_disk(error)}"
-    except (MemoryError, tf.errors.ResourceExhaustedError):
-        size = config.batch_size
-        code, line = 2, f"error: --batch-size {size}: does not fit into memory; try {max(1, size // 2)}"
+        problem = f"{error.filename or 'output'}: {error.strerror}"
+        code, line = 2, f"error: {problem}; make room, or choose a place that can be written to"
     except KeyboardInterrupt as interruption:
-        code, line = EXIT_INTERRUPTED, f"interrupted: {interruption}"
+        code, line = EXIT_INTERRUPTED, f"interrupted: {interruption}".rstrip(": ")
     line = " ".join(line.split())
     for say in endings:
         say(code, line)
     for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)  # The outcome is settled; Python's farewell shall not change it.
+        signal.signal(number, signal.SIG_IGN)  # The outcome is settled.
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try again when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if line:
         print(line, file=sys.stderr if code else sys.stdout)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""The run directory: its choice, its lock, and the check that a run in it may be resumed."""
+"""The run directory: its choice, its lock, and whether the run in it may be resumed."""
 
 import contextlib
 import datetime
@@ -21,12 +21,6 @@ _locks: dict[pathlib.Path, BinaryIO] = {}
 def choose_directory(recipe: str, config: SharedConfig) -> pathlib.Path:
     """`--run-dir`, or with `--resume` alone the latest unfinished run, or a new one, named by the time."""
     if config.run_dir:
-        try:
-            config.run_dir.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"--run-dir {config.run_dir!r}: TensorFlow can't write there; give a name in UTF-8"
-            ) from error
         return pathlib.Path(config.run_dir)
     runs = []
     if config.resume:

@@ -1,6 +1,5 @@
 """One run: what it sets up, its clock, and the true record of its result."""
 
-import contextlib
 import dataclasses
 import math
 import os
@@ -186,11 +185,9 @@ class Run:
 
     def _write_settings(self, data: Data) -> None:
         """Makes the directory and `config.json`, or nothing at all."""
-        new = False
+        new = not self.directory.exists()
         try:
-            with contextlib.suppress(FileExistsError):
-                self.directory.mkdir(parents=True)
-                new = True
+            self.directory.mkdir(parents=True, exist_ok=True)
             lock(self.directory)
             if self.settings.setdefault("data_digest", self.data_digest) != self.data_digest:
                 raise UserError(f"{data.name}: not the data that this run began with; bring those back, or start anew")
@@ -199,18 +196,9 @@ class Run:
             write_json(self.directory / "config.json", self.settings)
             for name in ("plots", "checkpoints"):
                 (self.directory / name).mkdir(exist_ok=True)
-            # Whether checkpoints can be written shall show now, not after hours.
-            part = self.directory / "checkpoints" / "part"
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir()
-            part.rmdir()
         except (OSError, UserError) as error:
-            # What another process has locked meanwhile is not to be touched.
             if unlock(self.directory) and new:
                 shutil.rmtree(self.directory, ignore_errors=True)
-            elif new:
-                with contextlib.suppress(OSError):  # It is no longer empty.
-                    self.directory.rmdir()
             if isinstance(error, UserError):
                 raise
             problem = f"{error.filename or self.directory}: {error.strerror}"
@@ -288,15 +276,15 @@ class Run:
         return metrics
 
     def _draw(self, figures: dict[str, Figure]) -> None:
-        """Writes figures below `plots` and to TensorBoard, after all else: one that fails is only warned of."""
+        """Writes figures to `plots` and to TensorBoard; warns of those that fail."""
         for name, figure in figures.items():
+            path = self.directory / "plots" / f"{name}.png"
             try:
                 png = figure_png(figure)
-                (self.directory / "plots" / f"{name}.png").write_bytes(png)
+                path.write_bytes(png)
                 self.logs.attempt(self.logs.show, self.watch.steps, name, png)
             except Exception as error:  # Matplotlib has errors of many types.
-                warn(f"{self.directory / 'plots' / name}.png: can't be written ({error})")
-        self.logs.attempt(self.logs.close)
+                warn(f"{path}: can't be written ({error})")
 
 
 def once(run: Run, make: Callable[[], Any]) -> Any:
@@ -367,13 +355,10 @@ class _Watch(keras.callbacks.Callback):
             self.model.stop_training = False
         # An epoch of one execution, which was traced, has nothing else to be measured by.
         examples, seconds = self.epoch_examples, self.epoch_seconds
-        logs["examples_per_second"] = (
-            examples / seconds if examples else self._examples_per_epoch / self.compile_seconds
-        )
-        self.steps, self.examples, self.seconds = (
-            self.steps + self.batches,
-            self.examples + examples,
-            self.seconds + seconds,
-        )
+        rate = examples / seconds if examples else self._examples_per_epoch / self.compile_seconds
+        logs["examples_per_second"] = rate
+        self.steps += self.batches
+        self.examples += examples
+        self.seconds += seconds
         self.batches, self.epoch_examples, self.epoch_seconds = 0, 0.0, 0.0
         self.history.append({name: float(value) for name, value in logs.items()} | {"seconds": self.elapsed})

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api as hparams
+from tensorboard.plugins.scalar.summary import scalar_pb
 
 # What TensorBoard's HParams tab shows of every run; the same in all runs, or it would show some runs only.
 _COLUMNS = hparams.hparams_config_pb(
@@ -40,7 +40,7 @@ class Logs(keras.callbacks.TensorBoard):
     """
 
     def __init__(self, folder: pathlib.Path, config: SharedConfig, sizes: dict[str, int]):
-        self.folder, self.failed, self.writer, self._flushed = folder, False, None, 0.0
+        self.folder, self.failed, self.writer = folder, False, None
         profile, histograms = (2, 4) if config.profile else 0, int(config.histograms)
         super().__init__(str(folder), histogram_freq=histograms, profile_batch=profile, write_graph=not sizes)
         for name in dir(keras.callbacks.TensorBoard):
@@ -69,27 +69,20 @@ class Logs(keras.callbacks.TensorBoard):
     def on_epoch_end(self, epoch, logs=None):
         """Writes the metrics of an epoch, of training and of validation, each in one operation.
 
-        Keras has one for each metric, and together they take longer than the shortest epochs. To the disk they go at
-        most once a second.
+        Keras has one for each metric, and together they take longer than the shortest epochs.
         """
         values = {"train": {"learning_rate": float(np.asarray(self.model.optimizer.learning_rate))}, "validation": {}}
         for name, value in (logs or {}).items():
             values["validation" if name.startswith("val_") else "train"][name.removeprefix("val_")] = value
         for run, metrics in values.items():
+            summary = Summary()
+            for name, value in metrics.items():
+                summary.MergeFrom(scalar_pb(f"epoch_{name}", value))
             if metrics:
-                scalars = [Summary.Value(tag=f"epoch_{name}", simple_value=value) for name, value in metrics.items()]
                 with (self._train_writer if run == "train" else self._val_writer).as_default():
-                    # Tensors: of plain values, the operation takes ten times as long.
-                    summary, step = tf.constant(Summary(value=scalars).SerializeToString()), tf.constant(epoch, tf.int64)
-                    tf.summary.experimental.write_raw_pb(summary, step)
-        if time.monotonic() - self._flushed >= 1:
-            self._flush()
+                    # As a tensor: of a plain number, the operation takes ten times as long.
+                    tf.summary.experimental.write_raw_pb(summary.SerializeToString(), tf.constant(epoch, tf.int64))
         super().on_epoch_end(epoch)  # The histograms.
-
-    def _flush(self) -> None:
-        for writer in (self.writer, *self._writers.values()):
-            writer.flush()
-        self._flushed = time.monotonic()
 
     def on_train_batch_end(self, batch, logs=None):
         """Without the metrics so far: Keras makes a summary of each, and then writes none but those of epochs."""
@@ -100,7 +93,6 @@ class Logs(keras.callbacks.TensorBoard):
 
     def sizes(self) -> dict[str, int]:
         """The size of each log file in bytes, with all that has been logged so far."""
-        self.attempt(self._flush)
         found = {}
         for file in self.folder.rglob(_EVENT_FILES):
             with contextlib.suppress(OSError):  # Deleted meanwhile.
@@ -123,13 +115,11 @@ class Logs(keras.callbacks.TensorBoard):
                 tf.summary.scalar(f"test/{name}", value)
             for name, text in texts.items():
                 tf.summary.text(name, text)
-        self.writer.flush()
 
     def show(self, step: int, name: str, png: bytes) -> None:
         """Writes a picture, given as the bytes of a PNG file."""
         with self.writer.as_default(step=step):
             _write_picture(name, png)
-        self.writer.flush()
 
 
 def _show_examples(data: Data, augment: Augment | None) -> None:
