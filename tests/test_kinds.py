@@ -7,7 +7,7 @@ import dataclasses
 import time
 
 from common import artefacts
-from common.batches import Split, evaluation_batches, steps_per_epoch, training_batches
+from common.batches import Split, evaluation_batches, evaluation_steps, steps_per_epoch, training_batches
 from common.cli import SharedConfig, UserError
 from common.data import Data, _cut
 from common.evaluation import Report
@@ -88,40 +88,55 @@ def mirrored(inputs, targets, random):
 RECIPES = {"masks": masks, "series": series, "texts": texts}
 
 
+def train(config: Config, name: str) -> tuple[Data, keras.Model, dict[str, float]]:
+    run, augment = start_run(config), mirrored if name == "masks" else None
+    loss = "mse" if name == "series" else "sparse_categorical_crossentropy"
+    with run.strategy.scope():
+        data, model = RECIPES[name](config)
+        model.compile(keras.optimizers.Adam(config.learning_rate), loss)
+    examples, network = data.train, model
+    if name == "texts":  # Tokenized once, not in every epoch.
+        tokenizer, network = model.layers[1:]
+        network.compile(keras.optimizers.Adam(config.learning_rate), loss)
+        examples = Split.of(tokenizer(examples.inputs), examples.targets)
+    network.fit(
+        training_batches(examples, config.batch_size, config.seed, augment, run.strategy, run.start_step),
+        steps_per_epoch=steps_per_epoch(examples, config.batch_size),
+        epochs=config.epochs,
+        shuffle=False,
+        callbacks=run.callbacks(data, augment),
+        verbose=0,
+    )
+    batches = evaluation_batches(data.test, config.batch_size, run.strategy)
+    steps = evaluation_steps(data.test, config.batch_size)
+    loss = model.evaluate(batches, steps=steps, return_dict=True, verbose=0)["loss"]
+    return data, model, run.finish(model, data, Report({"loss": loss}), {})
+
+
 @pytest.fixture(scope="module")
 def run_of(tmp_path_factory):
-    """A finished run, its data and its metrics, trained when first asked for."""
+    """The folder of a finished run, its data and its metrics, trained when first asked for."""
     runs = {}
 
     def trained(name: str) -> tuple:
         if name not in runs:
-            config = Config(run_dir=str(tmp_path_factory.mktemp("kinds") / name))
-            run = start_run(config)
-            data, model = RECIPES[name](config)
-            loss = "mse" if name == "series" else "sparse_categorical_crossentropy"
-            model.compile(keras.optimizers.Adam(config.learning_rate), loss)
-            augment = mirrored if name == "masks" else None
-            trained_on = data.train
-            network = model
-            if name == "texts":  # As recipes of texts do: tokenized once.
-                tokenizer, network = model.layers[1:]
-                trained_on = Split.of(tokenizer(data.train.inputs), data.train.targets)
-                network.compile(keras.optimizers.Adam(config.learning_rate), loss)
-            network.fit(
-                training_batches(trained_on, config.batch_size, config.seed, augment, run.strategy, run.start_step),
-                steps_per_epoch=steps_per_epoch(data.train, config.batch_size),
-                epochs=config.epochs,
-                shuffle=False,
-                callbacks=run.callbacks(data, augment),
-                verbose=0,
-            )
-            batches, steps = evaluation_batches(data.test, config.batch_size), -(-len(data.test) // config.batch_size)
-            found = model.evaluate(batches, steps=steps, return_dict=True, verbose=0)
-            metrics = run.finish(model, data, Report({"loss": found["loss"]}), {})
-            runs[name] = run.directory, data, metrics
+            directory = tmp_path_factory.mktemp("kinds") / name
+            data, _, metrics = train(Config(run_dir=str(directory)), name)
+            runs[name] = directory, data, metrics
         return runs[name]
 
     return trained
+
+
+@pytest.mark.parametrize("name", ["masks", "series"])
+def test_two_devices_learn_as_one(name, tmp_path):
+    found = []
+    for strategy, devices in (("none", 0), ("mirrored", 2)):
+        config = Config(run_dir=str(tmp_path / strategy), strategy=strategy, devices=devices, epochs=2)
+        _, model, metrics = train(config, name)
+        found.append([*model.get_weights(), metrics["loss"]])
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", RECIPES)
