@@ -2,11 +2,12 @@
 
     python tools/torture.py mnist_cnn --kills 20
     python tools/torture.py mnist_cnn --kills 20 --signal TERM
+    python tools/torture.py mnist_cnn --kills 20 --signal INT
     python tools/torture.py mnist_cnn --kills 3 -- --smoke --batch-size 64
     python tools/torture.py mnist_cnn --kills 10 --signal STOP --workers 3
 
 KILL is `kill -9`, at random moments from the start of the process to its end; a quarter of the kills falls inside
-the writing of a checkpoint. TERM asks politely, at any moment after the recipe's first line: the exit code must
+the writing of a checkpoint. TERM and INT (Ctrl-C) come at any moment after the recipe's first line: the exit code must
 be 75 each time. Compared are the digest of the weights, the step counter of the optimizer, the test metrics, the
 losses of all epochs, and each step of each curve in TensorBoard. Flags behind `--` go to the recipe.
 
@@ -50,7 +51,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("recipe", choices=sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))
     parser.add_argument("--kills", type=whole_number(1), default=20, help="how often (default: 20)")
-    parser.add_argument("--signal", choices=("KILL", "TERM", "STOP"), default="KILL")
+    parser.add_argument("--signal", choices=("KILL", "TERM", "INT", "STOP"), default="KILL")
     parser.add_argument(
         "--workers", type=whole_number(0), default=0, help="train with so many processes (default: one)"
     )
@@ -71,6 +72,7 @@ class Torture:
         self.name, self.kills, self.signal = arguments.recipe, arguments.kills, arguments.signal
         self.flags, self.folder, self.random = flags, folder, random.Random(arguments.seed)
         self.workers, self.slowest_exit = arguments.workers, 0.0
+        self.asks = arguments.signal in ("TERM", "INT")
 
     def command(self, run_dir: pathlib.Path, *more: str) -> list[str]:
         """The training, as a user would start it."""
@@ -94,15 +96,15 @@ class Torture:
         self.writes = done.stdout.count(WRITTEN)
         # What comes before and behind the training, and the training itself.
         seconds = json.loads((self.folder / "alone" / "result.json").read_text())["seconds"]
-        self.around = (
-            time.monotonic() - began if self.signal != "TERM" or self.workers else seconds["total"]
-        ) - seconds["train"]
+        self.around = (time.monotonic() - began if not self.asks or self.workers else seconds["total"]) - seconds[
+            "train"
+        ]
         self.training, self.tracing = seconds["train"], seconds["compile"]
         expected, counts, victims = outcome(self.folder / "alone"), collections.Counter(), 0
         while counts["kills"] < self.kills:
             victims += 1
             victim = self.folder / f"victim-{victims}"
-            if self.workers and self.signal != "TERM":
+            if self.workers and not self.asks:
                 self.live_as_group(victim, counts)
             else:
                 while not self.live(victim, counts):
@@ -136,14 +138,14 @@ class Torture:
             early = self.random.uniform(0.3 * self.around, self.around + 2 * self.training / self.kills)
             moment = self.random.choice([early, self.random.uniform(0, self.around + self.training)])
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        printed = process.stdout.readline() if self.signal == "TERM" else ""
+        printed = process.stdout.readline() if self.asks else ""
         if moment is not None:
             threading.Thread(target=self.strike, args=(process, moment), daemon=True).start()
         rest, errors = process.communicate()
         counts["resumed"] += "resumed: " in printed + rest and "from step 0\n" not in rest
         if process.returncode == 0:
             return True
-        if process.returncode != (EXIT_INTERRUPTED if self.signal == "TERM" else -signal.SIGKILL):
+        if process.returncode != (EXIT_INTERRUPTED if self.asks else -signal.SIGKILL):
             raise SystemExit(f"{self.name}: exit code {process.returncode}\n{errors}")
         self.slowest_exit = max(self.slowest_exit, time.monotonic() - getattr(process, "struck", time.monotonic()))
         counts["kills"] += 1
@@ -197,7 +199,7 @@ class Torture:
         """Sends the signal after so many seconds."""
         time.sleep(moment)
         process.struck = time.monotonic()
-        process.send_signal(signal.SIGKILL if self.signal == "KILL" else signal.SIGTERM)
+        process.send_signal(getattr(signal, f"SIG{self.signal}"))
 
 
 def outcome(run_dir: pathlib.Path) -> dict[str, object]:
