@@ -73,7 +73,7 @@ def _decoded(content: Any, arrays: list[np.ndarray]) -> Any:
         return content
     ((kind, parts),) = content.items()
     if kind in ("array", "scalar"):
-        return arrays[parts] if kind == "array" else arrays[parts][()]
+        return arrays[parts].copy() if kind == "array" else arrays[parts][()]
     if kind == "dict":
         return {_decoded(key, arrays): _decoded(value, arrays) for key, value in parts}
     make = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind]
@@ -85,10 +85,10 @@ class Checkpoints(keras.callbacks.Callback):
 
     It stops on SIGTERM and SIGINT, when the running execution is done and saved, and on a loss that is not finite.
 
-    A checkpoint is a folder `epoch-E-batch-B`: all variables of model and optimizer (the seeds of dropout are among
-    them), the metrics of the epoch so far, the state of other callbacks, and the number of the step. It is written
-    as `part` and renamed; after an epoch, unless the last one is too short a time ago and none is due. The last two
-    are kept. Keras' own `BackupAndRestore` keeps neither seeds nor metrics nor callbacks.
+    A checkpoint is a folder `epoch-E-batch-B`: all variables of model and optimizer, the seeds of dropout among them,
+    the metrics of the epoch so far, the state of other callbacks, and the number of the step. It is written after an
+    epoch, unless the last one is too short a time ago and none is due. The last two are kept. Keras' own
+    `BackupAndRestore` keeps neither seeds nor metrics nor callbacks.
 
     A training that is resumed within an epoch runs the remaining steps of it only: other callbacks see its batches
     numbered from 0 again, and the progress bar counts the remaining ones. One that was stopped in a validation runs the
@@ -119,6 +119,7 @@ class Checkpoints(keras.callbacks.Callback):
         self.cluster, self.progress_bar = cluster, keras.callbacks.ProgbarLogger()
         self._signal, self._handlers, self._last_step, self._due = 0, {}, 0, False
         self._failed, self._unkept, self._last_loss = False, set(), "none before it was finite"
+        self._unsaved = False  # Whether there were steps since the last checkpoint.
         # Of a resumed epoch: the batches before its first one, and the steps up to those that the checkpoint holds.
         self._offset, self._ahead = 0, 0
 
@@ -131,10 +132,13 @@ class Checkpoints(keras.callbacks.Callback):
                 self._handlers[number] = signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: Any) -> None:
-        self._signal = number
-        if number == signal.SIGINT:  # The second one ends the program at once; in a notebook, the cell.
-            default = self._handlers[number] is signal.default_int_handler
-            signal.signal(number, signal.default_int_handler if default else signal.SIG_DFL)
+        self._signal, before = number, self._handlers[number]
+        # The first execution traces the graph, which can take long, and there is nothing to save yet.
+        if not self._unsaved and callable(before) and len(self.cluster.workers) == 1:
+            self._give_signals_back()
+            before(number, frame)
+        elif number == signal.SIGINT:  # The second one ends the program at once; in a notebook, the cell.
+            signal.signal(number, before if before is signal.default_int_handler else signal.SIG_DFL)
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
@@ -151,7 +155,7 @@ class Checkpoints(keras.callbacks.Callback):
             if done == steps:
                 self._restore()
             return
-        step = self._epoch * steps + done
+        self._unsaved, step = True, self._epoch * steps + done
         if not math.isfinite(logs["loss"]):
             self._fail(f"the loss is {logs['loss']} at step {step} ({self._last_loss})")
         self._last_loss = f"the last finite one was {logs['loss']:.6g}"
@@ -280,7 +284,7 @@ class Checkpoints(keras.callbacks.Callback):
             for path in _checkpoints(self.folder):
                 if path not in (checkpoint, *before):
                     shutil.rmtree(path, ignore_errors=True)
-            self._failed = False
+            self._failed = self._unsaved = False
         except OSError as error:
             shutil.rmtree(part, ignore_errors=True)
             if not self._failed:

@@ -428,6 +428,23 @@ def test_damage_anywhere_is_noticed(tmp_path, capsys):
     assert sum(counts.values()) == 130
 
 
+def test_a_signal_before_the_first_step_is_done_is_answered_at_once(tmp_path):
+    """Tracing can take long; here, the handler that was there before ends the training."""
+    asked = []
+
+    def leave(number, frame):
+        asked.append(number)
+        raise KeyboardInterrupt("at once")
+
+    signal.signal(signal.SIGTERM, leave)
+    with pytest.raises(KeyboardInterrupt, match="at once"):
+        fit(tmp_path / "run", ("train", 0, 0))
+    assert signal.getsignal(signal.SIGTERM) is leave
+    with pytest.raises(KeyboardInterrupt, match="saved in"):
+        fit(tmp_path / "run", ("train", 0, 1), resume=True)
+    assert asked == [signal.SIGTERM]
+
+
 def test_a_second_interrupt_ends_the_program_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("signal.default_int_handler", None)  # As when the recipe has set its own handler.
     before = signal.getsignal(signal.SIGINT)
