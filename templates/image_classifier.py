@@ -1,0 +1,90 @@
+"""Image classifier in plain Keras: from pictures in a folder per class to a saved model.
+
+Install   pip install keras tensorflow tensorboard pandas scikit-learn pillow
+Run       python image_classifier.py FOLDER    FOLDER/CLASS/picture.png, or below train, validation and test
+          python image_classifier.py           the handwritten digits of scikit-learn
+Watch     tensorboard --logdir runs
+Use       keras.models.load_model("runs/.../model.keras").predict(pixels)    [n, height, width, channels], 0 to 255
+"""
+
+import pathlib
+import sys
+import zlib
+
+import keras
+import numpy as np
+import pandas as pd
+import sklearn.datasets
+from keras import callbacks, layers
+from PIL import Image, ImageOps
+
+IMAGE_SIZE = (28, 28)  # width and height that all pictures are padded to; 64 or 96 suits photos
+SHIFT, FLIP = 0.07, False  # training pictures move by up to this share of their size; are mirrored or not
+EPOCHS, BATCH_SIZE, SEED = 15, 128, 0
+LEARNING_RATE, WARMUP, WEIGHT_DECAY, LABEL_SMOOTHING = 0.006, 0.15, 0.02, 0.05
+
+
+def read(path):
+    """A picture as uint8 [height, width, 3], turned as the camera noted, on white. None if it can't be read."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode.startswith(("I", "F")):
+            return None  # More than 8 bits.
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return np.asarray(ImageOps.pad(image.convert("RGB"), IMAGE_SIZE))
+    except (OSError, ValueError, SyntaxError):
+        return None
+
+
+if len(sys.argv) > 1:
+    root = pathlib.Path(sys.argv[1])
+    depth = 1 + (root / "train").is_dir()
+    files = [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file()]
+    used = [path for path in files if path.suffix.lower() in Image.registered_extensions() and len(path.parts) > depth]
+    print("left out:", pd.Series([path.suffix for path in set(files).difference(used)]).value_counts().to_dict())
+    pictures = [read(root / path) for path in used]
+    broken = [str(path) for path, picture in zip(used, pictures, strict=True) if picture is None]
+    if broken or not used:
+        sys.exit(f"error: {root}: {len(used)} pictures in folders, not readable in 8 bits: {broken}")
+    names = np.array([path.parts[depth - 1] for path in used])
+    parts = np.array([path.parts[0] if depth == 2 else "train" for path in used], object)
+else:
+    digits = sklearn.datasets.load_digits()
+    images = [Image.fromarray(digit) for digit in (digits.images * 15.9).astype("uint8")]
+    pictures = [np.asarray(image.convert("RGB").resize(IMAGE_SIZE)) for image in images]
+    names, parts = digits.target.astype(str), np.full(len(images), "train", object)
+pixels = np.stack(pictures)
+pixels = pixels[..., :1] if (pixels == pixels[..., :1]).all() else pixels  # One channel if all are grey.
+
+# A missing test or validation part is cut from train: a tenth of each class, equal pictures on the same side.
+place = pd.Series([zlib.crc32(picture) for picture in pictures]).groupby([names, parts]).rank("dense") % 10
+for number, part in enumerate(["test", "validation"], start=1):
+    parts[(part not in parts) & (parts == "train") & (place == number)] = part
+counts = pd.crosstab(names, parts).reindex(columns=["train", "validation", "test"], fill_value=0)
+print(counts)
+if lacking := counts.index[counts.min(axis=1) == 0].tolist():
+    sys.exit(f"error: each class needs pictures for train, validation and test, at least 3 different ones: {lacking}")
+targets = (names[:, None] == counts.index.to_numpy()).astype("float32")  # One-hot.
+data = {part: (pixels[parts == part], targets[parts == part]) for part in counts}
+
+keras.utils.set_random_seed(SEED)
+inputs = keras.Input(pixels.shape[1:], dtype="uint8", name="pixels")
+x = layers.RandomTranslation(SHIFT, SHIFT, fill_mode="nearest")(layers.Rescaling(1 / 255)(inputs))
+x = layers.RandomFlip("horizontal")(x) if FLIP else x
+for filters in (32, 64, 128, 256):
+    if min(x.shape[1:3]) >= 8:
+        x = layers.MaxPooling2D()(layers.Conv2D(filters, 3, activation="relu")(x))
+x = layers.Dense(128, activation="relu")(layers.Flatten()(x))
+model = keras.Model(inputs, layers.Dense(len(counts), activation="softmax")(x))
+
+steps = EPOCHS * -(-len(data["train"][0]) // BATCH_SIZE)
+warmup = int(WARMUP * steps)
+schedule = keras.optimizers.schedules.CosineDecay(0.0, steps - warmup, warmup_target=LEARNING_RATE, warmup_steps=warmup)
+optimizer = keras.optimizers.AdamW(schedule, weight_decay=WEIGHT_DECAY, epsilon=1e-3)
+model.compile(optimizer, keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING), metrics=["accuracy"])
+folder = f"runs/{pd.Timestamp.now():%Y%m%d-%H%M%S}"
+keep = [callbacks.TensorBoard(folder), callbacks.EarlyStopping(patience=EPOCHS, restore_best_weights=True)]
+model.fit(*data["train"], BATCH_SIZE, EPOCHS, callbacks=keep, validation_data=data["validation"], verbose=2)
+model.save(f"{folder}/model.keras")
+counts.to_csv(f"{folder}/classes.csv")
+print(f"test accuracy {model.evaluate(*data['test'], verbose=0)[1]:.4f}")

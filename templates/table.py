@@ -1,0 +1,90 @@
+"""Table in plain Keras: from a CSV with numbers, categories, dates and gaps to a saved model.
+
+Install   pip install keras tensorflow tensorboard pandas
+Run       python table.py FILE.csv TARGET    TARGET: the column to predict; text or few integers are classes
+Watch     tensorboard --logdir runs
+Use       keras.models.load_model("runs/.../model.keras").predict({"mass": np.array([4]), "island": np.array(["Muck"])})
+          A gap is NaN in a number and "" in a category; a date is a number, its days since 1970.
+"""
+
+import sys
+
+import keras
+import numpy as np
+import pandas as pd
+import tensorflow as tf
+from keras import callbacks, layers, ops
+
+EPOCHS, BATCH_SIZE, SEED, LEARNING_RATE, WEIGHT_DECAY, UNITS = 30, 256, 0, 0.01, 0.3, (64, 64)
+CATEGORIES, CLASSES = 100, 20  # most values kept of a category; most integers that are classes
+
+
+def parse(column, rows):
+    """Kind and values of a column: float64 if all that those rows hold are numbers, or dates, else text."""
+    values = pd.to_numeric(column.str.replace(",", ".") if separator == ";" else column, errors="coerce")
+    if (np.isfinite(values) | column.isna())[rows].all():
+        return "number", values.astype("float64")
+    dates = pd.to_datetime(column.where(column.str.match(r"\d{4}-\d\d")), errors="coerce", format="ISO8601", utc=True)
+    if (dates.notna() | column.isna())[rows].all():
+        return "date", (dates - pd.Timestamp("1970-01-01", tz="UTC")) / pd.Timedelta(days=1)
+    return "category", column.fillna("")
+
+
+try:
+    path, target = sys.argv[1:]
+    with open(path, encoding="utf-8-sig") as file:
+        separator = max(",;\t", key=file.readline().count)
+    table = pd.read_csv(path, sep=separator, dtype=str, index_col=False).dropna(subset=target, ignore_index=True)
+except (OSError, ValueError, KeyError) as error:
+    sys.exit(f"error: table.py FILE.csv TARGET: {error}")
+kind, answers = parse(table.pop(target), slice(None))
+is_class = kind == "category" or (answers.nunique() <= CLASSES and (answers % 1 == 0).all())
+classes = answers.astype(str) if is_class else pd.Series(target, answers.index)
+# A tenth of each class for test and for validation, equal rows on the same side.
+place = pd.util.hash_pandas_object(table, index=False).groupby(classes).rank("dense") % 10
+parts = np.select([place == 1, place == 2], ["test", "validation"], "train")
+train, test = parts == "train", parts == "test"
+counts = pd.crosstab(classes, parts).reindex(columns=["train", "validation", "test"], fill_value=0)
+print(f"{target} is a {'class' if is_class else 'number'}\n{counts}")
+if lacking := counts.index[counts.min(axis=1) == 0].tolist():
+    sys.exit(f"error: {path}: at least 3 different rows are needed of each class: {lacking}")
+
+features, feature = {}, keras.utils.FeatureSpace.feature
+for name, column in table.items():
+    kind, table[name] = parse(column, train)
+    print(f"{name}: {kind}, {column[train].nunique()} values, {column.isna().sum()} gaps")
+    if column[train].nunique(dropna=False) > 1:  # A constant tells nothing.
+        text, raw = layers.StringLookup(max_tokens=CATEGORIES, mask_token=""), layers.Identity(dtype="float64")
+        features[name] = feature("string", text, "one_hot") if kind == "category" else feature("float64", raw, "float")
+table = table[list(features)]
+x = {part: tf.data.Dataset.from_tensor_slices(dict(table[parts == part])).batch(1000) for part in counts}
+space = keras.utils.FeatureSpace(features, output_mode="dict")
+space.adapt(x["train"])
+encoded = dict(space.get_encoded_features())
+numbers = table[train].select_dtypes("number")
+if len(numbers.columns):  # In float64, where large numbers keep their small differences.
+    raw = layers.Concatenate(dtype="float64")([encoded.pop(name) for name in numbers])
+    gap = ops.logical_not(ops.isfinite(raw))
+    median, mean, deviation = numbers.agg(["median", "mean", "std"]).to_numpy()
+    scaled = ops.clip((ops.where(gap, median, raw) - mean) / np.where(deviation > 0, deviation, 1), -10, 10)
+    encoded["numbers"] = ops.cast(ops.concatenate([scaled, gap], axis=1), "float32")
+encoder = keras.Model(dict(space.get_inputs()), ops.concatenate(list(encoded.values()), axis=1))
+
+keras.utils.set_random_seed(SEED)
+mean, deviation = (0.0, 1.0) if is_class else (answers[train].mean(), answers[train].std() or 1.0)
+y = (pd.get_dummies(classes, dtype=float) if is_class else (answers - mean) / deviation).to_numpy()
+data = {part: (encoder.predict(x[part], verbose=0), y[parts == part]) for part in counts}
+last = layers.Dense(len(counts), activation="softmax" if is_class else None)
+network = keras.Sequential([*(layers.Dense(units, activation="relu") for units in UNITS), last])
+schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, EPOCHS * -(-train.sum() // BATCH_SIZE))
+optimizer = keras.optimizers.AdamW(schedule, weight_decay=WEIGHT_DECAY)
+network.compile(optimizer, *(("categorical_crossentropy", None, ["accuracy"]) if is_class else ("mse",)))
+folder = f"runs/{pd.Timestamp.now():%Y%m%d-%H%M%S}"
+keep = [callbacks.TensorBoard(folder), callbacks.EarlyStopping(patience=EPOCHS, restore_best_weights=True)]
+network.fit(*data["train"], BATCH_SIZE, EPOCHS, callbacks=keep, validation_data=data["validation"], verbose=2)
+output = layers.Rescaling(deviation, mean, dtype="float64")(network(encoder.output))
+keras.Model(encoder.input, output).save(f"{folder}/model.keras")
+counts.to_csv(f"{folder}/classes.csv")
+predicted = keras.models.load_model(f"{folder}/model.keras").predict(x["test"], verbose=0)
+scores = predicted.argmax(axis=1) == y[test].argmax(axis=1) if is_class else (predicted[:, 0] - answers[test]) ** 2
+print(f"test {'accuracy' if is_class else 'mse'} {np.mean(scores):.4f}")

@@ -1,0 +1,213 @@
+"""The templates: short, without `common`, and what they save answers raw input."""
+
+import ast
+import re
+import sys
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+import tensorflow as tf
+from conftest import ROOT
+from PIL import Image
+
+TEMPLATES = sorted((ROOT / "templates").glob("*.py"))
+random = np.random.default_rng(0)
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Runs a template below `tmp_path`, some settings replaced; returns what it printed and its saved model."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_template(name, *arguments, **settings):
+        source = (ROOT / "templates" / f"{name}.py").read_text()
+        for setting, value in settings.items():
+            names, values = re.search(rf"^(.*\b{setting}\b.*?) = (.*?)(?:  #.*)?$", source, re.MULTILINE).groups()
+            before = ast.literal_eval(values)
+            old = dict(zip(names.split(", "), before if ", " in names else [before], strict=True))
+            new = ", ".join(repr(v) for v in {**old, setting: value}.values())
+            source = source.replace(f"{names} = {values}", f"{names} = {new}")
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        keras.utils.clear_session()
+        exec(compile(source, f"{name}.py", "exec"), {"__name__": "__main__"})  # noqa: S102
+        saved = sorted(tmp_path.glob("runs/*/model.keras"))[-1]
+        return capsys.readouterr().out.splitlines(), keras.models.load_model(saved)
+
+    return run_template
+
+
+def test_templates_are_short_and_stand_by_themselves():
+    assert [path.stem for path in TEMPLATES] == ["image_classifier", "table", "text_classifier"]
+    for path in TEMPLATES:
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 90, path
+        assert not re.search(r"^\s*(from|import) (common|scripts|recipes|tools)\b", path.read_text(), re.MULTILINE)
+        assert any("pip install" in line for line in lines[:10])
+
+
+def write_pictures(folder, count=12, size=(12, 12)):
+    for number, of_class in enumerate(["dark", "light"]):
+        (folder / of_class).mkdir(parents=True)
+        for index in range(count):
+            pixels = random.integers(0, 60, (*size, 3)) + 180 * number
+            Image.fromarray(pixels.astype("uint8")).save(folder / of_class / f"{index}.png")
+    return folder
+
+
+def test_image_classifier_without_a_folder(run):
+    printed, model = run("image_classifier", IMAGE_SIZE=(8, 8), EPOCHS=2)
+    assert re.fullmatch(r"test accuracy [01]\.\d{4}", printed[-1])
+    assert model.predict(np.zeros([2, 8, 8, 1], "uint8"), verbose=0).shape == (2, 10)
+
+
+def test_image_classifier_with_a_folder(run, tmp_path):
+    folder = write_pictures(tmp_path / "pictures")
+    (folder / "dark" / "notes.txt").write_text("no picture")
+    printed, model = run("image_classifier", folder, IMAGE_SIZE=(10, 8), EPOCHS=8, BATCH_SIZE=4)
+    assert printed[-1] == "test accuracy 1.0000"
+    assert "left out: {'.txt': 1}" in printed
+    pixels = np.stack([np.full([8, 10, 3], 20), np.full([8, 10, 3], 230)])  # Raw, from 0 to 255.
+    assert model.predict(pixels, verbose=0).argmax(axis=1).tolist() == [0, 1]
+    (classes,) = tmp_path.glob("runs/*/classes.csv")
+    assert pd.read_csv(classes).iloc[:, 0].tolist() == ["dark", "light"]
+
+
+def test_image_classifier_keeps_the_parts_it_is_given(run, tmp_path):
+    for part in ("train", "test"):
+        write_pictures(tmp_path / "pictures" / part, count=10)
+    printed, _ = run("image_classifier", tmp_path / "pictures", EPOCHS=1)
+    assert [line.split() for line in printed if line.startswith("dark")] == [["dark", "9", "1", "10"]]
+
+
+def test_image_classifier_names_what_is_wrong(run, tmp_path):
+    with pytest.raises(SystemExit, match="0 pictures"):
+        run("image_classifier", tmp_path / "nothing")
+    folder = write_pictures(tmp_path / "pictures")
+    (folder / "dark" / "3.png").write_bytes(b"")
+    Image.fromarray(np.full([8, 8], 1000, "uint16")).save(folder / "light" / "deep.png")
+    with pytest.raises(SystemExit, match=r"dark/3\.png', 'light/deep\.png"):
+        run("image_classifier", folder)
+    (folder / "dark" / "3.png").unlink()
+    (folder / "light" / "deep.png").unlink()
+    (folder / "solo").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "solo" / "1.png")
+    with pytest.raises(SystemExit, match="'solo'"):
+        run("image_classifier", folder)
+
+
+def sentences(good, bad, fill, count=120, joint=" "):
+    rows = []
+    for index in range(count):
+        words = [*random.choice(fill, 5), random.choice([good, bad][index % 2])]
+        rows.append((joint.join(random.permutation(words)), ["praise", "blame"][index % 2]))
+    return pd.DataFrame(rows, columns=["text", "label"])
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "fill", "joint"),
+    [
+        (["fine", "great"], ["poor", "awful"], ["a", "film", "plot", "and", "by"], " "),
+        (["чудесно", "отлично"], ["скучно", "плохо"], ["фильм", "очень", "сюжет"], " "),
+        (["好看", "精彩"], ["难看", "无聊"], ["电影", "这部", "非常", "故事"], ""),
+    ],
+)
+def test_text_classifier(run, tmp_path, good, bad, fill, joint):
+    sentences(good, bad, fill, joint=joint).to_csv(tmp_path / "texts.csv", index=False)
+    printed, model = run("text_classifier", tmp_path / "texts.csv", BATCH_SIZE=16)
+    assert float(re.fullmatch(r"test accuracy ([01]\.\d{4})", printed[-1])[1]) > 0.9
+    typeset = f"«{good[0]}»\u00a0{good[1]}…".upper()  # Neither case nor typography makes a difference.
+    answers = model.predict(tf.constant([typeset, " ".join(good), joint.join(bad)]), verbose=0)
+    assert answers.argmax(axis=1).tolist() == [1, 1, 0]
+    np.testing.assert_array_equal(answers[0], answers[1])
+
+
+def test_text_classifier_with_a_test_file(run, tmp_path):
+    texts = sentences(["fine"], ["poor"], [f"word{n}" for n in range(30)])
+    texts.to_csv(tmp_path / "texts.csv", index=False)
+    texts[:20].assign(label=texts["label"][:20].map({"praise": "blame", "blame": "praise"})).to_csv(
+        tmp_path / "test.csv", index=False
+    )
+    printed, _ = run("text_classifier", tmp_path / "texts.csv", tmp_path / "test.csv", BATCH_SIZE=16)
+    assert printed[-1] == "test accuracy 0.0000"
+    assert [line.split()[1:] for line in printed if line.startswith("praise")] == [["54", "6", "10"]]
+
+
+def test_text_classifier_names_what_is_wrong(run, tmp_path):
+    (tmp_path / "texts.csv").write_text("review,label\nfine,praise\n")
+    with pytest.raises(SystemExit, match="text"):
+        run("text_classifier", tmp_path / "texts.csv")
+    with pytest.raises(SystemExit, match="none"):
+        run("text_classifier", tmp_path / "none.csv")
+    (tmp_path / "texts.csv").write_text("text,label\nfine,praise\nfine,praise\nfine,praise\n")
+    with pytest.raises(SystemExit, match="praise"):
+        run("text_classifier", tmp_path / "texts.csv")
+
+
+def mixed_table(rows=400):
+    mass, island = random.normal(4000, 500, rows).round(), random.choice(["north", "south", "Öland"], rows)
+    table = pd.DataFrame(
+        {
+            "mass (g)": np.where(random.uniform(size=rows) < 0.05, np.nan, mass),
+            "island": np.where(random.uniform(size=rows) < 0.05, "", island),
+            "tagged": random.choice(["True", "False"], rows),
+            "seen": pd.Timestamp("2024-01-01") + pd.to_timedelta(random.integers(0, 700, rows), "D"),
+            "station": "main",
+            "time": 1_700_000_000 + random.integers(0, 120, rows),
+        }
+    )
+    return table.assign(species=np.where(table["time"] >= 1_700_000_060, "nigra", "alba"), weight=table["time"] - 7e8)
+
+
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_table_with_classes(run, tmp_path, separator):
+    table = mixed_table().drop(columns="weight")
+    table.to_csv(tmp_path / "table.csv", index=False, sep=separator, decimal="." if separator == "," else ",")
+    printed, model = run("table", tmp_path / "table.csv", "species", BATCH_SIZE=32)
+    assert float(re.fullmatch(r"test accuracy ([01]\.\d{4})", printed[-1])[1]) > 0.9
+    assert "species is a class" in printed
+    kinds = dict(re.findall(r"^(.+): (\w+), \d+ values", "\n".join(printed), re.MULTILINE))
+    assert kinds == {
+        **{"mass (g)": "number", "island": "category", "tagged": "category"},
+        **{"seen": "date", "station": "category", "time": "number"},
+    }
+    raw = {
+        "mass (g)": np.array([4000, np.nan]),
+        "island": np.array(["", "elsewhere"]),
+        "tagged": np.array(["True", ""]),
+    }
+    raw |= {"seen": np.array([19800, np.nan]), "time": np.array([1_700_000_003.0, 1_700_000_117])}
+    raw = {name: tf.constant(values) for name, values in raw.items()}
+    assert model.predict(raw, verbose=0).argmax(axis=1).tolist() == [0, 1]
+
+
+def test_table_with_a_large_number(run, tmp_path):
+    table = mixed_table().drop(columns="species")
+    table.loc[table.index % 10 > 0, "station"] = "other"
+    table.to_csv(tmp_path / "table.csv", index=False)
+    printed, model = run("table", tmp_path / "table.csv", "weight", BATCH_SIZE=16)
+    assert "weight is a number" in printed
+    # The variance is 1,200; float32 would keep only one number in 64 of 1e9.
+    assert float(re.fullmatch(r"test mse (\d+\.\d{4})", printed[-1])[1]) < 100
+    assert model.output.dtype == "float64"
+
+
+def test_table_survives_a_column_that_varies_outside_train_only(run, tmp_path):
+    x = random.normal(size=300)
+    rare = np.zeros(300)
+    rare[:4] = 1
+    pd.DataFrame({"x": x, "rare": rare, "y": 3 * x}).to_csv(tmp_path / "table.csv", index=False)
+    printed, model = run("table", tmp_path / "table.csv", "y", BATCH_SIZE=32)
+    assert float(printed[-1].split()[-1]) < 1
+    model.predict({"x": np.zeros(1), "rare": np.full(1, 1e9)}, verbose=0)
+
+
+def test_table_names_what_is_wrong(run, tmp_path):
+    with pytest.raises(SystemExit, match=r"none\.csv"):
+        run("table", tmp_path / "none.csv", "y")
+    (tmp_path / "table.csv").write_text("a,b\n1,x\n2,y\n3,y\n4,y\n")
+    with pytest.raises(SystemExit, match="target"):
+        run("table", tmp_path / "table.csv", "target")
+    with pytest.raises(SystemExit, match=r"\['x'\]"):
+        run("table", tmp_path / "table.csv", "b")
