@@ -303,7 +303,7 @@ def tensorboard_program() -> str:
 def with_class_names(model: keras.Model, class_names: tuple[str, ...]) -> keras.Model:
     """The same model with the outputs `class`, the name of the likeliest class, and `probabilities`."""
     name_of = keras.layers.StringLookup(
-        vocabulary=list(class_names), num_oov_indices=0, mask_token=None, invert=True, name="class_names"
+        vocabulary=list(class_names), num_oov_indices=0, oov_token="", mask_token=None, invert=True, name="class_names"
     )
     likeliest = name_of(keras.ops.argmax(model.output, axis=-1))
     return keras.Model(model.inputs, {"class": likeliest, "probabilities": model.output}, name=model.name)

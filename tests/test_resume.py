@@ -19,7 +19,7 @@ from common.cli import AlreadyFinishedError, SharedConfig, TrainingFailedError, 
 from common.data import Data
 from common.evaluation import evaluate_regressor
 from common.records import read_json, read_run, rename, write_json
-from common.runs import start_run
+from common.runs import start_run, with_class_names
 
 import damage
 import keras
@@ -307,6 +307,13 @@ def test_a_picture_that_fails_costs_a_picture(tmp_path, alone, monkeypatch, caps
         f"{name}.png: can't be written (no room for so many pixels)" for name in ("learning_curves", "predictions")
     ]
     assert torture.outcome(tmp_path / "run") == alone
+
+
+def test_a_class_may_have_any_name():
+    """Keras takes [UNK] for a word that it does not know."""
+    inputs = keras.Input([3])
+    model = with_class_names(keras.Model(inputs, keras.layers.Softmax()(inputs)), ("cat", "[UNK]", "dog"))
+    assert model([np.eye(3)])["class"].numpy().tolist() == [b"cat", b"[UNK]", b"dog"]
 
 
 def test_under_several_replicas(tmp_path):

@@ -174,19 +174,6 @@ def semicolons(folder):
     return folder / "table.csv"
 
 
-def one_label_of_texts(folder):
-    return table(folder / "texts.csv", text=["good", "bad"] * 10, label=["pos"] * 20)
-
-
-def header_of_texts_only(folder):
-    return table(folder / "texts.csv", text=[], label=[])
-
-
-def texts_with_longer_rows(folder):
-    (folder / "texts.csv").write_text("text,label\n" + "well, well,pos\n" * 20)
-    return folder / "texts.csv"
-
-
 def empty_class_of_texts(folder):
     for name in ("neg", "pos"):
         (folder / name).mkdir()
@@ -334,19 +321,9 @@ def used_run(folder):
     return interrupted(folder)[1:]
 
 
-def folder_with_other_files(folder):
-    (folder / "picture.png").touch()
-    return ["--run-dir", str(folder)]
-
-
 def run_directory_that_is_a_file(folder):
     (folder / "file").touch()
     return ["--run-dir", str(folder / "file")]
-
-
-def run_directory_below_a_file(folder):
-    (folder / "file").touch()
-    return ["--run-dir", str(folder / "file" / "run")]
 
 
 def run_directory_with_a_long_name(folder):
@@ -364,10 +341,6 @@ def checkpoints_that_are_a_file(folder):
     (folder / "plots").mkdir()
     (folder / "checkpoints").touch()
     return flags
-
-
-def never_so_often(folder):
-    return ["--checkpoint-every", "5 hours"]
 
 
 @pytest.mark.parametrize(
@@ -388,13 +361,10 @@ def never_so_often(folder):
         ("linear_regression", run_with_settings_that_are_a_folder, "config.json: can't be read (Is a directory)"),
         ("linear_regression", run_with_damaged_result, "result.json: not written by a recipe, or damaged"),
         ("linear_regression", used_run, "is not empty; choose a new folder, or go on with its run by --resume"),
-        ("linear_regression", folder_with_other_files, "is not empty; choose a new folder"),
         ("linear_regression", run_directory_that_is_a_file, "Not a directory; choose an empty or a new one"),
-        ("linear_regression", run_directory_below_a_file, "Not a directory; choose an empty or a new one"),
         ("linear_regression", run_directory_with_a_long_name, "File name too long; choose an empty or a new one"),
         ("linear_regression", lock_that_is_a_folder, "Is a directory; choose an empty or a new one"),
         ("linear_regression", checkpoints_that_are_a_file, "File exists; choose an empty or a new one"),
-        ("linear_regression", never_so_often, "--checkpoint-every 5 hours: give steps, as 500, or minutes, as 10min"),
         ("cifar10_cnn", link_out, "dog/canary.png: a link out of "),
         (
             "cifar10_cnn",
@@ -406,10 +376,7 @@ def never_so_often(folder):
         ("distillation", one_class, "only one class"),
         ("pruning", truncated_image, "dog/cut.jpg: not a readable image; repair or remove it"),
         ("quantization", class_only_in_test, "class 'mouse' is in test but not in train"),
-        ("mnist_cnn", one_class, "only one class"),
         ("cifar10_cnn", unreadable_image, "dog/broken.png: not a readable image; repair or remove it"),
-        ("mnist_cnn", truncated_image, "dog/cut.jpg: not a readable image; repair or remove it"),
-        ("cifar10_cnn", class_only_in_test, "class 'mouse' is in test but not in train"),
         ("cifar10_cnn", too_few, "too few examples for a split each"),
         ("mnist_cnn", absent, "nowhere: no such file or folder"),
         ("mnist_cnn", missing_column, "not a folder"),
@@ -424,7 +391,6 @@ def never_so_often(folder):
         ("dense_classifier", one_label, "only one class to train on, 'same'"),
         ("dense_classifier", rare_label, "class 'rare' is in test but not in train"),
         ("dense_classifier", binary_file, "not readable as CSV"),
-        ("dense_classifier", absent, "nowhere: no such file or folder"),
         ("cifar10_cnn", only_test_folder, "has a folder 'test' but none called 'train'"),
         ("dense_classifier", huge_number, "row 5: '1e+308' in column 'a' is not between -1e15 and 1e15"),
         ("dense_classifier", blank_line, "row 3: column 'target' is empty"),
@@ -447,15 +413,9 @@ def never_so_often(folder):
         ("text_classifier", text_with_nul, "neg/b.txt: a NUL character in the text; remove it"),
         ("text_classifier", blank_text, "neg/b.txt: no text in this file; write some or remove it"),
         ("text_classifier", table_with_nul, "texts.csv, row 3: a NUL character in column 'label'; remove it"),
-        ("text_classifier", empty_file, "empty.csv: the file is empty"),
         ("mnist_cnn", link_to_nowhere, "dog/gone.png: not a readable image; repair or remove it"),
         ("mnist_cnn", class_name_in_no_utf8, "no name for a class; rename the folder, in UTF-8"),
-        ("text_classifier", one_label_of_texts, "only one class to train on, 'pos'"),
-        ("text_classifier", header_of_texts_only, "no rows below the column names"),
-        ("text_classifier", texts_with_longer_rows, "rows have more values than there are column names"),
         ("text_classifier", empty_class_of_texts, "pos: no texts (.txt) in this folder"),
-        ("text_classifier", binary_file, "not readable as CSV"),
-        ("text_classifier", absent, "nowhere: no such file or folder"),
     ],
 )
 def test_bad_input(tmp_path, monkeypatch, capsys, recipe, make, named):
@@ -485,14 +445,9 @@ def assert_refused(monkeypatch, capsys, recipe, flags, named):
     ("flags", "named"),
     [
         (["--no-such-flag"], "--no-such-flag; --help lists the flags"),
-        (["--batch-size", "0"], "--batch-size: 0 must be at least 1"),
-        (["--epochs", "-5"], "--epochs: -5 must be at least 1"),
         (["--strategy", "multi-worker"], "--strategy multi-worker: neither TF_CONFIG nor Slurm names workers"),
         (["--strategy", "parameter-server"], "--strategy parameter-server: Keras 3 does not support"),
         (["--strategy", "none", "--devices", "2"], "--strategy none: uses one device, not --devices 2"),
-        (["--seed", "4294967296"], "--seed: 4294967296 must be at least 0 and less than 4,294,967,296"),
-        (["--threads", "100000"], "--threads: 100000 must be at least 0 and less than 1,025"),
-        (["--learning-rate", "inf"], "--learning-rate: inf must be"),
         (["--precision", "mixed_float16"], "--precision mixed_float16: a CPU computes it"),
         (["--data", "tfds", "--quiet"], "use --data auto, or a CSV file of your own"),
     ],
@@ -503,14 +458,17 @@ def test_bad_flags(tmp_path, monkeypatch, capsys, flags, named):
     assert not list(tmp_path.rglob("*.json"))
 
 
-@pytest.mark.parametrize("flags", [["--devices", "50", "--batch-size", "50"], ["--devices", "3", "--batch-size", "3"]])
-def test_more_devices_than_examples_in_a_batch(flags, tmp_path):
+@pytest.mark.parametrize(
+    ("devices", "named"), [("50", "there are 41 training examples"), ("3", "leaves devices without")]
+)
+def test_more_devices_than_examples_in_a_batch(devices, named, tmp_path):
     """In a process of its own, for the number of devices."""
     path = table(tmp_path / "table.csv", a=range(50), y=range(50))
     recipe = str(ROOT / "recipes" / "linear_regression.py")
-    run = run_program(recipe, "--data", str(path), *flags, "--quiet", "--run-dir", str(tmp_path / "run"))
+    flags = ("--devices", devices, "--batch-size", devices, "--quiet", "--run-dir", str(tmp_path / "run"))
+    run = run_program(recipe, "--data", str(path), *flags)
     assert (run.returncode, run.stdout) == (2, "")
-    assert "leaves devices without any; use fewer devices or larger batches" in run.stderr
+    assert named in run.stderr
     assert run.stderr.count("\n") == 1
 
 
