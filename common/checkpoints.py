@@ -1,6 +1,7 @@
 """Exact resume: checkpoints that hold all that the next step depends on, written whole or not at all."""
 
 import inspect
+import itertools
 import json
 import math
 import pathlib
@@ -29,9 +30,8 @@ EPOCH_OVER = "the epoch is over"
 
 
 def _checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The checkpoints in a folder, the newest first; anything else in it does not count."""
-    found = [path for path in folder.glob("epoch-*") if re.fullmatch(r"epoch-\d{6}-batch-\d{9}", path.name)]
-    return sorted((path for path in found if path.is_dir()), reverse=True)
+    """The checkpoints in a folder, the newest first."""
+    return sorted((path for path in folder.glob("epoch-??????-batch-?????????") if path.is_dir()), reverse=True)
 
 
 def newest_checkpoint(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]] | None:
@@ -46,11 +46,6 @@ def newest_checkpoint(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any
             problem = str(error).split(";")[0] if isinstance(error, UserError) else f"{checkpoint}: {error.strerror}"
             warn(f"{problem}; going on from the one before it, or from the beginning")
     return None
-
-
-def _unnumbered(variable: list) -> list:
-    """Path, shape and type of a variable, less what Keras counts in a process: `muon_1` is its second optimizer."""
-    return [re.sub(r"_\d+/", "/", variable[0]), *variable[1:]]
 
 
 def _encoded(value: Any, arrays: list[np.ndarray]) -> Any:
@@ -294,16 +289,16 @@ class Checkpoints(keras.callbacks.Callback):
         self._took = self._saved - began
 
     def _shapes(self) -> list[list]:
-        return [[each.path, list(each.shape), str(each.dtype)] for each in self._variables()]
+        """Path, shape and type of each variable, without the numbers that Keras counts in a process, as in `muon_1`."""
+        return [[re.sub(r"_\d+/", "/", each.path), list(each.shape), str(each.dtype)] for each in self._variables()]
 
     def _prepare(self, checkpoint: pathlib.Path, state: dict[str, Any]) -> None:
         """Reads a checkpoint, and restores it unless it is one within an epoch: see `on_epoch_begin`."""
-        for there, here in zip(state["variables"], self._shapes(), strict=False):
-            if _unnumbered(there) != _unnumbered(here):
-                raise UserError(f"{checkpoint}: holds {there} where this model has {here}; start a new run")
-        names = [type(callback).__name__ for callback in self.others]
-        if len(state["variables"]) != len(self._shapes()) or [each["class"] for each in state["callbacks"]] != names:
-            raise UserError(f"{checkpoint}: of another model or with other callbacks; start a new run")
+        was = [*state["variables"], *(each["class"] for each in state["callbacks"])]
+        now = [*self._shapes(), *(type(callback).__name__ for callback in self.others)]
+        for there, here in itertools.zip_longest(was, now):
+            if there != here:
+                raise UserError(f"{checkpoint}: holds {there} where this training has {here}; start a new run")
         arrays = None
         if self.cluster.chief:
             with np.load(checkpoint / "arrays.npz") as file:
