@@ -28,8 +28,6 @@ from common.tensorboard import Logs
 import keras
 import tensorflow as tf
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 
 def start_run(config: SharedConfig, **files: str) -> "Run":
@@ -264,15 +262,16 @@ class Run:
         self._draw({"learning_curves": curves_figure(watch.history), **report.figures})
         unlock(self.directory)
         if not self.config.quiet:
-            table = Table("figure", "value", title=f"{self.recipe}: test split of {data.name} ({data.source})")
-            for name, value in metrics.items():
-                table.add_row(name.replace("_", " "), f"{value:.4f}")
-            for name, value in (("parameters", result["parameters"]), ("training seconds", result["seconds"]["train"])):
-                table.add_row(name, f"{value:,.0f}")
-            table.add_row("examples per second", f"{result['examples_per_second'] or math.nan:,.0f}")
-            Console(markup=False).print(table)  # A path may hold brackets.
+            shown = {name: f"{value:.4f}" for name, value in metrics.items()}
+            counts = ("parameters", result["parameters"]), ("training seconds", result["seconds"]["train"])
+            shown |= {name: f"{value:,.0f}" for name, value in counts}
+            shown["examples per second"] = f"{result['examples_per_second'] or math.nan:,.0f}"
+            print(f"{self.recipe}: test split of {data.name} ({data.source})")
+            for name, value in shown.items():
+                print(f"  {name.replace('_', ' '):<32} {value:>12}")
             print(f"run directory: {self.directory}")
-            print(f"watch it: {shlex.join([tensorboard_program(), '--logdir', str(self.directory)])}")
+            watch_it = [sys.executable, "-m", "tensorboard.main", "--logdir", str(self.directory)]
+            print(f"watch it: {shlex.join(watch_it)}")
         return metrics
 
     def _draw(self, figures: dict[str, Figure]) -> None:
@@ -290,14 +289,6 @@ class Run:
 def once(run: Run, make: Callable[[], Any]) -> Any:
     """What `make` returns: of several workers, the chief alone calls it, and all have its answer."""
     return run.cluster.from_chief(make() if run.cluster.chief else None)
-
-
-def tensorboard_program() -> str:
-    """What starts TensorBoard in a shell: where its environment is not active, the program beside this Python."""
-    beside = pathlib.Path(sys.executable).with_name("tensorboard")
-    if shutil.which("tensorboard") or not beside.exists():
-        return "tensorboard"
-    return min(str(beside), os.path.relpath(beside), key=len)
 
 
 def with_class_names(model: keras.Model, class_names: tuple[str, ...]) -> keras.Model:
