@@ -27,7 +27,6 @@ from common.tensorboard import Logs
 
 import keras
 import tensorflow as tf
-from matplotlib.figure import Figure
 
 
 def start_run(config: SharedConfig, **files: str) -> "Run":
@@ -259,7 +258,7 @@ class Run:
         except OSError as error:
             part.unlink(missing_ok=True)
             raise UserError(f"--run-dir {self.directory}: {error}; make room, then go on with --resume") from error
-        self._draw({"learning_curves": curves_figure(watch.history), **report.figures})
+        self._draw(report)
         unlock(self.directory)
         if not self.config.quiet:
             shown = {name: f"{value:.4f}" for name, value in metrics.items()}
@@ -274,12 +273,12 @@ class Run:
             print(f"watch it: {shlex.join(watch_it)}")
         return metrics
 
-    def _draw(self, figures: dict[str, Figure]) -> None:
-        """Writes figures to `plots` and to TensorBoard; warns of those that fail."""
-        for name, figure in figures.items():
+    def _draw(self, report: Report) -> None:
+        """Writes pictures to `plots` and to TensorBoard; warns of those that fail."""
+        for name in ("learning_curves", *report.figures):
             path = self.directory / "plots" / f"{name}.png"
             try:
-                png = figure_png(figure)
+                png = figure_png(report.figures.get(name) or curves_figure(self.watch.history))
                 path.write_bytes(png)
                 self.logs.attempt(self.logs.show, self.watch.steps, name, png)
             except Exception as error:  # Matplotlib has errors of many types.

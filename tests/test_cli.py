@@ -8,6 +8,7 @@ import sys
 from common.cli import (
     EXIT_INTERRUPTED,
     STOPPING,
+    AlreadyFinishedError,
     Count,
     Share,
     SharedConfig,
@@ -115,6 +116,7 @@ def test_numbers_and_smoke_tests_in_python():
     ("raised", "code", "line"),
     [
         (UserError("file.csv: no rows;\nadd some"), 2, "error: file.csv: no rows; add some\n"),
+        (AlreadyFinishedError("run: finished already"), 0, "run: finished already\n"),
         (TrainingFailedError("the loss is nan"), 3, "training failed: the loss is nan\n"),
         (KeyboardInterrupt("saved in run"), 75, "interrupted: saved in run\n"),
         (
@@ -138,7 +140,7 @@ def test_exit_codes(monkeypatch, capsys, raised, code, line):
     with pytest.raises(SystemExit) as left:
         run_recipe(train, Config)
     assert left.value.code == code
-    assert capsys.readouterr() == ("", line)
+    assert capsys.readouterr() == (("", line) if code else (line, ""))
 
 
 @pytest.mark.parametrize("number", STOPPING)
