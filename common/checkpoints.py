@@ -224,7 +224,11 @@ class Checkpoints(keras.callbacks.Callback):
 
     def _metrics(self) -> list[np.ndarray]:
         """Of each variable of the metrics its parts on all replicas, [replicas, ...]; on the chief only."""
-        parts = [np.stack([part.numpy() for part in self._parts(each)]) for each in self.model.metrics_variables]
+
+        def read(part: tf.Variable) -> np.ndarray:  # `part.numpy()` takes more than twice as long.
+            return tf.raw_ops.ReadVariableOp(resource=part.handle, dtype=part.dtype).numpy()
+
+        parts = [np.stack(list(map(read, self._parts(each)))) for each in self.model.metrics_variables]
         return [np.concatenate(workers) for workers in zip(*self.cluster.gather(parts), strict=True)]
 
     def _states(self, arrays: list[np.ndarray]) -> list[dict[str, Any]]:

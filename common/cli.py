@@ -196,7 +196,8 @@ def run_recipe(train: Callable[[Any], dict], config_class: type, description: st
             train(config)
         except (MemoryError, tf.errors.ResourceExhaustedError) as error:
             size = config.batch_size
-            raise UserError(f"--batch-size {size}: does not fit into memory; try {max(1, size // 2)}") from error
+            remedy = f"try {size // 2}" if size > 1 else "try fewer or smaller examples"
+            raise UserError(f"--batch-size {size}: does not fit into memory; {remedy}") from error
 
     unread = "interrupted: nobody reads the output any more; the same command with --resume goes on"
     _run(main, EXIT_INTERRUPTED, unread)

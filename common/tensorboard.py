@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pathlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,7 @@ class Logs(keras.callbacks.TensorBoard):
     """
 
     def __init__(self, folder: pathlib.Path, config: SharedConfig, sizes: dict[str, int]):
-        self.folder, self.failed, self.writer = folder, False, None
+        self.folder, self.failed, self.writer, self._flushed = folder, False, None, 0.0
         profile, histograms = (2, 4) if config.profile else 0, int(config.histograms)
         super().__init__(str(folder), histogram_freq=histograms, profile_batch=profile, write_graph=not sizes)
         for name in dir(keras.callbacks.TensorBoard):
@@ -69,7 +70,8 @@ class Logs(keras.callbacks.TensorBoard):
     def on_epoch_end(self, epoch, logs=None):
         """Writes the metrics of an epoch, of training and of validation, each in one operation.
 
-        Keras has one for each metric, and together they take longer than the shortest epochs.
+        Keras has one for each metric, and together they take longer than the shortest epochs. To the disk they go at
+        most once a second.
         """
         values = {"train": {"learning_rate": float(np.asarray(self.model.optimizer.learning_rate))}, "validation": {}}
         for name, value in (logs or {}).items():
@@ -79,10 +81,19 @@ class Logs(keras.callbacks.TensorBoard):
             for name, value in metrics.items():
                 summary.MergeFrom(scalar_pb(f"epoch_{name}", value))
             if metrics:
-                with (self._train_writer if run == "train" else self._val_writer).as_default():
-                    # As a tensor: of a plain number, the operation takes ten times as long.
-                    tf.summary.experimental.write_raw_pb(summary.SerializeToString(), tf.constant(epoch, tf.int64))
+                tf.raw_ops.WriteRawProtoSummary(
+                    writer=(self._train_writer if run == "train" else self._val_writer)._resource,
+                    step=tf.constant(epoch, tf.int64),  # Of plain values, the operation takes ten times as long.
+                    tensor=tf.constant(summary.SerializeToString()),
+                )
+        if time.monotonic() - self._flushed >= 1:
+            self._flush()
         super().on_epoch_end(epoch)  # The histograms.
+
+    def _flush(self) -> None:
+        for writer in (self.writer, *self._writers.values()):
+            writer.flush()
+        self._flushed = time.monotonic()
 
     def on_train_batch_end(self, batch, logs=None):
         """Without the metrics so far: Keras makes a summary of each, and then writes none but those of epochs."""
@@ -93,6 +104,7 @@ class Logs(keras.callbacks.TensorBoard):
 
     def sizes(self) -> dict[str, int]:
         """The size of each log file in bytes, with all that has been logged so far."""
+        self.attempt(self._flush)
         found = {}
         for file in self.folder.rglob(_EVENT_FILES):
             with contextlib.suppress(OSError):  # Deleted meanwhile.
