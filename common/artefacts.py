@@ -1,16 +1,12 @@
-"""Trained models as files for other programs: Keras, SavedModel, LiteRT and ONNX, each with its class names inside."""
+"""Reads trained models: runs, and what scripts/export.py makes of them for Keras, SavedModel, LiteRT and ONNX."""
 
 import base64
-import contextlib
 import importlib
-import io
 import json
 import operator
 import os
 import pathlib
-import re
 import tempfile
-import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -18,15 +14,11 @@ from typing import Any, NamedTuple
 from common.cli import UserError
 from common.records import file_sha256, read_run
 from common.startup import quiet_native_stderr
-from common.upstream import free_of_tensors
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-SUFFIXES = {"keras": ".keras", "saved_model": "", "litert": ".tflite", "onnx": ".onnx"}
-QUANTIZATIONS = dict.fromkeys(SUFFIXES, ("none",))
-QUANTIZATIONS |= {"keras": ("none", "int8"), "litert": ("none", "dynamic", "float16", "int8")}
 BATCH = 512
 # What a file holds besides the model: as members of the zip archive in Keras, and in LiteRT of one that follows its own
 # data; as properties in ONNX; as files in the folder assets.extra in a SavedModel.
@@ -48,7 +40,7 @@ class Artefact(NamedTuple):
 
 def describe(result: dict[str, Any], model: keras.Model) -> dict[str, Any]:
     """The description of a run's model, from the run's result."""
-    names, taken = ("recipe", "task", "class_names", "columns", "weights_sha256"), _signature(model)
+    names, taken = ("recipe", "task", "class_names", "columns", "weights_sha256"), signature(model)
     told = {name: result[name] for name in names if name in result}
     told["shape"] = tf.nest.map_structure(lambda each: each.shape.as_list()[1:], taken)
     told["dtype"] = tf.nest.map_structure(lambda each: each.dtype.name, taken)
@@ -61,115 +53,12 @@ def _with_task(description: dict[str, Any]) -> dict[str, Any]:
     return {"task": {"input": kind, "output": "class" if description["class_names"] else "number"}, **description}
 
 
-def save(
-    model: keras.Model,
-    description: dict,
-    form: str,
-    path: pathlib.Path,
-    quantization: str = "none",
-    examples: Any = None,
-) -> None:
-    """Writes a run's model, with its description, to a new file or folder.
-
-    LiteRT and ONNX can't split texts into words: their files hold the part of the model after its tokenizer, and the
-    tokenizer as a Keras model.
-
-    Args:
-        model: as the run saved it.
-        description: see `describe`.
-        form: one of `SUFFIXES`.
-        path: ends in the suffix of the form.
-        quantization: one of `QUANTIZATIONS` of the form. dynamic: weights in int8, and the inputs of a layer while it
-            is computed; float16: weights in float16; int8: all in int8, in Keras only in dense and embedding layers.
-        examples: inputs [n, *shape] that show the range of activations, for int8 in LiteRT.
-
-    Raises:
-        UserError: a package is missing, or the format has no operation for a part of the model.
-    """
-    notes = {DESCRIPTION: json.dumps(description).encode()}
-    if form == "keras":
-        (_with_int8_weights(model) if quantization == "int8" else model).save(path)
-    elif form == "saved_model":
-        _save_for_serving(model, path, description["task"]["input"] == "image")
-    else:
-        network = without_class_names(model)
-        if description["dtype"] == "string" and len(network.layers) == 3:
-            _, tokenizer, network = network.layers
-            with tempfile.TemporaryDirectory() as folder:
-                tokenizer.save(file := pathlib.Path(folder, TOKENIZER))
-                notes[TOKENIZER] = file.read_bytes()
-            examples = examples if examples is None else keras_answer(tokenizer)(examples)
-        # The converters tell of their progress, and tf2onnx 1.17 asks NumPy for names that it no longer has.
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), quiet_native_stderr():
-            warnings.simplefilter("ignore")
-            if form == "onnx":
-                _package("tf2onnx")
-                free_of_tensors(network)
-            settings = _converter_settings(quantization, examples) if form == "litert" else {}
-            failed = None
-            try:
-                network.export(path, format=form, verbose=False, input_signature=[_signature(network)], **settings)
-            except Exception as error:  # The converters have errors of many types.
-                failed = error
-        if isinstance(failed, OSError):
-            raise failed
-        if failed:  # Only here, where what the converter has printed is dropped.
-            reason = str(failed).strip().partition("\n")[0].rpartition("): ")[2]
-            raise UserError(f"{form} has no operation for a part of the model ({reason}); choose another --format")
-    if form == "saved_model":
-        (path / "assets.extra").mkdir()
-        (path / "assets.extra" / DESCRIPTION).write_bytes(notes[DESCRIPTION])
-    elif form == "onnx":
-        onnx = _package("onnx")
-        graph = onnx.load(path)
-        for name, note in notes.items():
-            graph.metadata_props.add(key=name, value=base64.b64encode(note).decode())
-        onnx.save(graph, path)
-    else:
-        with zipfile.ZipFile(path, "a") as archive:
-            for name, note in notes.items():
-                archive.writestr(name, note)
-
-
-def _converter_settings(quantization: str, examples: Any) -> dict[str, Any]:
-    # Without the operations of TensorFlow that Keras lets in: few runtimes have them.
-    operations = tf.lite.OpsSet.TFLITE_BUILTINS_INT8 if quantization == "int8" else tf.lite.OpsSet.TFLITE_BUILTINS
-    types = [tf.float16] if quantization == "float16" else []
-    return {
-        "target_spec": {"supported_ops": [operations], "supported_types": types},
-        "optimizations": [] if quantization == "none" else [tf.lite.Optimize.DEFAULT],
-        "representative_dataset": (lambda: ([each[None]] for each in examples)) if quantization == "int8" else None,
-    }
-
-
-def _with_int8_weights(model: keras.Model) -> keras.Model:
-    """A copy whose dense and embedding layers keep their weights in int8, with a scale for each column."""
-    copy = keras.models.clone_model(model)
-    copy.set_weights(model.get_weights())
-    layers = list(copy.layers)
-    for layer in layers:
-        if isinstance(layer, keras.Model):
-            layers += layer.layers
-        elif isinstance(layer, keras.layers.Dense | keras.layers.Embedding):
-            layer.quantize("int8")
-    return copy
-
-
-def in_float32(model: keras.Model) -> keras.Model:
-    """The model with the precision that its weights have; with fewer bits to calculate, few runtimes know how."""
-    if "mixed_" not in (described := model.to_json()):
-        return model
-    same = keras.models.model_from_json(re.sub("mixed_b?float16", "float32", described))
-    same.set_weights(model.get_weights())
-    return same
-
-
 def without_class_names(model: keras.Model) -> keras.Model:
     """The model, of a classifier with nothing but its probabilities as output: numbers are what all formats know."""
-    return keras.Model(_by_name(model.input), _numbers(model.output), name=model.name)
+    return keras.Model(by_name(model.input), _numbers(model.output), name=model.name)
 
 
-def _by_name(tensors: Any) -> Any:
+def by_name(tensors: Any) -> Any:
     """Several tensors as a dictionary, a single one by itself."""
     named = tensors if isinstance(tensors, dict) else {each.name: each for each in tf.nest.flatten(tensors)}
     return named if len(named) > 1 else next(iter(named.values()))
@@ -179,54 +68,15 @@ def _numbers(outputs: Any) -> Any:
     """What a model gives, by name, but for the names of classes."""
     if isinstance(outputs, dict) and set(outputs) == {"class", "probabilities"}:
         return outputs["probabilities"]
-    return _by_name(outputs)
+    return by_name(outputs)
 
 
-def _signature(model: keras.Model) -> Any:
-    return tf.nest.map_structure(lambda each: tf.TensorSpec(each.shape, each.dtype, each.name), _by_name(model.input))
+def signature(model: keras.Model) -> Any:
+    """Shapes and types of what a model takes."""
+    return tf.nest.map_structure(lambda each: tf.TensorSpec(each.shape, each.dtype, each.name), by_name(model.input))
 
 
-def _decoded(file: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
-    """The bytes of a picture file as uint8 of `shape`, as `user_files.read_image` has it.
-
-    But for a few of 255 steps in decoding and rounding, and that TensorFlow knows nothing of EXIF's rotation, nor of
-    what is transparent. `tf.image.resize_with_pad` rounds sizes and margins otherwise, which can move all by a pixel.
-    """
-    height, width, channels = shape
-    image = tf.io.decode_image(file, channels, expand_animations=False)
-    place, size = tf.constant([height, width], tf.float64), tf.cast(tf.shape(image)[:2], tf.float64)
-    inside = tf.maximum(tf.round(size * tf.reduce_min(place / size)), 1)
-    top, left = tf.unstack(tf.cast(tf.round((place - inside) / 2), tf.int32))
-    image = tf.image.resize(image, tf.cast(inside, tf.int32), tf.image.ResizeMethod.BICUBIC, antialias=True)
-    image = tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)
-    return tf.image.pad_to_bounding_box(image, top, left, height, width)
-
-
-def _save_for_serving(model: keras.Model, path: pathlib.Path, pictures: bool) -> None:
-    """A SavedModel with two signatures: `serving_default` takes what people send, `inputs` what the model takes.
-
-    They differ for pictures, which people send as files. The name of that input ends in `_bytes`, as TensorFlow
-    Serving wants it for values in base64.
-    """
-    network, taken = keras.Model(_by_name(model.input), _by_name(model.output)), _signature(model)
-
-    def answer(inputs: Any) -> dict[str, tf.Tensor]:
-        outputs = network(inputs, training=False)
-        return outputs if isinstance(outputs, dict) else {"value": outputs}
-
-    def answer_files(files: tf.Tensor) -> dict[str, tf.Tensor]:
-        one = tf.TensorSpec(taken.shape[1:], tf.uint8)
-        return answer(tf.map_fn(lambda file: _decoded(file, one.shape), files, fn_output_signature=one))
-
-    archive = keras.export.ExportArchive()
-    archive.track(network)
-    archive.add_endpoint("inputs", answer, [taken])
-    sent = (answer_files, [tf.TensorSpec([None], tf.string, "image_bytes")]) if pictures else (answer, [taken])
-    archive.add_endpoint("serving_default", *sent)
-    archive.write_out(path, verbose=False)
-
-
-def _package(name: str) -> Any:
+def optional_package(name: str) -> Any:
     """An optional package."""
     try:
         return importlib.import_module(name)
@@ -236,7 +86,11 @@ def _package(name: str) -> Any:
 
 
 def load(path: pathlib.Path, threads: int = 0) -> Artefact:
-    """Reads what `save` wrote, or a run from its directory; in LiteRT and ONNX for `threads`, 0: one per core.
+    """Reads a run from its directory, or what scripts/export.py wrote.
+
+    Args:
+        path: the file or folder.
+        threads: for LiteRT and ONNX; 0: one per core.
 
     Raises:
         UserError: `path` can't be read as an artefact, or a package is missing.
@@ -331,7 +185,7 @@ def _load_saved_model(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes
 
 
 def _load_litert(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Callable]:
-    litert = _package("ai_edge_litert.interpreter")
+    litert = optional_package("ai_edge_litert.interpreter")
     with quiet_native_stderr():
         interpreter = litert.Interpreter(str(path), num_threads=threads or os.cpu_count())
         interpreter.allocate_tensors()  # It says once what it calculates with.
@@ -340,7 +194,7 @@ def _load_litert(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Ca
 
 
 def _load_onnx(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Callable]:
-    onnxruntime = _package("onnxruntime")
+    onnxruntime = optional_package("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

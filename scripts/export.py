@@ -9,15 +9,20 @@ go through the new file and through the Keras model; when their answers differ b
 name another class, nothing is written and the exit code is 3; what an earlier export left there stays.
 """
 
+import base64
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import sys
 import tempfile
+import warnings
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -25,11 +30,17 @@ from common import artefacts
 from common.cli import Parser, UserError, run_script
 from common.data import Data
 from common.records import load_program, write_file
+from common.startup import quiet_native_stderr
+from common.upstream import free_of_tensors
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 ROOT = pathlib.Path(__file__).parent.parent
+SUFFIXES = {"keras": ".keras", "saved_model": "", "litert": ".tflite", "onnx": ".onnx"}
+QUANTIZATIONS = dict.fromkeys(SUFFIXES, ("none",))
+QUANTIZATIONS |= {"keras": ("none", "int8"), "litert": ("none", "dynamic", "float16", "int8")}
 COMPARED, EXAMPLES = 1000, 500  # inputs that are compared; inputs that show int8 how large the numbers inside become
 # How far answers may be from the Keras model's, by quantization: fewer bits, farther off.
 TOLERANCES = {"none": 1e-3, "float16": 1e-2, "dynamic": 0.2, "int8": 0.5}
@@ -38,7 +49,7 @@ TOLERANCES = {"none": 1e-3, "float16": 1e-2, "dynamic": 0.2, "int8": 0.5}
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("run_dir", type=pathlib.Path, help="folder of a finished run")
-    parser.add_argument("--format", required=True, choices=artefacts.SUFFIXES, help="what to write")
+    parser.add_argument("--format", required=True, choices=SUFFIXES, help="what to write")
     parser.add_argument("-o", "--output", type=pathlib.Path, help="left out: in the folder exported of the run")
     parser.add_argument("--data-dir", default="", help="folder of prepared TFDS data, where it is not the run's")
     parser.add_argument("--quantize", choices=TOLERANCES, default="none", help="fewer bits; int8 also of keras")
@@ -47,10 +58,10 @@ def main() -> None:
     result, model = artefacts.load_run(arguments.run_dir)
     folder = arguments.run_dir / "exported"
     form, quantization = arguments.format, arguments.quantize
-    if quantization not in artefacts.QUANTIZATIONS[form]:
+    if quantization not in QUANTIZATIONS[form]:
         raise UserError(f"--quantize {quantization}: not for {form}; give --format litert")
     name = result["recipe"] if quantization == "none" else f"{result['recipe']}-{quantization}"
-    path = arguments.output or folder / (name + artefacts.SUFFIXES[form])
+    path = arguments.output or folder / (name + SUFFIXES[form])
     if path.resolve() == (arguments.run_dir / "model.keras").resolve():
         raise UserError(f"-o {path}: is the run's own model; name another file")
     if arguments.tolerance is not None and not 0 <= arguments.tolerance < math.inf:
@@ -58,7 +69,7 @@ def main() -> None:
     data = run_data(result, arguments.data_dir)
     inputs, (examples, _) = first_inputs(data, COMPARED), data.train.arrays(slice(EXAMPLES))
     tolerance = TOLERANCES[quantization] if arguments.tolerance is None else arguments.tolerance
-    parity = export(artefacts.in_float32(model), result, form, path, inputs, tolerance, quantization, examples)
+    parity = export(in_float32(model), result, form, path, inputs, tolerance, quantization, examples)
     same = f"largest difference {parity['largest_difference']:.2g}"
     if result["class_names"]:
         same += f", {parity['equal_answers']:.2%} equal answers"
@@ -88,7 +99,7 @@ def export(
     Raises:
         UserError: `path` can't be written, or does not suit the form.
     """
-    suffix = artefacts.SUFFIXES[form]
+    suffix = SUFFIXES[form]
     if suffix and path.suffix != suffix:
         raise UserError(f"{path}: the name must end in {suffix}")
     if suffix and path.is_dir():
@@ -101,7 +112,7 @@ def export(
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             part = pathlib.Path(folder, path.name)
             description = artefacts.describe(result, model)
-            artefacts.save(model, description, form, part, quantization, examples)
+            save(model, description, form, part, quantization, examples)
             parity = {"format": form, "quantization": quantization, "weights_sha256": result["weights_sha256"]}
             answers = artefacts.keras_answer(model), artefacts.load(part).answer
             parity |= compare(*answers, inputs, tolerance, description["task"]["output"])
@@ -121,6 +132,151 @@ def export(
             with contextlib.suppress(OSError):  # It holds the artefact.
                 parent.rmdir()
     return parity
+
+
+def save(
+    model: keras.Model,
+    description: dict,
+    form: str,
+    path: pathlib.Path,
+    quantization: str = "none",
+    examples: Any = None,
+) -> None:
+    """Writes a run's model, with its description, to a new file or folder.
+
+    LiteRT and ONNX can't split texts into words: their files hold the part of the model after its tokenizer, and the
+    tokenizer as a Keras model.
+
+    Args:
+        model: as the run saved it.
+        description: see `artefacts.describe`.
+        form: one of `SUFFIXES`.
+        path: ends in the suffix of the form.
+        quantization: one of `QUANTIZATIONS` of the form. dynamic: weights in int8, and the inputs of a layer while it
+            is computed; float16: weights in float16; int8: all in int8, in Keras only in dense and embedding layers.
+        examples: inputs [n, *shape] that show the range of activations, for int8 in LiteRT.
+
+    Raises:
+        UserError: a package is missing, or the format has no operation for a part of the model.
+    """
+    notes = {artefacts.DESCRIPTION: json.dumps(description).encode()}
+    if form == "keras":
+        (_with_int8_weights(model) if quantization == "int8" else model).save(path)
+    elif form == "saved_model":
+        _save_for_serving(model, path, description["task"]["input"] == "image")
+    else:
+        network = artefacts.without_class_names(model)
+        if description["dtype"] == "string" and len(network.layers) == 3:
+            _, tokenizer, network = network.layers
+            with tempfile.TemporaryDirectory() as folder:
+                tokenizer.save(file := pathlib.Path(folder, artefacts.TOKENIZER))
+                notes[artefacts.TOKENIZER] = file.read_bytes()
+            examples = examples if examples is None else artefacts.keras_answer(tokenizer)(examples)
+        # The converters tell of their progress, and tf2onnx 1.17 asks NumPy for names that it no longer has.
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), quiet_native_stderr():
+            warnings.simplefilter("ignore")
+            if form == "onnx":
+                artefacts.optional_package("tf2onnx")
+                free_of_tensors(network)
+            settings = _converter_settings(quantization, examples) if form == "litert" else {}
+            failed = None
+            settings |= {"input_signature": [artefacts.signature(network)]}
+            try:
+                network.export(path, format=form, verbose=False, **settings)
+            except Exception as error:  # The converters have errors of many types.
+                failed = error
+        if isinstance(failed, OSError):
+            raise failed
+        if failed:  # Only here, where what the converter has printed is dropped.
+            reason = str(failed).strip().partition("\n")[0].rpartition("): ")[2]
+            raise UserError(f"{form} has no operation for a part of the model ({reason}); choose another --format")
+    if form == "saved_model":
+        (path / "assets.extra").mkdir()
+        (path / "assets.extra" / artefacts.DESCRIPTION).write_bytes(notes[artefacts.DESCRIPTION])
+    elif form == "onnx":
+        onnx = artefacts.optional_package("onnx")
+        graph = onnx.load(path)
+        for name, note in notes.items():
+            graph.metadata_props.add(key=name, value=base64.b64encode(note).decode())
+        onnx.save(graph, path)
+    else:
+        with zipfile.ZipFile(path, "a") as archive:
+            for name, note in notes.items():
+                archive.writestr(name, note)
+
+
+def _converter_settings(quantization: str, examples: Any) -> dict[str, Any]:
+    # Without the operations of TensorFlow that Keras lets in: few runtimes have them.
+    operations = tf.lite.OpsSet.TFLITE_BUILTINS_INT8 if quantization == "int8" else tf.lite.OpsSet.TFLITE_BUILTINS
+    types = [tf.float16] if quantization == "float16" else []
+    return {
+        "target_spec": {"supported_ops": [operations], "supported_types": types},
+        "optimizations": [] if quantization == "none" else [tf.lite.Optimize.DEFAULT],
+        "representative_dataset": (lambda: ([each[None]] for each in examples)) if quantization == "int8" else None,
+    }
+
+
+def _with_int8_weights(model: keras.Model) -> keras.Model:
+    """A copy whose dense and embedding layers keep their weights in int8, with a scale for each column."""
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    layers = list(copy.layers)
+    for layer in layers:
+        if isinstance(layer, keras.Model):
+            layers += layer.layers
+        elif isinstance(layer, keras.layers.Dense | keras.layers.Embedding):
+            layer.quantize("int8")
+    return copy
+
+
+def in_float32(model: keras.Model) -> keras.Model:
+    """The model with the precision that its weights have; with fewer bits to calculate, few runtimes know how."""
+    if "mixed_" not in (described := model.to_json()):
+        return model
+    same = keras.models.model_from_json(re.sub("mixed_b?float16", "float32", described))
+    same.set_weights(model.get_weights())
+    return same
+
+
+def _decoded(file: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
+    """The bytes of a picture file as uint8 of `shape`, as `user_files.read_image` has it.
+
+    But for a few of 255 steps in decoding and rounding, and that TensorFlow knows nothing of EXIF's rotation, nor of
+    what is transparent. `tf.image.resize_with_pad` rounds sizes and margins otherwise, which can move all by a pixel.
+    """
+    height, width, channels = shape
+    image = tf.io.decode_image(file, channels, expand_animations=False)
+    place, size = tf.constant([height, width], tf.float64), tf.cast(tf.shape(image)[:2], tf.float64)
+    inside = tf.maximum(tf.round(size * tf.reduce_min(place / size)), 1)
+    top, left = tf.unstack(tf.cast(tf.round((place - inside) / 2), tf.int32))
+    image = tf.image.resize(image, tf.cast(inside, tf.int32), tf.image.ResizeMethod.BICUBIC, antialias=True)
+    image = tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)
+    return tf.image.pad_to_bounding_box(image, top, left, height, width)
+
+
+def _save_for_serving(model: keras.Model, path: pathlib.Path, pictures: bool) -> None:
+    """A SavedModel with two signatures: `serving_default` takes what people send, `inputs` what the model takes.
+
+    They differ for pictures, which people send as files. The name of that input ends in `_bytes`, as TensorFlow
+    Serving wants it for values in base64.
+    """
+    network = keras.Model(artefacts.by_name(model.input), artefacts.by_name(model.output))
+    taken = artefacts.signature(model)
+
+    def answer(inputs: Any) -> dict[str, tf.Tensor]:
+        outputs = network(inputs, training=False)
+        return outputs if isinstance(outputs, dict) else {"value": outputs}
+
+    def answer_files(files: tf.Tensor) -> dict[str, tf.Tensor]:
+        one = tf.TensorSpec(taken.shape[1:], tf.uint8)
+        return answer(tf.map_fn(lambda file: _decoded(file, one.shape), files, fn_output_signature=one))
+
+    archive = keras.export.ExportArchive()
+    archive.track(network)
+    archive.add_endpoint("inputs", answer, [taken])
+    sent = (answer_files, [tf.TensorSpec([None], tf.string, "image_bytes")]) if pictures else (answer, [taken])
+    archive.add_endpoint("serving_default", *sent)
+    archive.write_out(path, verbose=False)
 
 
 def is_saved_model(folder: pathlib.Path) -> bool:

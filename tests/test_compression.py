@@ -8,6 +8,7 @@ from common import artefacts
 from common.cli import UserError
 from common.runs import with_class_names
 
+import export
 import keras
 import numpy as np
 import pytest
@@ -45,8 +46,8 @@ def test_removed_weights_are_zeros_wherever_the_model_goes(pruned, tmp_path, for
     assert share_of_zeros(model) == pytest.approx(0.9, abs=1e-4)
     kept = sum(np.count_nonzero(part) for layer in weight_matrices(model) for part in layer)
     assert metrics["nonzero_weights"] == kept
-    path = tmp_path / f"model{artefacts.SUFFIXES[form]}"
-    artefacts.save(model, artefacts.describe(result, model), form, path)
+    path = tmp_path / f"model{export.SUFFIXES[form]}"
+    export.save(model, artefacts.describe(result, model), form, path)
     if form == "keras":
         assert share_of_zeros(artefacts.load_keras(path)) == share_of_zeros(model)
     else:

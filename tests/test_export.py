@@ -47,7 +47,7 @@ def test_each_format_answers_as_the_model(run_of, name, tmp_path):
     inputs = export.first_inputs(data, export.COMPARED)
     assert len(inputs) == min(export.COMPARED, sum(data.counts().values()))
     wanted = outputs_of(model, inputs)["probabilities"].numpy()
-    for form, suffix in artefacts.SUFFIXES.items():
+    for form, suffix in export.SUFFIXES.items():
         path = tmp_path / (form + suffix)
         parity = export.export(model, result, form, path, inputs, tolerance=1e-4)
         assert parity["passed"], parity
@@ -57,7 +57,7 @@ def test_each_format_answers_as_the_model(run_of, name, tmp_path):
         assert kept.description["class_names"] == result["class_names"] == list(data.class_names)
         assert kept.description["columns"] == result["columns"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        each for form, suffix in artefacts.SUFFIXES.items() for each in (form + suffix, form + suffix + ".parity.json")
+        each for form, suffix in export.SUFFIXES.items() for each in (form + suffix, form + suffix + ".parity.json")
     )
 
 
@@ -66,11 +66,9 @@ def test_fewer_bits_are_smaller_files_of_nearly_the_same_answers(run_of, name, t
     result, model = artefacts.load_run(run_of(name))
     data, sizes = export.run_data(result), {}
     inputs, examples = export.first_inputs(data, 200), data.train.inputs[: export.EXAMPLES].numpy()
-    kinds = [("keras", "int8")] * (name != "mnist_cnn") + [
-        ("litert", each) for each in artefacts.QUANTIZATIONS["litert"]
-    ]
+    kinds = [("keras", "int8")] * (name != "mnist_cnn") + [("litert", each) for each in export.QUANTIZATIONS["litert"]]
     for form, kind in kinds:
-        path = tmp_path / (form + kind + artefacts.SUFFIXES[form])
+        path = tmp_path / (form + kind + export.SUFFIXES[form])
         parity = export.export(model, result, form, path, inputs, 0.2, kind, examples)
         assert parity["passed"], (form, parity)
         assert parity["quantization"] == kind
@@ -85,10 +83,10 @@ def test_fewer_bits_are_smaller_files_of_nearly_the_same_answers(run_of, name, t
         assert sizes["keras", "int8"] < 0.35 * sizes["litert", "none"]
 
 
-@pytest.mark.parametrize("form", sorted(artefacts.SUFFIXES))
+@pytest.mark.parametrize("form", sorted(export.SUFFIXES))
 def test_an_export_that_answers_otherwise_is_refused(run_of, form, tmp_path, monkeypatch, capsys):
     """One weight of the exported model is another; what an earlier export left stays as it is."""
-    run, save, suffix = run_of("mnist_cnn"), artefacts.save, artefacts.SUFFIXES[form]
+    run, save, suffix = run_of("mnist_cnn"), export.save, export.SUFFIXES[form]
     path = tmp_path / f"exported{suffix}"
     words = ["export.py", str(run), "--format", form, "-o", str(path)]
     monkeypatch.setattr("sys.argv", words)
@@ -103,7 +101,7 @@ def test_an_export_that_answers_otherwise_is_refused(run_of, form, tmp_path, mon
         perturbed.set_weights(weights)
         save(perturbed, *others)
 
-    monkeypatch.setattr(artefacts, "save", save_perturbed)
+    monkeypatch.setattr(export, "save", save_perturbed)
     with pytest.raises(SystemExit) as ended:
         export.main()
     assert ended.value.code == 3
@@ -118,7 +116,7 @@ def test_an_export_that_answers_otherwise_is_refused(run_of, form, tmp_path, mon
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("form", sorted(artefacts.SUFFIXES))
+@pytest.mark.parametrize("form", sorted(export.SUFFIXES))
 def test_predict_takes_an_artefact(run_of, form, tmp_path, capfd):
     """Pictures and texts: the answers are those of the run, by name; and nothing else is told."""
     picture = tmp_path / "new.png"
@@ -127,8 +125,8 @@ def test_predict_takes_an_artefact(run_of, form, tmp_path, capfd):
     for name, file in (("mnist_cnn", picture), ("text_classifier", tmp_path / "new.txt")):
         run = run_of(name)
         result, model = artefacts.load_run(run)
-        path = tmp_path / (name + artefacts.SUFFIXES[form])
-        artefacts.save(model, artefacts.describe(result, model), form, path)
+        path = tmp_path / (name + export.SUFFIXES[form])
+        export.save(model, artefacts.describe(result, model), form, path)
         capfd.readouterr()
         answers, wanted = predict.predict(path, [str(file)]), predict.predict(run, [str(file)])
         assert capfd.readouterr().err == ""
@@ -145,7 +143,7 @@ def test_a_served_picture_is_what_training_would_have_made_of_it(tmp_path, size,
     coarse = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(tmp_path / f"picture.{kind}")
     wanted = read_image(tmp_path / f"picture.{kind}", shape)
-    served = artefacts._decoded(tf.constant((tmp_path / f"picture.{kind}").read_bytes()), tf.TensorShape(shape))
+    served = export._decoded(tf.constant((tmp_path / f"picture.{kind}").read_bytes()), tf.TensorShape(shape))
     assert served.dtype == "uint8"
     np.testing.assert_allclose(served.numpy().astype(int), wanted.astype(int), atol=8)
 
@@ -154,7 +152,7 @@ def test_the_saved_model_serves_what_people_send(run_of, tmp_path):
     """Bytes of picture files of any size, and raw texts; names and probabilities come back."""
     for name in ("mnist_cnn", "text_classifier"):
         result, model = artefacts.load_run(run_of(name))
-        artefacts.save(model, artefacts.describe(result, model), "saved_model", tmp_path / name)
+        export.save(model, artefacts.describe(result, model), "saved_model", tmp_path / name)
     digits = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 1)).astype(np.uint8)
     served = tf.saved_model.load(tmp_path / "mnist_cnn")
     files = [io.BytesIO() for _ in range(3)]
@@ -179,12 +177,12 @@ def test_sixteen_bits_are_for_training_only():
     policy = keras.DTypePolicy("mixed_bfloat16")
     inputs = keras.Input([4])
     model = keras.Model(inputs, keras.layers.Dense(3, dtype=policy)(inputs))
-    same = artefacts.in_float32(model)
+    same = export.in_float32(model)
     assert same(np.ones([1, 4], np.float32)).dtype == tf.float32
     expected = np.ones([1, 4]) @ model.get_weights()[0]
     np.testing.assert_allclose(same(np.ones([1, 4], np.float32)), expected, rtol=1e-6)
     assert abs(np.float32(model(np.ones([1, 4], np.float32))) - expected).max() > 1e-6
-    assert artefacts.in_float32(same) is same
+    assert export.in_float32(same) is same
 
 
 @pytest.mark.parametrize(
@@ -264,7 +262,7 @@ def test_a_missing_package_is_named(run_of, tmp_path, monkeypatch):
     result, model = artefacts.load_run(run_of("mnist_cnn"))
     monkeypatch.setitem(__import__("sys").modules, "tf2onnx", None)
     with pytest.raises(UserError, match=r"^the package tf2onnx is missing; \.venv/bin/pip install -e '\.\[export\]'$"):
-        artefacts.save(model, artefacts.describe(result, model), "onnx", tmp_path / "model.onnx")
+        export.save(model, artefacts.describe(result, model), "onnx", tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 

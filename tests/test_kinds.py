@@ -160,14 +160,14 @@ def test_inputs_and_targets_stay_together(run_of, name):
         assert [text.decode() for text in inputs] == ["".join(np.array([*"abc"])[row]) for row in targets]
 
 
-@pytest.mark.parametrize("form", artefacts.SUFFIXES)
+@pytest.mark.parametrize("form", export.SUFFIXES)
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_format_answers_as_the_model(run_of, name, form, tmp_path):
     pytest.importorskip({"litert": "ai_edge_litert", "onnx": "tf2onnx"}.get(form, "keras"))
     directory, data, _ = run_of(name)
     result, model = artefacts.load_run(directory)
     inputs = export.first_inputs(data, 100)
-    path = tmp_path / f"model{artefacts.SUFFIXES[form]}"
+    path = tmp_path / f"model{export.SUFFIXES[form]}"
     parity = export.export(model, result, form, path, inputs, 1e-4)
     assert (parity["passed"], parity["inputs"], parity["equal_answers"]) == (True, 100, pytest.approx(1, abs=0.01))
     description, answer = artefacts.load(path)
@@ -186,7 +186,7 @@ def test_every_format_answers_as_the_model(run_of, name, form, tmp_path):
 def test_a_served_picture_gets_a_mask(run_of, tmp_path):
     directory, data, _ = run_of("masks")
     result, model = artefacts.load_run(directory)
-    artefacts.save(model, artefacts.describe(result, model), "saved_model", tmp_path / "served")
+    export.save(model, artefacts.describe(result, model), "saved_model", tmp_path / "served")
     images, _ = data.test.arrays(slice(2))
     files = [tf.io.encode_png(image).numpy() for image in images]
     served = tf.saved_model.load(tmp_path / "served")

@@ -32,7 +32,7 @@ def test_the_record_says_what_each_file_is(shipped):
     ]
     for name, found in record["variants"].items():
         form, _, quantization = name.partition(" ")
-        path = directory / "exported" / (quantization or "none") / f"pruning{artefacts.SUFFIXES[form]}"
+        path = directory / "exported" / (quantization or "none") / f"pruning{ship.export.SUFFIXES[form]}"
         files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
         assert found["bytes"] == sum(len(file.read_bytes()) for file in files)
         assert found["accuracy"] == np.mean(artefacts.load(path).answer(images).argmax(axis=1) == labels)

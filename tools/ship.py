@@ -63,7 +63,7 @@ def main() -> None:
 def ship(run_dir: pathlib.Path, data_dir: str, rounds: int) -> dict[str, Any]:
     """The record: what was measured of each variant, on which machine, data and weights."""
     result, model = artefacts.load_run(run_dir)
-    model = artefacts.in_float32(model)
+    model = export.in_float32(model)
     data = export.run_data(result, data_dir)
     compared, examples = export.first_inputs(data, export.COMPARED), data.train.arrays(slice(export.EXAMPLES))[0]
     weights = model.get_weights()
@@ -71,7 +71,7 @@ def ship(run_dir: pathlib.Path, data_dir: str, rounds: int) -> dict[str, Any]:
     variants, paths = {}, {}
     for form, quantization in variants_of(model):
         name = form if quantization == "none" else f"{form} {quantization}"
-        paths[name] = run_dir / "exported" / quantization / (result["recipe"] + artefacts.SUFFIXES[form])
+        paths[name] = run_dir / "exported" / quantization / (result["recipe"] + export.SUFFIXES[form])
         tolerance = export.TOLERANCES[quantization]
         parity = export.export(model, result, form, paths[name], compared, tolerance, quantization, examples)
         if not parity["passed"]:
@@ -103,7 +103,7 @@ def ship(run_dir: pathlib.Path, data_dir: str, rounds: int) -> dict[str, Any]:
 def variants_of(model: keras.Model) -> list[tuple[str, str]]:
     """Formats and quantizations, as scripts/export.py calls them, that suit a model."""
     convolutions = any(isinstance(layer, keras.layers.Conv2D) for layer in model.layers)
-    variants = [(form, each) for form, kinds in artefacts.QUANTIZATIONS.items() for each in kinds]
+    variants = [(form, each) for form, kinds in export.QUANTIZATIONS.items() for each in kinds]
     if not importlib.util.find_spec("tf2onnx"):
         print("no tf2onnx: ONNX is left out; .venv/bin/pip install -e '.[export]'")
         variants = [variant for variant in variants if variant[0] != "onnx"]
