@@ -233,8 +233,12 @@ def in_float32(model: keras.Model) -> keras.Model:
     """The model with the precision that its weights have; with fewer bits to calculate, few runtimes know how."""
     if "mixed_" not in (described := model.to_json()):
         return model
-    same = keras.models.model_from_json(re.sub("mixed_b?float16", "float32", described))
-    same.set_weights(model.get_weights())
+    # Not every "bfloat16": it may be a word of a vocabulary.
+    same = keras.models.model_from_json(re.sub(r'("(?:name|dtype)": )"(mixed_)?b?float16"', r'\1"float32"', described))
+    with tempfile.TemporaryDirectory() as folder:
+        # From a file, as `set_weights` leaves the mean and the deviation that `Normalization` calculates with.
+        model.save_weights(file := pathlib.Path(folder, "model.weights.h5"))
+        same.load_weights(file)
     return same
 
 

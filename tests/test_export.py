@@ -175,11 +175,14 @@ def test_the_saved_model_serves_what_people_send(run_of, tmp_path):
 
 def test_sixteen_bits_are_for_training_only():
     policy = keras.DTypePolicy("mixed_bfloat16")
-    inputs = keras.Input([4])
-    model = keras.Model(inputs, keras.layers.Dense(3, dtype=policy)(inputs))
+    inputs, normalize = keras.Input([4]), keras.layers.Normalization(dtype="float32")
+    normalize.adapt(np.float32([[-3] * 4, [-1] * 4]))  # Mean -2, deviation 1: of ones it makes threes.
+    x = keras.ops.cast(normalize(inputs), "bfloat16")
+    model = keras.Model(inputs, keras.layers.Dense(3, dtype=policy)(x))
     same = export.in_float32(model)
+    assert "float16" not in same.to_json()
     assert same(np.ones([1, 4], np.float32)).dtype == tf.float32
-    expected = np.ones([1, 4]) @ model.get_weights()[0]
+    expected = 3 * np.ones([1, 4]) @ model.get_weights()[-2]
     np.testing.assert_allclose(same(np.ones([1, 4], np.float32)), expected, rtol=1e-6)
     assert abs(np.float32(model(np.ones([1, 4], np.float32))) - expected).max() > 1e-6
     assert export.in_float32(same) is same
