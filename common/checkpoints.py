@@ -44,7 +44,7 @@ def newest_checkpoint(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any
             return checkpoint, read_json(checkpoint / "state.json", *_STATE)
         except (UserError, OSError) as error:
             problem = str(error).split(";")[0] if isinstance(error, UserError) else f"{checkpoint}: {error.strerror}"
-            warn(f"{problem}; going on from the one before it, or from the beginning")
+            warn(f"{problem}; resuming from the one before it, or from the beginning")
     return None
 
 

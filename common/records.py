@@ -86,7 +86,7 @@ def read_run(folder: pathlib.Path) -> dict[str, Any]:
         UserError: the folder holds no such run.
     """
     if (folder / "config.json").exists() and not (folder / "result.json").exists():
-        raise UserError(f"{folder}: a run that is not finished; go on with it by --resume, or name another")
+        raise UserError(f"{folder}: a run that is not finished; continue it with --resume, or name another")
     result = read_json(folder / "result.json", *RESULT)
     return {**result, "config": read_json(folder / "config.json", "config")["config"]}
 

@@ -51,7 +51,7 @@ def is_used(directory: pathlib.Path, resume: bool) -> bool:
     except OSError as error:
         raise UserError(f"--run-dir {directory}: {error.strerror}; choose an empty or a new one") from error
     if found and not resume:
-        raise UserError(f"--run-dir {directory}: is not empty; choose a new folder, or go on with its run by --resume")
+        raise UserError(f"--run-dir {directory}: is not empty; choose a new folder, or continue its run with --resume")
     if found:
         lock(directory)
     return bool(found)

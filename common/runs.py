@@ -81,7 +81,7 @@ def start_run(config: SharedConfig, **files: str) -> "Run":
 def _open_directory(
     recipe: str, config: SharedConfig, settings: dict[str, Any], cluster: Cluster
 ) -> tuple[pathlib.Path, dict[str, Any], tuple[pathlib.Path, dict[str, Any]] | None]:
-    """The run directory, its settings and the checkpoint to go on from: as the chief finds them."""
+    """The run directory, its settings and the checkpoint to resume from, as the chief finds them."""
 
     def found() -> list:
         directory = choose_directory(recipe, config)
@@ -107,7 +107,7 @@ class Run:
     """A training run, between `start_run` and `finish`.
 
     `directory` holds everything that it writes; `strategy` is the one to build and compile the model under;
-    `settings` is what `config.json` holds; `checkpoint` is the one to go on from, with its state; `cluster` are
+    `settings` is what `config.json` holds; `checkpoint` is the one to resume from, with its state; `cluster` are
     the workers, of which only the chief writes and prints.
     """
 
@@ -128,7 +128,7 @@ class Run:
 
     @property
     def start_step(self) -> int:
-        """The number of the first step: 0, or where a resumed run goes on."""
+        """The number of the first step: 0, or that of a resumed run."""
         return self.checkpoint[1]["step"] if self.checkpoint else 0
 
     def callbacks(
@@ -258,7 +258,7 @@ class Run:
             write_json(self.directory / "result.json", result)
         except OSError as error:
             part.unlink(missing_ok=True)
-            raise UserError(f"--run-dir {self.directory}: {error}; make room, then go on with --resume") from error
+            raise UserError(f"--run-dir {self.directory}: {error}; make room, then continue with --resume") from error
         self._draw(report)
         unlock(self.directory)
         if not self.config.quiet:

@@ -36,8 +36,8 @@ class Logs(keras.callbacks.TensorBoard):
     Args:
         folder: the log directory.
         config: `histograms` and `profile` are used.
-        sizes: the bytes of each log file that count, from `Logs.sizes` at the checkpoint that a run goes on
-            from: what was written later will be written again. Empty for a run that begins.
+        sizes: the bytes of each log file that count, from `Logs.sizes` at the checkpoint that a run
+            resumes from: what was written later will be written again. Empty for a run that begins.
     """
 
     def __init__(self, folder: pathlib.Path, config: SharedConfig, sizes: dict[str, int]):
@@ -56,7 +56,7 @@ class Logs(keras.callbacks.TensorBoard):
                 write(*arguments, **named)
             except (OSError, tf.errors.OpError) as error:
                 self.failed = True
-                warn(f"{self.folder}: no more logs ({error}); training goes on without them")
+                warn(f"{self.folder}: no more logs ({error}); training continues without them")
 
     def _open(self, sizes: dict[str, int]) -> None:
         for file in self.folder.rglob(_EVENT_FILES):

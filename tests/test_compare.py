@@ -55,7 +55,7 @@ def test_what_cannot_be_compared_is_named(folder, tmp_path):
     for words, named in (
         ((), "runs: no finished runs"),
         ((str(tmp_path),), "result.json: can't be read (No such file or directory)"),
-        ((str(begun),), "begun: a run that is not finished; go on with it by --resume, or name another"),
+        ((str(begun),), "begun: a run that is not finished; continue it with --resume, or name another"),
     ):
         run = run_program(program, *words, cwd=tmp_path)
         assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)

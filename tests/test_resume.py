@@ -1,4 +1,4 @@
-"""A run that was interrupted anywhere goes on to the very same weights, records and curves."""
+"""A run that was interrupted anywhere continues to the very same weights, records and curves."""
 
 import contextlib
 import dataclasses
@@ -425,7 +425,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, alon
     file.write_bytes(content)
     fit(tmp_path / "run", resume=True)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"warning: {file}: damaged; going on from the one before it, or from the beginning"
+    assert line == f"warning: {file}: damaged; resuming from the one before it, or from the beginning"
     assert torture.outcome(tmp_path / "run") == alone
 
 
@@ -751,8 +751,8 @@ def never_full(tmp_path_factory):
     ("limit", "warnings", "code", "line"),
     [
         (0, [], 2, "error: --run-dir"),  # The lock and config.json.
-        (1000, ["no more logs", "can't be written"], 2, "make room, then go on with --resume"),
-        (65_000, ["can't be written"], 2, "make room, then go on with --resume"),  # Checkpoints and the model.
+        (1000, ["no more logs", "can't be written"], 2, "make room, then continue with --resume"),
+        (65_000, ["can't be written"], 2, "make room, then continue with --resume"),  # Checkpoints and the model.
     ],
 )
 def test_a_full_disk(tmp_path, never_full, limit, warnings, code, line):

@@ -360,7 +360,7 @@ def checkpoints_that_are_a_file(folder):
         ("linear_regression", run_with_settings_of_a_stranger, "config.json: not written by a recipe, or damaged"),
         ("linear_regression", run_with_settings_that_are_a_folder, "config.json: can't be read (Is a directory)"),
         ("linear_regression", run_with_damaged_result, "result.json: not written by a recipe, or damaged"),
-        ("linear_regression", used_run, "is not empty; choose a new folder, or go on with its run by --resume"),
+        ("linear_regression", used_run, "is not empty; choose a new folder, or continue its run with --resume"),
         ("linear_regression", run_directory_that_is_a_file, "Not a directory; choose an empty or a new one"),
         ("linear_regression", run_directory_with_a_long_name, "File name too long; choose an empty or a new one"),
         ("linear_regression", lock_that_is_a_folder, "Is a directory; choose an empty or a new one"),
