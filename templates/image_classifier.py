@@ -45,7 +45,7 @@ if len(sys.argv) > 1:
     pictures = [read(root / path) for path in used]
     broken = [str(path) for path, picture in zip(used, pictures, strict=True) if picture is None]
     if broken or not used:
-        sys.exit(f"error: {root}: {len(used)} pictures in folders, not readable in 8 bits: {broken}")
+        sys.exit(f"error: {root}: {len(used)} pictures in folders, not readable in 8 bits: {broken[:10]}")
     names = np.array([path.parts[depth - 1] for path in used])
     parts = np.array([path.parts[0] if depth == 2 else "train" for path in used], object)
 else:
@@ -60,10 +60,10 @@ pixels = pixels[..., :1] if (pixels == pixels[..., :1]).all() else pixels  # One
 place = pd.Series([zlib.crc32(picture) for picture in pictures]).groupby([names, parts]).rank("dense") % 10
 for number, part in enumerate(["test", "validation"], start=1):
     parts[(part not in parts) & (parts == "train") & (place == number)] = part
-counts = pd.crosstab(names, parts).reindex(columns=["train", "validation", "test"], fill_value=0)
-print(counts)
+print(counts := pd.crosstab(names, parts))
+counts = counts.reindex(columns=["train", "validation", "test"], fill_value=0)
 if lacking := counts.index[counts.min(axis=1) == 0].tolist():
-    sys.exit(f"error: each class needs pictures for train, validation and test, at least 3 different ones: {lacking}")
+    sys.exit(f"error: train, validation and test need pictures of each class, at least 3 different: {lacking[:10]}")
 targets = (names[:, None] == counts.index.to_numpy()).astype("float32")  # One-hot.
 data = {part: (pixels[parts == part], targets[parts == part]) for part in counts}
 

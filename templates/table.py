@@ -3,8 +3,8 @@
 Install   pip install keras tensorflow tensorboard pandas
 Run       python table.py FILE.csv TARGET    TARGET: the column to predict; text or few integers are classes
 Watch     tensorboard --logdir runs
-Use       keras.models.load_model("runs/.../model.keras").predict({"mass": np.array([4]), "island": np.array(["Muck"])})
-          A gap is NaN in a number and "" in a category; a date is a number, its days since 1970.
+Use       keras.models.load_model("runs/.../model.keras")({"mass": np.array([4.2]), "island": np.array(["Muck"])})
+          A gap is NaN in a number, "" in a category; a date is its days since 1970. (predict would round to float32.)
 """
 
 import sys
@@ -12,8 +12,7 @@ import sys
 import keras
 import numpy as np
 import pandas as pd
-import tensorflow as tf
-from keras import callbacks, layers, ops
+from keras import callbacks, layers, ops, optimizers
 
 EPOCHS, BATCH_SIZE, SEED, LEARNING_RATE, WEIGHT_DECAY, UNITS = 30, 256, 0, 0.01, 0.3, (64, 64)
 CATEGORIES, CLASSES = 100, 20  # most values kept of a category; most integers that are classes
@@ -34,20 +33,22 @@ try:
     path, target = sys.argv[1:]
     with open(path, encoding="utf-8-sig") as file:
         separator = max(",;\t", key=file.readline().count)
-    table = pd.read_csv(path, sep=separator, dtype=str, index_col=False).dropna(subset=target, ignore_index=True)
+    table = pd.read_csv(path, sep=separator, dtype=str, index_col=False).rename(columns=lambda c: c.replace("/", "_"))
+    missing = table[target].isna()
 except (OSError, ValueError, KeyError) as error:
     sys.exit(f"error: table.py FILE.csv TARGET: {error}")
-kind, answers = parse(table.pop(target), slice(None))
+table = table[~missing].reset_index(drop=True)
+kind, answers = parse(texts := table.pop(target), slice(None))
 is_class = kind == "category" or (answers.nunique() <= CLASSES and (answers % 1 == 0).all())
-classes = answers.astype(str) if is_class else pd.Series(target, answers.index)
+classes = texts if is_class else pd.Series(target, answers.index)
 # A tenth of each class for test and for validation, equal rows on the same side.
 place = pd.util.hash_pandas_object(table, index=False).groupby(classes).rank("dense") % 10
 parts = np.select([place == 1, place == 2], ["test", "validation"], "train")
 train, test = parts == "train", parts == "test"
 counts = pd.crosstab(classes, parts).reindex(columns=["train", "validation", "test"], fill_value=0)
-print(f"{target} is a {'class' if is_class else 'number'}\n{counts}")
+print(f"{missing.sum()} rows without {target} left out\n{target} is a {'class' if is_class else 'number'}\n{counts}")
 if lacking := counts.index[counts.min(axis=1) == 0].tolist():
-    sys.exit(f"error: {path}: at least 3 different rows are needed of each class: {lacking}")
+    sys.exit(f"error: {path}: at least 3 different rows are needed of each class: {lacking[:10]}")
 
 features, feature = {}, keras.utils.FeatureSpace.feature
 for name, column in table.items():
@@ -56,12 +57,11 @@ for name, column in table.items():
     if column[train].nunique(dropna=False) > 1:  # A constant tells nothing.
         text, raw = layers.StringLookup(max_tokens=CATEGORIES, mask_token=""), layers.Identity(dtype="float64")
         features[name] = feature("string", text, "one_hot") if kind == "category" else feature("float64", raw, "float")
-table = table[list(features)]
-x = {part: tf.data.Dataset.from_tensor_slices(dict(table[parts == part])).batch(1000) for part in counts}
+x = {part: {name: table[name][parts == part].to_numpy() for name in features} for part in counts}
 space = keras.utils.FeatureSpace(features, output_mode="dict")
 space.adapt(x["train"])
 encoded = dict(space.get_encoded_features())
-numbers = table[train].select_dtypes("number")
+numbers = table[train][list(features)].select_dtypes("number")
 if len(numbers.columns):  # In float64, where large numbers keep their small differences.
     raw = layers.Concatenate(dtype="float64")([encoded.pop(name) for name in numbers])
     gap = ops.logical_not(ops.isfinite(raw))
@@ -73,18 +73,18 @@ encoder = keras.Model(dict(space.get_inputs()), ops.concatenate(list(encoded.val
 keras.utils.set_random_seed(SEED)
 mean, deviation = (0.0, 1.0) if is_class else (answers[train].mean(), answers[train].std() or 1.0)
 y = (pd.get_dummies(classes, dtype=float) if is_class else (answers - mean) / deviation).to_numpy()
-data = {part: (encoder.predict(x[part], verbose=0), y[parts == part]) for part in counts}
+data = {part: (encoder(x[part]).numpy(), y[parts == part]) for part in counts}
 last = layers.Dense(len(counts), activation="softmax" if is_class else None)
 network = keras.Sequential([*(layers.Dense(units, activation="relu") for units in UNITS), last])
-schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, EPOCHS * -(-train.sum() // BATCH_SIZE))
-optimizer = keras.optimizers.AdamW(schedule, weight_decay=WEIGHT_DECAY)
-network.compile(optimizer, *(("categorical_crossentropy", None, ["accuracy"]) if is_class else ("mse",)))
+schedule = optimizers.schedules.CosineDecay(LEARNING_RATE, EPOCHS * -(-train.sum() // BATCH_SIZE))
+loss, metrics = ("categorical_crossentropy", ["accuracy"]) if is_class else ("mse", [])
+network.compile(optimizers.AdamW(schedule, weight_decay=WEIGHT_DECAY), loss, metrics=metrics)
 folder = f"runs/{pd.Timestamp.now():%Y%m%d-%H%M%S}"
 keep = [callbacks.TensorBoard(folder), callbacks.EarlyStopping(patience=EPOCHS, restore_best_weights=True)]
 network.fit(*data["train"], BATCH_SIZE, EPOCHS, callbacks=keep, validation_data=data["validation"], verbose=2)
 output = layers.Rescaling(deviation, mean, dtype="float64")(network(encoder.output))
 keras.Model(encoder.input, output).save(f"{folder}/model.keras")
 counts.to_csv(f"{folder}/classes.csv")
-predicted = keras.models.load_model(f"{folder}/model.keras").predict(x["test"], verbose=0)
+predicted = keras.models.load_model(f"{folder}/model.keras")(x["test"]).numpy()
 scores = predicted.argmax(axis=1) == y[test].argmax(axis=1) if is_class else (predicted[:, 0] - answers[test]) ** 2
 print(f"test {'accuracy' if is_class else 'mse'} {np.mean(scores):.4f}")

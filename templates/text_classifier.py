@@ -36,7 +36,7 @@ for number, part in enumerate(["test", "validation"], start=1):
 counts = pd.crosstab(labels, parts).reindex(columns=["train", "validation", "test"], fill_value=0)
 print(f"{len(table) - len(full)} rows without text or label are left out\n{counts}")
 if lacking := counts.index[counts.min(axis=1) == 0].tolist():
-    sys.exit(f"error: classes that lack texts for train, validation or test (give 3 different ones): {lacking}")
+    sys.exit(f"error: classes that lack texts for train, validation or test (give 3 different ones): {lacking[:10]}")
 
 # Letters become numbers, those of capitals the same; all that is no letter, digit or mark becomes 0.
 seen = {form for text in texts[parts == "train"] for letter in set(text) for form in (letter.lower(), letter.upper())}
@@ -59,15 +59,14 @@ grams = ops.sort(ops.concatenate([word, pair], axis=1), axis=1)
 grams = ops.where(grams != ops.pad(grams[:, :-1], [[0, 0], [1, 0]]), grams, 0)  # Each once.
 
 # What only one text has says nothing about others. The rarest get the largest numbers.
-found = keras.Model(text, grams).predict(tf.constant(texts[parts == "train"]), 250, verbose=0)
+found = keras.Model(text, grams).predict(tf.constant(texts[parts == "train"]), 250)
 known = pd.Series(found[found != 0]).value_counts().loc[lambda times: times > 1].index.to_numpy()
 tokens, _ = ops.top_k(layers.IntegerLookup(vocabulary=known, mask_token=0)(grams) - 1, TOKENS)
 tokenizer = keras.Model(text, ops.cast(ops.maximum(tokens, 0), "int32"))
-x = {part: tokenizer.predict(tf.constant(texts[parts == part]), 250, verbose=0) for part in counts}
 targets = (labels[:, None] == counts.index.to_numpy(object)).astype("float32")
-data = {part: (x[part], targets[parts == part]) for part in counts}
+data = {part: (tokenizer.predict(tf.constant(texts[parts == part]), 250), targets[parts == part]) for part in counts}
 
-rows = [x["train"][of_class == 1] for of_class in data["train"][1].T]
+rows = [data["train"][0][of_class == 1] for of_class in data["train"][1].T]
 inside = 1.0 + np.stack([np.bincount(row.ravel(), minlength=len(known) + 1) for row in rows], axis=1)
 outside = inside.sum(axis=1, keepdims=True) - inside
 ratios = np.log(inside / inside[1:].sum(axis=0)) - np.log(outside / outside[1:].sum(axis=0))
@@ -77,8 +76,9 @@ votes = layers.Embedding(*ratios.shape)
 there = ops.cast(tokens > 0, "float32")[..., None]
 total = ops.sum(votes(tokens) * there, axis=1) / ops.sqrt(ops.sum(there, axis=1) + 1)
 votes.set_weights([START * ratios])
-model = keras.Model(tokens, layers.Softmax()(total))
-schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, EPOCHS * -(-len(x["train"]) // BATCH_SIZE))
+shares = np.log(data["train"][1].mean(axis=0))  # What a text without any known word is answered with.
+model = keras.Model(tokens, layers.Softmax()(total + shares))
+schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, EPOCHS * -(-len(data["train"][0]) // BATCH_SIZE))
 loss = keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING)
 model.compile(keras.optimizers.Adam(schedule), loss, metrics=["accuracy"])
 folder = f"runs/{pd.Timestamp.now():%Y%m%d-%H%M%S}"
