@@ -142,11 +142,11 @@ class Checkpoints(keras.callbacks.Callback):
             self._restore()
 
     def on_train_batch_end(self, batch, logs=None):
-        done, steps, cluster = self._offset + batch + 1, self.params["steps"], self.cluster
+        done, steps = self._offset + batch + 1, self.params["steps"]
         if self._offset and done == steps and not self.model.stop_training:
             self.model.stop_training = EPOCH_OVER
         if self._ahead:
-            self._stop_if_asked()  # The checkpoint that it was resumed from is still the newest.
+            self._stop_if(self._agreed()[0])  # The checkpoint that it was resumed from is still the newest.
             if done == steps:
                 self._restore()
             return
@@ -161,34 +161,35 @@ class Checkpoints(keras.callbacks.Callback):
             due = step // int(self.every) > self._last_step // int(self.every)
         self._last_step = step
         self._due = due and done == steps  # Then it is time once the epoch is over.
-        due = (self._asked_to_stop() or due) and done < steps
-        if due and cluster.chief and step != cluster.save_at and not self.model.stop_training:
-            cluster.agree_to_save(step)
-        if step == cluster.save_at:
+        stop, save = self._agreed(due and done < steps)
+        if (stop or save) and done < steps and not self.model.stop_training:
             self._save(self._epoch, done, self._metrics())
-            self._stop_if_asked()
+            self._stop_if(stop)
 
     def on_test_begin(self, logs=None):
         self._before_validation = self._metrics()
 
     def on_test_batch_end(self, batch, logs=None):
+        stop, _ = self._agreed()
         # If the training is to stop anyway, the epoch comes to its end first.
-        if self._asked_to_stop() and not self._stopping():
+        if stop and not self._stopping():
             ahead = self.model.steps_per_execution
             self._save(self._epoch, self.params["steps"] - ahead, self._before_validation, ahead)
-            self._stop_if_asked()
+            self._stop_if(stop)
 
     def on_epoch_end(self, epoch, logs=None):
         self._offset = self._ahead = 0
-        ended = epoch + 1 == self.params["epochs"] or self.model.stop_training or self._asked_to_stop()
+        stop, _ = self._agreed()
+        ended = epoch + 1 == self.params["epochs"] or self.model.stop_training or stop
         if ended or self._due or time.monotonic() - self._saved >= self._took / _SHARE:
             self._save(epoch + 1, 0, [])
-        self._stop_if_asked()
+        self._stop_if(stop)
 
     def on_train_end(self, logs=None):
         self.model._initial_epoch = None
         self._give_signals_back()
-        self._stop_if_asked()  # The last epoch is saved, but the signal came later.
+        # The last epoch is saved, but the signal came later.
+        self._stop_if(self.cluster.agree_to_stop(bool(self._signal)))
 
     def _stopping(self) -> bool:
         return bool(self.model.stop_training) and self.model.stop_training != EPOCH_OVER
@@ -197,13 +198,12 @@ class Checkpoints(keras.callbacks.Callback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _asked_to_stop(self) -> bool:
-        if self._signal and not self.cluster.chief:
-            self.cluster.ask_to_stop()
-        return bool(self._signal or self.cluster.stop_asked)
+    def _agreed(self, save: bool = False) -> tuple[bool, bool]:
+        self.cluster.ask(bool(self._signal), save)
+        return self.cluster.agreed()
 
-    def _stop_if_asked(self) -> None:
-        if self._asked_to_stop() and self.cluster.chief:  # With it, all workers end.
+    def _stop_if(self, stop: bool) -> None:
+        if stop:
             self._give_signals_back()
             raise KeyboardInterrupt(f"saved in {self.folder}; the same command with --resume goes on")
 
@@ -229,7 +229,8 @@ class Checkpoints(keras.callbacks.Callback):
             return tf.raw_ops.ReadVariableOp(resource=part.handle, dtype=part.dtype).numpy()
 
         parts = [np.stack(list(map(read, self._parts(each)))) for each in self.model.metrics_variables]
-        return [np.concatenate(workers) for workers in zip(*self.cluster.gather(parts), strict=True)]
+        workers = zip(*self.cluster.gather(parts), strict=True)
+        return [np.concatenate(each, dtype=each[0].dtype, casting="unsafe") for each in workers]
 
     def _states(self, arrays: list[np.ndarray]) -> list[dict[str, Any]]:
         """Class and state of each of the other callbacks, as JSON; its arrays are appended to `arrays`."""
@@ -303,11 +304,12 @@ class Checkpoints(keras.callbacks.Callback):
         for there, here in itertools.zip_longest(was, now):
             if there != here:
                 raise UserError(f"{checkpoint}: holds {there} where this training has {here}; start a new run")
-        arrays = None
+        arrays = []
         if self.cluster.chief:
             with np.load(checkpoint / "arrays.npz") as file:
                 arrays = [file[name] for name in file.files]
-        self._arrays = self.cluster.from_chief(arrays)
+        count = self.cluster.from_chief(len(arrays))
+        self._arrays = [self.cluster.from_chief(arrays[number] if arrays else None) for number in range(count)]
         # Keras' own way to let a callback choose the first epoch; `BackupAndRestore` has no other.
         self.model._initial_epoch = self.params["epochs"] if state["stopped"] else state["epoch"]
         self._offset, self._ahead, self._last_step = state["batch"], state["ahead"], state["step"] + state["ahead"]

@@ -5,10 +5,9 @@ import functools
 import os
 import platform
 import re
-import signal
 from typing import Any
 
-from common.cli import STOPPING, SharedConfig, UserError
+from common.cli import SharedConfig, UserError
 from common.multiworker import Cluster
 from common.upstream import apply_patch
 
@@ -138,9 +137,10 @@ def apply(
     Args:
         choices: by `choose`.
         config: the flags.
-        cluster: the workers, all of which are there, for the strategy multi-worker.
+        cluster: the workers, for the strategy multi-worker, which waits for all of them.
 
     Raises:
+        UserError: a worker did not come, or runs other code.
         UserError: TensorFlow runs already, with fewer logical CPU devices or other threads.
     """
     gpus, (cpu, *_) = tf.config.get_visible_devices("GPU"), tf.config.list_physical_devices("CPU")
@@ -169,15 +169,14 @@ def apply(
         return tf.distribute.get_strategy()
     if strategy == "multi-worker":
         apply_patch("logs of several workers", required=True)
-        cluster = cluster or Cluster()
-        strategy = _multi_worker(cluster, bool(gpus))
         if not config.quiet:
             print(
-                f"cluster: this is {cluster.name(cluster.index)}; TensorFlow opens that port to all networks of this "
-                "machine, and who reaches it can take the process over: keep it behind a firewall",
+                f"cluster: {cluster.name(cluster.index)} waits up to {config.cluster_timeout} s for the others. "
+                "TensorFlow opens this port to all networks of the machine, and whoever reaches it can run code here: "
+                "keep it behind a firewall",
                 flush=True,
             )
-        return strategy
+        return _multi_worker(cluster, bool(gpus), config.cluster_timeout)
     return _tpu() if strategy == "tpu" else _mirrored("GPU" if gpus else "CPU", devices)
 
 
@@ -187,24 +186,13 @@ def _mirrored(kind: str, devices: int) -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy([f"/{kind}:{index}" for index in range(devices)])
 
 
-@functools.cache
-def _multi_worker(cluster: Cluster, gpus: bool) -> tf.distribute.Strategy:
-    communication = tf.distribute.experimental.CommunicationImplementation
-    try:
-        strategy = tf.distribute.MultiWorkerMirroredStrategy(
-            tf.distribute.cluster_resolver.SimpleClusterResolver(
-                tf.train.ClusterSpec({"worker": cluster.workers}), task_type="worker", task_id=cluster.index
-            ),
-            tf.distribute.experimental.CommunicationOptions(
-                implementation=communication.NCCL if gpus else communication.RING
-            ),
-        )
-    except (RuntimeError, tf.errors.OpError) as error:
-        raise UserError(f"{cluster.name(cluster.index)}: TensorFlow can't join the cluster ({error})") from error
-    # TensorFlow has taken SIGTERM for a notifier of its own, which nobody listens to.
-    for number in STOPPING:
-        signal.signal(number, signal.getsignal(number))
-    return strategy
+def _multi_worker(cluster: Cluster, gpus: bool, timeout: float) -> tf.distribute.Strategy:
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec({"worker": cluster.workers}), task_type="worker", task_id=cluster.index
+    )
+    implementation = tf.distribute.experimental.CommunicationImplementation["NCCL" if gpus else "RING"]
+    options = tf.distribute.experimental.CommunicationOptions(implementation=implementation)
+    return cluster.join(lambda: tf.distribute.MultiWorkerMirroredStrategy(resolver, options), timeout)
 
 
 @functools.cache

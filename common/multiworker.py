@@ -1,322 +1,230 @@
-"""Several processes as one training: who belongs to it, whether all mean the same, and whether all are still there."""
+"""Multi-worker training: comparison of settings, agreement to stop and to save, failure detection and a common end.
+
+All of it uses the coordination service and the collective operations that `MultiWorkerMirroredStrategy` runs anyway.
+"""
 
 import atexit
-import base64
 import contextlib
-import functools
-import hashlib
 import importlib.metadata
 import json
 import os
-import pathlib
-import queue
+import re
+import signal
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
-from common.cli import UserError, endings
-from common.cluster_description import host_and_port
+from common.cli import EXIT_INTERRUPTED, STOPPING, UserError, endings
+from common.records import code_sha256
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.compiler.xla.tsl.protobuf.coordination_config_pb2 import CoordinatedJob
+from tensorflow.python.eager import context
 
 EXIT_WORKER_LOST = 76
-# Every worker says each second that it is there. One that is silent for so long is lost, stopped or unplugged.
-_SILENCE = 10
+_SILENCE = 10  # seconds without a sign of life, after which a worker counts as lost
+_LAST_WORDS = 2  # seconds in which all hear of an end; the service ends with the chief
+# Why all end. TensorFlow writes this key itself when it gets a SIGTERM while it waits for the other workers.
+_END = "TF_DEFAULT_PREEMPTION_NOTICE_KEY"
 # The cluster that this process has joined, if any.
 joined: list["Cluster"] = []
 
 
-class _Peer:
-    """The connection to another worker. Each message is a line of JSON."""
-
-    def __init__(self, connection: socket.socket, index: int = 0):
-        self.connection, self.index = connection, index
-        # Not a plain lock: a signal may come while the main thread is sending, and its handler says farewell.
-        self.lines, self.sending = connection.makefile("rb"), threading.RLock()
-        self.values, self.noted, self.ended = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
-
-    def send(self, **message: Any) -> None:
-        """Sends a message; nobody is told when that fails, for then the reading fails too."""
-        with contextlib.suppress(OSError), self.sending:
-            self.connection.sendall(json.dumps(message, default=_encoded).encode() + b"\n")
-
-    def receive(self, limit: int = -1) -> dict[str, Any]:
-        """The next message, of up to `limit` bytes; an OSError if there is none for too long, or will be none."""
-        try:
-            message = json.loads(self.lines.readline(limit), object_hook=_decoded)
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise ConnectionError("closed, or no worker of a training") from error
-        if not isinstance(message, dict):
-            raise ConnectionError("no worker of a training")
-        return message
-
-
-def _encoded(value: Any) -> Any:
-    if isinstance(value, os.PathLike):
-        return str(value)
-    return {"array": base64.b64encode(value.tobytes()).decode(), "dtype": str(value.dtype), "shape": value.shape}
-
-
-def _decoded(content: dict[str, Any]) -> Any:
-    if "array" not in content:
-        return content
-    return np.frombuffer(base64.b64decode(content["array"]), content["dtype"]).reshape(content["shape"])
-
-
 class Cluster:
-    """The workers of a training, of which this process is one; the first, the chief, decides and writes for all.
+    """The workers of a training, one of which is this process. Worker 0, the chief, decides and writes for all.
 
-    Beside the collective operations of TensorFlow, each worker keeps a connection to the chief. Over it, all
-    compare their settings before TensorFlow opens a port; they notice within seconds when one is gone, where TensorFlow
-    may wait for minutes; and they come to the same end. Without workers, it is a process that trains alone.
+    A cluster that was not joined is a process that trains alone: each method works, and waits for nobody.
     """
 
     def __init__(self, workers: tuple[str, ...] = ("this process",), index: int = 0):
         self.workers, self.index, self.chief = workers, index, index == 0
-        self.stop_asked, self.save_at = False, 0
-        self._peers: dict[int, _Peer] = {}
-        self._complete, self._code = threading.Event(), None
+        self.strategy, self._store, self._asked, self._told = None, context.context(), (False, False), None
+        self._round, self._all_end, self._left = 0, False, False
 
     def name(self, index: int) -> str:
         """How a worker is called in messages."""
         return f"worker {index} at {self.workers[index]}"
 
-    def join(self, timeout: float) -> None:
-        """Waits until all workers are there.
-
-        Args:
-            timeout: seconds to wait.
+    def join(self, make_strategy: Callable[[], tf.distribute.Strategy], timeout: float) -> tf.distribute.Strategy:
+        """Makes the strategy once all workers are there and run the same code; waits for up to `timeout` seconds.
 
         Raises:
-            UserError: a worker did not come, knows of another cluster, or can't have its port.
+            UserError: a worker did not come, runs other code, or can't have its port.
         """
+        if self.strategy:
+            return self.strategy
+        deadline, handlers = time.monotonic() + timeout, {number: signal.getsignal(number) for number in STOPPING}
+        try:
+            self._wait_for_chief(deadline)
+            self._store.configure_coordination_service(
+                "standalone",
+                "/job:worker/replica:0/task:0",
+                coordinated_jobs=[CoordinatedJob(name="worker", num_tasks=len(self.workers))],
+                cluster_register_timeout_in_ms=int(1000 * max(1, deadline - time.monotonic())),
+                heartbeat_timeout_in_ms=1000 * _SILENCE,
+            )
+            # Otherwise the chief waits for an hour, whatever the limit.
+            self._store.coordination_service.cluster_register_with_barrier = True
+            # TensorFlow holds the interpreter lock while it waits: no handler runs, and it replaces that of SIGTERM.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            self.strategy = make_strategy()
+        except tf.errors.DeadlineExceededError as error:
+            absent = sorted({int(each) for each in re.findall(r"/job:worker/replica:0/task:(\d+)$", str(error), re.M)})
+            names = ", ".join(map(self.name, absent or [0]))
+            raise UserError(f"{names}: did not come within {timeout:.0f} s; start all workers") from error
+        except (RuntimeError, tf.errors.OpError) as error:  # Such as a port in use, or an index given twice.
+            raise UserError(f"{self.name(self.index)}: TensorFlow can't join the cluster ({error})") from error
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        # What this worker asks for, and what all have agreed on: see common/upstream.py.
+        self.strategy.flags = self._flags = tf.Variable([0.0, 0.0]), tf.Variable([0.0, 0.0])
+        if self.chief:
+            self._set("chief", True)
+        joined.append(self)
         endings.append(self.leave)
         atexit.register(self.leave)
-        sys.excepthook = self._crashed
-        threading.Thread(target=self._stay_alive, daemon=True).start()
-        deadline, own, problem = time.monotonic() + timeout, None, ""
-        try:
-            own = self._own_port(deadline)
-        except UserError as error:
-            if self.chief:
-                raise
-            problem = str(error)
-        with own or contextlib.nullcontext():
-            if self.chief:
-                self._gather_workers(own, deadline, timeout)
-            else:
-                self._reach_chief(problem, deadline, timeout)
+        sys.excepthook = self._report_exception
+        threading.Thread(target=self._watch, daemon=True).start()
+        versions = {name: importlib.metadata.version(name) for name in ("tensorflow", "keras")}
+        self.compare({"workers": list(self.workers), **versions, "code": code_sha256()})
+        return self.strategy
 
-    def _own_port(self, deadline: float) -> socket.socket:
-        """This worker's port, so long as TensorFlow does not have it."""
-        while True:
-            try:
-                # With SO_REUSEADDR: TensorFlow can take the port while the connections that came through it go on.
-                return socket.create_server(host_and_port(self.workers[self.index]))
-            except OSError as error:
-                # The names of pods may be known some seconds later than the pods run.
-                if not isinstance(error, socket.gaierror) or time.monotonic() > deadline:
-                    remedy = "its port must be free, and its host this machine"
-                    raise UserError(f"{self.name(self.index)}: {error.strerror}; {remedy}") from error
-                time.sleep(0.2)
-
-    def _gather_workers(self, own: socket.socket, deadline: float, timeout: float) -> None:
-        own.settimeout(0.2)
-        greeted: queue.SimpleQueue = queue.SimpleQueue()
-
-        def greet(connection: socket.socket) -> None:
-            # In a thread: whoever connects and says nothing, or nothing sensible, keeps nobody waiting.
+    def _wait_for_chief(self, deadline: float) -> None:
+        """Waits for the chief's port: here, signals are answered, and a name may resolve late."""
+        host, port = self.workers[0].rsplit(":", 1)
+        while not self.chief:
             with contextlib.suppress(OSError):
-                connection.settimeout(_SILENCE)
-                peer = _Peer(connection)
-                peer.send(welcome=True)
-                hello = peer.receive(100_000)
-                known = set(hello) == {"index", "workers", "problem"} and hello["index"] in range(1, len(self.workers))
-                if known and isinstance(hello["problem"], str):
-                    peer.index = hello["index"]
-                    greeted.put((peer, hello))
-                    return
-            connection.close()
-
-        while len(self._peers) < len(self.workers) - 1:
+                return socket.create_connection((host, int(port)), timeout=2).close()
             if time.monotonic() > deadline:
-                absent = [self.name(index) for index in range(1, len(self.workers)) if index not in self._peers]
-                raise UserError(f"{', '.join(absent)}: did not come within {timeout:.0f} s; start all workers")
-            with contextlib.suppress(TimeoutError):
-                threading.Thread(target=greet, args=(own.accept()[0],), daemon=True).start()
-            with contextlib.suppress(queue.Empty):
-                peer, hello = greeted.get_nowait()
-                problem = hello["problem"]
-                if hello["workers"] != list(self.workers):
-                    problem = (
-                        f"worker {peer.index} at {peer.connection.getpeername()[0]}: says that the cluster is "
-                        f"{hello['workers']}, but worker 0 {list(self.workers)}; give all the same"
-                    )
-                elif not problem and peer.index in self._peers:
-                    problem = f"{self.name(peer.index)}: was started twice; give each worker its own index"
-                if problem:
-                    peer.send(end=2, line=f"error: {problem}")
-                    raise UserError(problem)
-                self._peers[peer.index] = peer
-                self._listen(peer)
-        self._complete.set()
-        if len(self._peers) < len(self.workers) - 1:
-            raise UserError("a worker ended while others were still expected; start all again")
-        self.from_chief(True)
-
-    def _reach_chief(self, problem: str, deadline: float, timeout: float) -> None:
-        while True:
-            connection = None
-            try:
-                connection = socket.create_connection(host_and_port(self.workers[0]), timeout=2)
-                connection.settimeout(max(0.1, deadline - time.monotonic()))
-                peer = _Peer(connection)
-                if peer.receive(100) == {"welcome": True}:
-                    break
-            except OSError:
-                pass
-            if connection:
-                connection.close()
-            if time.monotonic() > deadline:
-                raise UserError(problem or f"{self.name(0)}: did not come within {timeout:.0f} s; start all workers")
+                raise tf.errors.DeadlineExceededError(None, None, "")
             time.sleep(0.2)
-        self._peers[0] = peer
-        peer.send(index=self.index, workers=self.workers, problem=problem)
-        self._complete.set()
-        self._listen(peer)
-        self.from_chief()
 
-    def _listen(self, peer: _Peer) -> None:
-        peer.connection.settimeout(_SILENCE)
-        threading.Thread(target=self._hear, args=(peer,), daemon=True).start()
+    def ask(self, stop: bool, save: bool) -> None:
+        """Asks all workers to stop, and to save a checkpoint, after an execution of `fit` or `evaluate`."""
+        if self._asked != (stop, save):
+            self._asked = stop, save
+            if self.strategy:
+                self._flags[0].assign([stop, save])
 
-    def _hear(self, peer: _Peer) -> None:
-        """Takes what a peer sends, until it ends or is lost."""
-        while not peer.ended.is_set():
-            try:
-                message = peer.receive()
-            except OSError:
-                if self._complete.is_set():
-                    line = f"error: {self.name(peer.index)} is lost; the same commands with --resume go on"
-                    self._end(EXIT_WORKER_LOST, line)
-                self._peers.pop(peer.index, None)  # It may come again, until the training begins.
-                return
-            if "value" in message:
-                peer.values.put(message["value"])
-            elif "save_at" in message:
-                self.save_at = message["save_at"]
-                peer.send(noted=True)
-            elif "noted" in message:
-                peer.noted.put(True)
-            elif "stop" in message:
-                self.stop_asked = True
-            elif message.get("end") == 0:
-                peer.ended.set()
-            elif "end" in message:
-                self._end(message["end"], message["line"])
+    def agreed(self) -> tuple[bool, bool]:
+        """Whether to stop and whether to save, the same on all workers after each execution.
 
-    def _end(self, code: int, line: str) -> None:
-        """Ends this process from a thread, as the main thread may be waiting for the lost worker."""
-        if self._code:
-            return  # The main thread is ending it already.
-        self.leave(code, line)
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-        os.write(2, (" ".join(line.split()) + "\n").encode())
-        os._exit(code)
+        A process alone does what it was asked. Several workers find after an execution what any of them had asked for
+        before it: the flags are reduced together with the logs.
+        """
+        stop, save = (self._flags[1].numpy() > 0).tolist() if self.strategy else self._asked
+        self._all_end |= stop
+        if save:  # It is asked for once.
+            self.ask(self._asked[0], False)
+        return stop, save
 
-    def _stay_alive(self) -> None:
-        while True:
-            time.sleep(1)
-            for peer in list(self._peers.values()):
-                peer.send(alive=True)
+    def agree_to_stop(self, stop: bool) -> bool:
+        """Whether any worker asks to stop. All must call it."""
+        self._all_end |= self.from_chief(any(self.gather(stop)))
+        return self._all_end
 
-    def leave(self, code: int = 0, line: str = "") -> None:
-        """Tells the others how this worker ends, that they end likewise; a good end waits for theirs."""
-        if self._code is None or (code and not self._code):
-            self._code = code
-            for peer in list(self._peers.values()):
-                peer.send(end=code, line=line)
-            if code == 0:
-                for peer in list(self._peers.values()):
-                    peer.ended.wait()
+    def _set(self, key: str, value: Any) -> None:
+        text = json.dumps(value, default=lambda part: part.tolist() if isinstance(part, np.ndarray) else str(part))
+        with contextlib.suppress(tf.errors.OpError):  # Another worker was first, or the chief is gone: see `_watch`.
+            self._store.set_config_key_value(key, text)
 
-    def _crashed(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if issubclass(kind, tf.errors.OpError):
-            time.sleep(_SILENCE + 3)  # Most likely a worker was lost: the connection is going to say which.
-        sys.__excepthook__(kind, error, trace)
-        os._exit(1)
+    def _get(self, key: str) -> Any:
+        while True:  # Signals are answered in between.
+            with contextlib.suppress(tf.errors.DeadlineExceededError):
+                return json.loads(self._store.get_config_key_value(key, 200))
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all workers, in their order; on the chief only, elsewhere an empty list.
-
-        A value is made of arrays and what JSON can hold. All workers must come here.
-        """
-        if not self.chief:
-            self._peers[0].send(value=value)
-            return []
-        return [value, *(self._peers[index].values.get() for index in range(1, len(self.workers)))]
+        """The values of all workers, as JSON holds them, on the chief; elsewhere an empty list. All must call it."""
+        self._round += 1
+        if self.chief:
+            return [value, *(self._get(f"{self._round}/{index}") for index in range(1, len(self.workers)))]
+        self._set(f"{self._round}/{self.index}", value)
+        return []
 
     def from_chief(self, value: Any = None) -> Any:
-        """The chief's value, on all workers, which must all come here."""
-        if not self.chief:
-            return self._peers[0].values.get()
-        for peer in self._peers.values():
-            peer.send(value=value)
-        return value
+        """The chief's value on all workers: an array, or what JSON can hold. All must call it."""
+        if not self.strategy:
+            return value
+        self._round += 1
+        if self.chief:
+            array = isinstance(value, np.ndarray)
+            self._set(f"{self._round}", {"array": [value.shape, str(value.dtype)]} if array else {"value": value})
+        message = self._get(f"{self._round}")
+        if "value" in message:
+            return message["value"]
+        array = value if self.chief else np.zeros(*message["array"])
+        content = array.tobytes() + bytes(4 - array.nbytes % 4)  # As float32, whatever it holds.
+        with self.strategy.scope():  # Which broadcasts initial values.
+            content = tf.Variable(np.frombuffer(content, np.float32), trainable=False).numpy().tobytes()
+        return np.frombuffer(content[: array.nbytes], array.dtype).reshape(array.shape).copy()
 
     def compare(self, values: dict[str, Any]) -> None:
-        """Ends all workers if one has other values than the chief. All must come here."""
-        chiefs, *others = self.gather(values) or [values]
-        for index, theirs in enumerate(others, start=1):
-            for key in chiefs:
-                if theirs.get(key) != chiefs[key]:
-                    raise UserError(
-                        f"{self.name(index)}: {key} is {theirs.get(key)!r}, but {chiefs[key]!r} on worker 0; "
-                        "start all with the same command, code and data"
-                    )
+        """Raises a `UserError` on all workers if one has other values than the chief. All must call it."""
+        problems = [
+            f"{self.name(index)}: {key} is {theirs.get(key)!r}, but {values[key]!r} on worker 0"
+            for index, theirs in enumerate(self.gather(values))
+            for key in values
+            if theirs.get(key) != values[key]
+        ]
+        if problem := self.from_chief(problems[:1]):
+            self._all_end = True
+            raise UserError(f"{problem[0]}; start all workers with the same command, code and data")
 
-    def agree_to_save(self, step: int) -> None:
-        """Lets the chief, at the end of `step`, set `save_at`, to the first step that no worker can have ended yet.
+    def _watch(self) -> None:
+        """Ends this process when all are told to end or a worker is lost, whatever the main thread waits for."""
+        launcher = os.environ.get("LAUNCHER_PID", str(os.getppid()))
+        while not (end := self._news()):
+            if launcher != str(os.getppid()):  # It was killed.
+                os.kill(os.getpid(), signal.SIGTERM)
+        if not self._left and end != self._told:
+            if self.chief:
+                time.sleep(_LAST_WORDS)
+            os.write(2, (" ".join(end[1].split()) + "\n").encode())
+            os._exit(end[0])
 
-        No worker can end a step before all have begun it: so none ends the next one before the chief returns.
+    def _news(self) -> tuple[int, str] | None:
+        """The exit code and the line to end with, if any; after a second."""
+        lost = 0
+        try:
+            with contextlib.suppress(tf.errors.DeadlineExceededError):
+                said = self._store.get_config_key_value(_END, 1000)
+                interrupted = EXIT_INTERRUPTED, "interrupted: a worker was asked to stop"
+                return tuple(json.loads(said)) if said.startswith("[") else interrupted
+            self._store.get_config_key_value("chief", 1000 * _SILENCE)  # A chief that was stopped does not answer.
+            states = self._store.get_task_states([("worker", len(self.workers))])
+            lost = next((index for index, error in enumerate(states) if error), None)
+        except tf.errors.OpError:  # Without a chief, there is no service.
+            pass
+        line = "" if lost is None else f"error: {self.name(lost)} is lost; continue by the same commands with --resume"
+        return (EXIT_WORKER_LOST, line) if line else None
+
+    def leave(self, code: int = 0, line: str = "") -> None:
+        """Ends the cluster: together with all, or telling the others to end by the same code and line.
+
+        All must call it after a code of 0, a stop that was agreed and a comparison that failed.
         """
-        self.save_at = step + (len(self.workers) > 1)
-        for peer in self._peers.values():
-            peer.send(save_at=self.save_at)
-        for peer in self._peers.values():
-            peer.noted.get()
+        if not self.strategy or self._left:
+            return
+        if code == 0 or self._all_end:
+            self.gather(True)
+            self.from_chief(True)
+            self._left = not self.chief  # The chief waits until the others need it no longer.
+            self.gather(True)
+        else:
+            self._told = code, line
+            self._set(_END, self._told)
+            time.sleep(_LAST_WORDS if self.chief else 0)
+        self._left = True
 
-    def ask_to_stop(self) -> None:
-        """Asks the chief to save and end the training."""
-        if not self.stop_asked:
-            self.stop_asked = True
-            self._peers[0].send(stop=True)
-
-
-@functools.cache
-def joined_cluster(workers: tuple[str, ...], index: int, timeout: float) -> Cluster:
-    """The cluster of this process, with all workers there and of the same code; joined once in a process.
-
-    Raises:
-        UserError: as `Cluster.join` and `Cluster.compare`.
-    """
-    cluster = Cluster(workers, index)
-    cluster.join(timeout)
-    versions = {name: importlib.metadata.version(name) for name in ("tensorflow", "keras")}
-    cluster.compare({**versions, "code": _code_sha256()})
-    joined.append(cluster)
-    return cluster
-
-
-def _code_sha256() -> str:
-    """Digest of the program: of its own modules, wherever they lie."""
-    modules = [module for name, module in sorted(sys.modules.items()) if name.split(".")[0] in ("__main__", "common")]
-    sha256 = hashlib.sha256()
-    for file in (getattr(module, "__file__", None) for module in modules):
-        if file:
-            sha256.update(pathlib.Path(file).read_bytes())
-    return sha256.hexdigest()
+    def _report_exception(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if issubclass(kind, tf.errors.OpError):  # Most likely a worker is lost: `_watch` finds out which.
+            time.sleep(_SILENCE + 5)
+        sys.__excepthook__(kind, error, trace)
+        self._all_end = False
+        self.leave(EXIT_WORKER_LOST, f"error: {self.name(self.index)} ended by the exception that it shows")
+        os._exit(1)

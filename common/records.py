@@ -112,6 +112,13 @@ def file_sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def code_sha256() -> str:
+    """Digest of the program's own modules, wherever they lie."""
+    own = [module for name, module in sorted(sys.modules.items()) if name.split(".")[0] in ("__main__", "common")]
+    files = [module.__file__ for module in own if getattr(module, "__file__", None)]
+    return hashlib.sha256(b"".join(pathlib.Path(file).read_bytes() for file in files)).hexdigest()
+
+
 def weights_sha256(model: keras.Model) -> str:
     """SHA-256 over the weights in the model's order: equal digests, bit-identical weights."""
     sha256 = hashlib.sha256()

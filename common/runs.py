@@ -20,7 +20,7 @@ from common.data import Data
 from common.evaluation import Report, curves_figure, figure_png
 from common.hardware import apply, choose, describe_machine
 from common.layers import with_stock_layers
-from common.multiworker import Cluster, joined_cluster
+from common.multiworker import Cluster, joined
 from common.records import file_sha256, provenance, rename, weights_sha256, write_json
 from common.run_directory import TRACES, choose_directory, is_used, lock, resumed_settings, unlock
 from common.tensorboard import Logs
@@ -61,14 +61,15 @@ def start_run(config: SharedConfig, **files: str) -> "Run":
             raise UserError(f"--{name} {path}: can't be read ({error.strerror}); give another file") from error
     cluster = Cluster()
     if chosen["strategy"] == "multi-worker":
-        cluster = joined_cluster(workers, index, config.cluster_timeout)
-        same = {"recipe": recipe, **settings["config"], **chosen, **settings["files"]}
-        cluster.compare({key: value for key, value in same.items() if key not in {*BESIDE_TRAINING, "threads", "data"}})
-    directory, settings, checkpoint = _open_directory(recipe, config, settings, cluster)
+        cluster = joined[0] if joined else Cluster(workers, index)
     # The same layer names in the second run of a process as in the first; before `apply`, as it also
     # forgets the precision.
     keras.utils.clear_session()
     strategy = apply(choices, config, cluster)
+    same = {"recipe": recipe, **settings["config"], **chosen, **settings["files"]}
+    left_out = {*BESIDE_TRAINING, "threads", "data"} - {"baseline"}
+    cluster.compare({key: value for key, value in same.items() if key not in left_out})
+    directory, settings, checkpoint = _open_directory(recipe, config, settings, cluster)
     keras.utils.set_random_seed(config.seed)
     if cluster.chief and not config.quiet:
         gpus = ", ".join(name for name, _ in machine.gpus) or "no GPU"

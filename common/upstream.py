@@ -74,13 +74,23 @@ def _patch_symbolic_build() -> None:
 
 
 def _patch_several_workers() -> None:
-    """Averages the logs of all workers, where Keras 3.15 averages along the first axis of single numbers."""
+    """Averages the logs of all workers, where Keras 3.15 averages along the first axis of single numbers.
+
+    One all-reduce takes all logs, and the flags by which the workers agree to stop and to save: see `Cluster.agreed`.
+    """
     original = tensorflow_trainer.reduce_per_replica
 
     def over_all_workers(values: Any, strategy: tf.distribute.Strategy, reduction: str) -> Any:
-        if reduction in ("auto", "mean") and isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-            return tree.map_structure(lambda value: strategy.reduce("MEAN", value, axis=None), values)
-        return original(values, strategy, reduction)
+        if reduction not in ("auto", "mean") or not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+            return original(values, strategy, reduction)
+        asked, agreed = strategy.flags
+
+        def packed(logs: Any) -> tf.Tensor:
+            return tf.stack([*(tf.cast(value, tf.float32) for value in tree.flatten(logs)), *tf.unstack(asked)])
+
+        *means, stop, save = tf.unstack(strategy.reduce("MEAN", strategy.run(packed, args=(values,)), axis=None))
+        agreed.assign([stop, save])
+        return tree.pack_sequence_as(values, means)
 
     tensorflow_trainer.reduce_per_replica = over_all_workers
 

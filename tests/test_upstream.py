@@ -64,6 +64,7 @@ os.environ["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": {"type": "work
 import keras, numpy as np, tensorflow as tf
 from common import upstream
 strategy = tf.distribute.MultiWorkerMirroredStrategy()
+strategy.flags = tf.Variable([0.0, 0.0]), tf.Variable([0.0, 0.0])  # As common/multiworker.py does.
 for name in patches.split(","):
     upstream.apply_patch(name)
 with strategy.scope():

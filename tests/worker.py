@@ -1,4 +1,4 @@
-"""One worker of a group, started by test_multiworker.py: trains every recipe for some steps, one after the other."""
+"""One worker of a group, started by test_multiworker.py: trains some recipes for some steps, one after the other."""
 
 import importlib
 import json
@@ -9,7 +9,6 @@ from common.records import weights_sha256
 
 import keras
 
-ROOT = pathlib.Path(__file__).parent.parent
 EPOCHS = 3
 # How many steps the training on the full data has, and with it the schedule that these few steps are the beginning of;
 # of distillation, whose schedule for 8 epochs is too steep for float32 (see below), with --epochs 40.
@@ -38,21 +37,19 @@ def in_float64(build):
     return build_in_float64
 
 
-def with_normalization_and_dropout(config, data):
+def with_normalization(config, data):
     images = keras.Input(data.train.inputs.shape[1:], dtype="uint8", name="image")
     x = keras.layers.Rescaling(1 / 255)(images)
-    x = keras.layers.Conv2D(8, 3, strides=2)(x)
-    x = keras.layers.BatchNormalization()(x)
+    x = keras.layers.Conv2D(8, 3, strides=2, use_bias=False)(x)
+    x = keras.layers.BatchNormalization(synchronized=True)(x)
     x = keras.layers.ReLU()(x)
-    x = keras.layers.SpatialDropout2D(0.2)(x)
     x = keras.layers.Flatten()(x)
-    x = keras.layers.Dropout(0.5)(x)
     probabilities = keras.layers.Dense(len(data.class_names), activation="softmax")(x)
     return keras.Model(images, probabilities)
 
 
 def main() -> None:
-    folder = pathlib.Path(sys.argv[1])
+    folder, names = pathlib.Path(sys.argv[1]), sys.argv[2:]
     fit, trained = keras.Model.fit, []
 
     def fit_shortly(model, *arguments, **named):
@@ -60,11 +57,10 @@ def main() -> None:
         return fit(model, *arguments, **{**named, "epochs": EPOCHS})
 
     keras.Model.fit = fit_shortly
-    names = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
-    for name in [*names, "normalization_and_dropout"]:
-        module = importlib.import_module(name if name in names else "mnist_cnn")
-        if name not in names:
-            module.build_model = with_normalization_and_dropout
+    for name in names:
+        module = importlib.import_module("mnist_cnn" if name == "normalization" else name)
+        if name == "normalization":
+            module.build_model = with_normalization
         if name in COMPARED_IN_FLOAT64:
             module.build_model = in_float64(module.build_model)
         config = module.Config(
@@ -72,10 +68,10 @@ def main() -> None:
             smoke=True,
             epochs=STEPS.get(name, STEPS_OF_OTHERS) // STEPS_PER_EPOCH,
             validation_size=0.13,
-            batch_size=4 if name == "linear_regression" else 40,
+            batch_size=6 if name == "linear_regression" else 36,
             threads=1,
             deterministic=True,
-            baseline=False,
+            baseline=name == "distillation",
             quiet=True,
             run_dir=str(folder / name),
             **SMALL.get(name, {}),

@@ -5,6 +5,7 @@
     python tools/torture.py mnist_cnn --kills 20 --signal INT
     python tools/torture.py mnist_cnn --kills 3 -- --smoke --batch-size 64
     python tools/torture.py mnist_cnn --kills 10 --signal STOP --workers 3
+    python tools/torture.py linear_regression --workers 2 --cases
 
 KILL is `kill -9`, at random moments from the start of the process to its end; a quarter of the kills falls inside
 the writing of a checkpoint. TERM and INT (Ctrl-C) come at any moment after the recipe's first line: the exit code must
@@ -14,7 +15,8 @@ losses of all epochs, and each step of each curve in TensorBoard. Flags behind `
 With --workers, the training is a group of processes under scripts/launch.py. KILL and STOP strike one of them, at
 random moments, half of them within the training, which is shorter than its start; the others must be gone within 20
 seconds, and the launcher starts all again. TERM strikes the launcher.
-The end is compared with that of an equal group left alone.
+The end is compared with that of an equal group left alone. With --cases, each way in which several workers can end is
+driven three times, without the launcher, and a table shows the exit times.
 """
 
 import argparse
@@ -39,6 +41,7 @@ from common.records import load_program
 
 import numpy as np
 import tensorflow as tf
+from worker_cases import CASES, LIMIT, Group
 
 ROOT = pathlib.Path(__file__).parent.parent
 STANDARD_FLAGS = ["--data", "sample", "--epochs", "4", "--checkpoint-every", "5"]
@@ -56,12 +59,37 @@ def main() -> None:
         "--workers", type=whole_number(0), default=0, help="train with so many processes (default: one)"
     )
     parser.add_argument("--seed", type=whole_number(0), default=0, help="decides the moments, as far as a clock can")
+    parser.add_argument("--cases", action="store_true", help="every way in which several workers can end, three times")
     arguments = parser.parse_args(own)
+    if arguments.cases:
+        if arguments.workers < 2:
+            parser.error("--cases: for several workers; add --workers 2 or more")
+        sys.exit(run_cases(str(ROOT / "recipes" / f"{arguments.recipe}.py"), arguments.workers, arguments.seed))
     if arguments.signal == "STOP" and not arguments.workers:
         parser.error("--signal STOP: a process alone has nobody to notice it; add --workers")
     with tempfile.TemporaryDirectory() as folder:
         torture = Torture(arguments, [*(flags or STANDARD_FLAGS), *FIXED_FLAGS], pathlib.Path(folder))
         sys.exit(torture.run())
+
+
+def run_cases(recipe: str, workers: int, seed: int) -> int:
+    """Prints a table of the cases; 1 if one went wrong, else 0."""
+    print(
+        f"{'case':24} | workers | seconds to the last exit\n{'-' * 24}-|---------|--------------------------",
+        flush=True,
+    )
+    wrong = 0
+    for name, drive in CASES.items():
+        took = []
+        for number in range(3):
+            with tempfile.TemporaryDirectory() as folder:
+                seconds, problem = drive(Group(recipe, workers, pathlib.Path(folder), seed + number))
+            if seconds > LIMIT and not problem:
+                problem = f"after {seconds:.1f} s"
+            took.append(f"WRONG: {problem}" if problem else f"{seconds:.1f}")
+            wrong += bool(problem)
+        print(f"{name:24} | {workers:7} | {', '.join(took)}", flush=True)
+    return int(wrong > 0)
 
 
 class Torture:
