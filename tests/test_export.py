@@ -2,6 +2,7 @@ import errno
 import io
 import json
 import pathlib
+import zipfile
 
 from common import artefacts
 from common.cli import UserError
@@ -43,6 +44,8 @@ def outputs_of(model: keras.Model, inputs: np.ndarray) -> dict[str, tf.Tensor]:
 @pytest.mark.parametrize("name", RECIPES)
 def test_each_format_answers_as_the_model(run_of, name, tmp_path):
     result, model = artefacts.load_run(run_of(name))
+    with zipfile.ZipFile(run_of(name) / "model.keras") as archive:  # Which loads without this project.
+        assert b'"module": "common.' not in archive.read("config.json")
     data = export.run_data(result)
     inputs = export.first_inputs(data, export.COMPARED)
     assert len(inputs) == min(export.COMPARED, sum(data.counts().values()))
