@@ -18,7 +18,7 @@ from common.checkpoints import Checkpoints, newest_checkpoint
 from common.cli import AlreadyFinishedError, SharedConfig, TrainingFailedError, UserError, run_recipe
 from common.data import Data
 from common.evaluation import evaluate_regressor
-from common.records import read_json, read_run, rename, write_json
+from common.records import provenance, read_json, read_run, rename, write_json
 from common.run_directory import lock, unlock
 from common.runs import start_run, with_class_names
 
@@ -308,6 +308,18 @@ def test_a_picture_that_fails_costs_a_picture(tmp_path, alone, monkeypatch, caps
         f"{name}.png: can't be written (no room for so many pixels)" for name in ("learning_curves", "predictions")
     ]
     assert torture.outcome(tmp_path / "run") == alone
+
+
+def test_a_recipe_of_another_repository_has_a_commit_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "recipes" / "mnist_cnn.py")])
+    assert "recipe_commit" not in provenance()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=me", "-c", "user.email=me@example.org"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "mine"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "recipe.py")])
+    stated = provenance()
+    assert len(stated["recipe_commit"]) == 40
+    assert stated["commit"] != stated["recipe_commit"]
 
 
 def test_a_class_may_have_any_name():
