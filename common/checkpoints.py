@@ -205,7 +205,7 @@ class Checkpoints(keras.callbacks.Callback):
     def _stop_if(self, stop: bool) -> None:
         if stop:
             self._give_signals_back()
-            raise KeyboardInterrupt(f"saved in {self.folder}; the same command with --resume goes on")
+            raise KeyboardInterrupt(f"saved in {self.folder}; the same command with --resume continues")
 
     def _fail(self, problem: str) -> NoReturn:
         self._give_signals_back()

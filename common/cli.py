@@ -199,7 +199,7 @@ def run_recipe(train: Callable[[Any], dict], config_class: type, description: st
             remedy = f"try {size // 2}" if size > 1 else "try fewer or smaller examples"
             raise UserError(f"--batch-size {size}: does not fit into memory; {remedy}") from error
 
-    unread = "interrupted: nobody reads the output any more; the same command with --resume goes on"
+    unread = "interrupted: nobody reads the output any more; the same command with --resume continues"
     _run(main, EXIT_INTERRUPTED, unread)
 
 
@@ -245,7 +245,7 @@ def _exit_when_stopped() -> None:
     During `fit` another handler saves first. At any other time nothing is unsaved, and to exit at once is safer than
     an exception, which a library might swallow.
     """
-    line, terminal = "interrupted: the same command with --resume goes on", 2
+    line, terminal = "interrupted: the same command with --resume continues", 2
     with contextlib.suppress(OSError):  # There is no stderr.
         terminal = os.dup(2)  # As `quiet_native_stderr` redirects the other.
 

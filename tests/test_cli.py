@@ -173,7 +173,7 @@ def test_a_recipe_whose_reader_has_seen_enough_can_be_resumed():
     command = f'{shlex.quote(sys.executable)} -c "{words}" | head -c 1; echo " ${{PIPESTATUS[0]}}"'
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert run.stdout == f"x {EXIT_INTERRUPTED}\n"
-    assert run.stderr == ("interrupted: nobody reads the output any more; the same command with --resume goes on\n")
+    assert run.stderr == ("interrupted: nobody reads the output any more; the same command with --resume continues\n")
 
 
 def test_a_script_on_a_full_disk_says_so_in_one_line():

@@ -201,7 +201,7 @@ def test_a_network_that_only_one_of_the_processes_trained_before(tmp_path, alone
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: "-".join(map(str, moment)))
 def test_interrupted_anywhere_the_end_is_the_same(tmp_path, alone, moment):
-    with pytest.raises(KeyboardInterrupt, match="the same command with --resume goes on"):
+    with pytest.raises(KeyboardInterrupt, match="the same command with --resume continues"):
         fit(tmp_path / "run", moment)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "given back"
     assert not (tmp_path / "run" / "result.json").exists()
@@ -496,7 +496,7 @@ def test_exit_code_75_from_a_recipe(tmp_path):
         _, errors = process.communicate()
         assert (process.returncode, errors.count("\n")) == (75, 1), errors
         assert errors.startswith("interrupted: ")
-        assert errors.endswith("the same command with --resume goes on\n")
+        assert errors.endswith("the same command with --resume continues\n")
     assert newest_checkpoint(tmp_path / "run" / "checkpoints")[1]["step"] > 0
     done = run_program(*command[1:], "--resume", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
