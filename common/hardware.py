@@ -1,18 +1,24 @@
 """Chooses strategy, precision and threads for the machine at hand, and says why."""
 
+import contextlib
 import dataclasses
 import functools
 import os
 import platform
 import re
+import signal
+import socket
+import time
 from typing import Any
 
-from common.cli import SharedConfig, UserError
-from common.multiworker import Cluster
+from common.cli import STOPPING, SharedConfig, UserError
+from common.multiworker import SILENCE, Cluster
 from common.upstream import apply_patch
 
 import keras
 import tensorflow as tf
+from tensorflow.compiler.xla.tsl.protobuf.coordination_config_pb2 import CoordinatedJob
+from tensorflow.python.eager import context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,12 +193,51 @@ def _mirrored(kind: str, devices: int) -> tf.distribute.Strategy:
 
 
 def _multi_worker(cluster: Cluster, gpus: bool, timeout: float) -> tf.distribute.Strategy:
-    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
-        tf.train.ClusterSpec({"worker": cluster.workers}), task_type="worker", task_id=cluster.index
-    )
-    implementation = tf.distribute.experimental.CommunicationImplementation["NCCL" if gpus else "RING"]
-    options = tf.distribute.experimental.CommunicationOptions(implementation=implementation)
-    return cluster.join(lambda: tf.distribute.MultiWorkerMirroredStrategy(resolver, options), timeout)
+    """The strategy of all workers, which are waited for; one for the whole process."""
+    if cluster.strategy:
+        return cluster.strategy
+    deadline, (host, port) = time.monotonic() + timeout, cluster.workers[0].rsplit(":", 1)
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    distribute, leader = tf.distribute.experimental, "/job:worker/replica:0/task:0"
+    try:
+        connected = cluster.chief
+        while not connected:  # Here, signals are answered, and a name may resolve late.
+            time.sleep(0.2)
+            with contextlib.suppress(OSError):
+                socket.create_connection((host, int(port)), timeout=2).close()
+                connected = True
+            if time.monotonic() > deadline:
+                raise tf.errors.DeadlineExceededError(None, None, leader)
+        context.context().configure_coordination_service(
+            "standalone",
+            leader,
+            coordinated_jobs=[CoordinatedJob(name="worker", num_tasks=len(cluster.workers))],
+            cluster_register_timeout_in_ms=int(1000 * max(1, deadline - time.monotonic())),
+            heartbeat_timeout_in_ms=1000 * SILENCE,
+        )
+        # Otherwise the chief waits for an hour, whatever the limit.
+        context.context().coordination_service.cluster_register_with_barrier = True
+        # TensorFlow holds the interpreter lock while it waits: no handler runs, and it replaces that of SIGTERM.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        strategy = tf.distribute.MultiWorkerMirroredStrategy(
+            tf.distribute.cluster_resolver.SimpleClusterResolver(
+                tf.train.ClusterSpec({"worker": cluster.workers}), task_type="worker", task_id=cluster.index
+            ),
+            distribute.CommunicationOptions(
+                implementation=distribute.CommunicationImplementation["NCCL" if gpus else "RING"]
+            ),
+        )
+    except tf.errors.DeadlineExceededError as error:
+        absent = sorted({int(each) for each in re.findall(r"^/job:worker/replica:0/task:(\d+)$", str(error), re.M)})
+        names = ", ".join(map(cluster.name, absent or [0]))
+        raise UserError(f"{names}: did not come within {timeout:.0f} s; start all workers") from error
+    except (RuntimeError, tf.errors.OpError) as error:  # Such as a port in use, or an index given twice.
+        raise UserError(f"{cluster.name(cluster.index)}: TensorFlow can't join the cluster ({error})") from error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    cluster.join(strategy)
+    return strategy
 
 
 @functools.cache

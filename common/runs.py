@@ -21,7 +21,7 @@ from common.evaluation import Report, curves_figure, figure_png
 from common.hardware import apply, choose, describe_machine
 from common.layers import with_stock_layers
 from common.multiworker import Cluster, joined
-from common.records import file_sha256, provenance, rename, weights_sha256, write_json
+from common.records import code_sha256, file_sha256, provenance, rename, weights_sha256, write_json
 from common.run_directory import TRACES, choose_directory, is_used, lock, resumed_settings, unlock
 from common.tensorboard import Logs
 
@@ -66,7 +66,8 @@ def start_run(config: SharedConfig, **files: str) -> "Run":
     # forgets the precision.
     keras.utils.clear_session()
     strategy = apply(choices, config, cluster)
-    same = {"recipe": recipe, **settings["config"], **chosen, **settings["files"]}
+    same = {"workers": list(workers), "tensorflow": tf.__version__, "keras": keras.__version__, "code": code_sha256()}
+    same |= {"recipe": recipe, **settings["config"], **chosen, **settings["files"]}
     left_out = {*BESIDE_TRAINING, "threads", "data"} - {"baseline"}
     cluster.compare({key: value for key, value in same.items() if key not in left_out})
     directory, settings, checkpoint = _open_directory(recipe, config, settings, cluster)
