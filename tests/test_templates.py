@@ -173,7 +173,7 @@ def mixed_table(rows=400):
 def test_table_with_classes(run, tmp_path, separator):
     table = mixed_table().drop(columns="weight")
     table.to_csv(tmp_path / "table.csv", index=False, sep=separator, decimal="." if separator == "," else ",")
-    printed, model = run("table", tmp_path / "table.csv", "species", BATCH_SIZE=32)
+    printed, model = run("table", tmp_path / "table.csv", "species", EPOCHS=15, BATCH_SIZE=32)
     assert float(re.fullmatch(r"test accuracy ([01]\.\d{4})", printed[-1])[1]) > 0.9
     assert "species is a class" in printed
     kinds = dict(re.findall(r"^(.+): (\w+), \d+ values", "\n".join(printed), re.MULTILINE))
@@ -207,7 +207,7 @@ def test_table_survives_a_column_that_varies_outside_train_only(run, tmp_path):
     rare = np.zeros(300)
     rare[:4] = 1
     pd.DataFrame({"x": x, "rare": rare, "y": 3 * x}).to_csv(tmp_path / "table.csv", index=False)
-    printed, model = run("table", tmp_path / "table.csv", "y", BATCH_SIZE=32)
+    printed, model = run("table", tmp_path / "table.csv", "y", EPOCHS=10, BATCH_SIZE=32)
     assert float(printed[-1].split()[-1]) < 1
     assert abs(model({"x": np.zeros(1), "rare": np.full(1, 1e9)})) < 100
 
