@@ -36,6 +36,7 @@ class Group:
         task = {"cluster": {"worker": self.addresses}, "task": {"type": "worker", "index": index}}
         environment = {**os.environ, "TF_CONFIG": json.dumps(task), "PYTHONUNBUFFERED": "1"}
         command = [sys.executable, *([__file__, mischief] if mischief else []), self.recipe, *flags]
+        command += ["--batch-size", str(32 * self.workers)]
         with open(self.folder / f"{index}.out", "w") as out, open(self.folder / f"{index}.err", "w") as errors:
             process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=out, stderr=errors)
         self.processes[index], self.happened = process, time.monotonic()
