@@ -15,7 +15,6 @@ On several machines this script is not needed: Slurm or Kubernetes starts the wo
 import argparse
 import contextlib
 import datetime
-import itertools
 import json
 import os
 import pathlib
@@ -32,7 +31,6 @@ from typing import TextIO
 EXIT_INTERRUPTED, EXIT_WORKER_LOST = 75, 76
 # Seconds until all workers have noticed that one was lost; whoever is left then was stopped, and is killed.
 PATIENCE = 20
-MOST_WORKERS = 1000
 
 
 def main() -> None:
@@ -49,22 +47,12 @@ def main() -> None:
         parser.error(f"{' '.join(others)}: no flags of the launcher; put those of the recipe behind a --")
     if not arguments.recipe.is_file():
         parser.error(f"{arguments.recipe}: no such file; name a recipe, as recipes/mnist_cnn.py")
-    if not 1 <= arguments.workers <= MOST_WORKERS:
-        parser.error(f"--workers {arguments.workers}: give 1 to {MOST_WORKERS}")
-    if arguments.max_restarts < 0:
-        parser.error(f"--max-restarts {arguments.max_restarts}: give 0 or more")
-    for before, after in itertools.pairwise(" ".join(flags).replace("=", " ").split()):
-        if before == "--strategy" and after not in ("auto", "multi-worker"):
-            parser.error(f"--strategy {after}: several workers have a strategy of their own; leave it out")
+    if arguments.workers < 1 or arguments.max_restarts < 0:
+        parser.error("--workers: give 1 or more, and --max-restarts 0 or more")
     gpus = gpu_count()
     if 0 < gpus < arguments.workers:
         parser.error(f"--workers {arguments.workers}: this machine has {gpus} GPU(s), and each worker needs its own")
-    launcher = Launcher(arguments.recipe, arguments.workers, gpus, flags)
-    try:
-        sys.exit(launcher.run(arguments.max_restarts))
-    except OSError as error:  # There are too few ports, files or processes for so many.
-        launcher.signal_all(signal.SIGKILL)
-        parser.error(f"--workers {arguments.workers}: can't be started ({error.strerror}); start fewer")
+    sys.exit(Launcher(arguments.recipe, arguments.workers, gpus, flags).run(arguments.max_restarts))
 
 
 def own_and_recipe_flags(words: list[str]) -> tuple[list[str], list[str]]:
@@ -117,11 +105,16 @@ class Launcher:
         addresses = [f"127.0.0.1:{port}" for port in free_ports(self.workers)]
         self.say(f"{self.workers} workers on {', '.join(addresses)}: TensorFlow opens these ports to all networks, "
             "not to this machine alone; keep it behind a firewall")  # fmt: skip
-        self.processes, readers = [], []
+        self.processes, readers, environment = [], [], {**os.environ, "TMPDIR": temporary}
+        environment["LAUNCHER_PID"] = str(os.getpid())  # When it is gone, the workers end.
         for index in range(self.workers):
+            place = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+            environment["TF_CONFIG"] = json.dumps(place)
+            if self.gpus:
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(index, self.gpus, self.workers)))
             process = subprocess.Popen(
                 [sys.executable, "-u", str(self.recipe), *self.flags],
-                env={**os.environ, "TMPDIR": temporary, **self.environment(addresses, index)},
+                env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -140,9 +133,7 @@ class Launcher:
             for index, process in list(running.items()):
                 if (code := process.poll()) is not None:
                     del running[index]
-                    self.say(
-                        f"worker {index} ended with {code}" if code >= 0 else f"worker {index} died of signal {-code}"
-                    )
+                    self.say(f"worker {index} {'ended with' if code >= 0 else 'died of signal'} {abs(code)}")
                     deadline = deadline or (code and time.monotonic() + PATIENCE)
             if deadline and time.monotonic() > deadline:
                 self.signal_all(signal.SIGKILL)
@@ -150,14 +141,6 @@ class Launcher:
         for reader in readers:
             reader.join()
         return [process.returncode for process in self.processes]
-
-    def environment(self, addresses: list[str], index: int) -> dict[str, str]:
-        """The variables of a worker: its place in the cluster, who started it, and its share of the GPUs."""
-        cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
-        variables = {"TF_CONFIG": json.dumps(cluster), "LAUNCHER_PID": str(os.getpid())}
-        if self.gpus:
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(index, self.gpus, self.workers)))
-        return variables
 
     def pass_on(self, number: int, frame: object) -> None:
         """Passes a signal on to the workers: the first asks them to save and end, the second ends them."""

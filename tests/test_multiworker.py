@@ -431,13 +431,6 @@ def test_what_the_launcher_cannot_print_does_not_stop_it(tmp_path):
         assert (run.returncode, run.stderr) == (expected, ""), redirection
 
 
-def test_too_many_workers_for_the_machine(tmp_path):
-    command = f"ulimit -n 60; {shlex.quote(sys.executable)} scripts/launch.py --workers 100 {shlex.quote(LINEAR[0])}"
-    run = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert run.returncode == 2
-    one_line(run.stderr, "--workers 100: can't be started (Too many open files); start fewer")
-
-
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -446,10 +439,9 @@ def test_too_many_workers_for_the_machine(tmp_path):
             ["--workers", "2", LINEAR[0], "--epochs", "1"],
             "--epochs 1: no flags of the launcher; put those of the recipe",
         ),
-        (["--workers", "0", LINEAR[0]], "--workers 0: give 1 to 1000"),
-        (["--workers", "2", LINEAR[0], "--", "--strategy=none"], "--strategy none: several workers have"),
+        (["--workers", "0", LINEAR[0]], "--workers: give 1 or more"),
         (["--workers", "two", LINEAR[0]], "--workers: invalid int value: 'two'"),
-        (["--workers", "2", "--max-restarts", "-1", LINEAR[0]], "--max-restarts -1: give 0 or more"),
+        (["--workers", "2", "--max-restarts", "-1", LINEAR[0]], "--max-restarts 0 or more"),
         (["--worker", "2", LINEAR[0]], "the following arguments are required: --workers"),
     ],
 )
