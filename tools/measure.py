@@ -11,6 +11,7 @@ What the ways are, tools/benchmark.py says. `describe` trains nothing: it writes
 """
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -24,11 +25,12 @@ from typing import Any
 
 from common import hardware
 from common.batches import Split
-from common.cli import Parser, SharedConfig, UserError, run_script, whole_number
+from common.cli import Parser, SharedConfig, run_script, whole_number
 from common.data import CIFAR10, Data, load_images
 from common.hardware import describe_machine
 from common.layers import with_stock_layers
 from common.records import load_program, write_file
+from common.runs import Run
 
 import keras
 import numpy as np
@@ -43,23 +45,27 @@ MEASURED_EXAMPLES = {"cifar10_fast": 20_000}  # Enough of the slowest.
 
 
 class Clock(keras.callbacks.Callback):
-    """Measures what `fit` does behind its first execution: examples per second, and the share of callbacks in it."""
+    """Measures `fit` after its first execution: examples per second, and the share of the time in callbacks' hooks."""
 
-    def __init__(self, examples_per_epoch: int):
+    def __init__(self, batch_size: int):
         super().__init__()
-        self.examples_per_epoch = examples_per_epoch
+        self.batch_size = batch_size
         self.first_step, self.executed, self.batches, self.callbacks_seconds = 0.0, 0, 0, 0.0
 
-    def timed(self, hook: Callable) -> Callable:
-        """A method of `CallbackList` that counts its seconds too: those of all callbacks, and what gets logs ready."""
+    def timed(self, callback: keras.callbacks.Callback) -> keras.callbacks.Callback:
+        """The callback, whose hooks add up their seconds."""
 
-        def call(callbacks: keras.callbacks.CallbackList, *arguments: Any, **named: Any) -> None:
-            counts, began = bool(self.first_step), time.perf_counter()
-            hook(callbacks, *arguments, **named)
-            if counts:
-                self.callbacks_seconds += time.perf_counter() - began
+        def timed_hook(hook: Callable) -> Callable:
+            def call(*arguments: Any, **named: Any) -> None:
+                counts, began = bool(self.first_step), time.perf_counter()
+                hook(*arguments, **named)
+                self.callbacks_seconds += counts * (time.perf_counter() - began)
 
-        return call
+            return call
+
+        for name in [name for name in dir(callback) if name.startswith("on_")]:
+            setattr(callback, name, timed_hook(getattr(callback, name)))
+        return callback
 
     def on_train_batch_end(self, batch, logs=None):
         if not self.first_step:
@@ -73,16 +79,28 @@ class Clock(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         self.seconds = time.perf_counter() - self.began
+        raise MeasuredError
 
     def figures(self) -> dict[str, float]:
-        """What is printed."""
-        examples = self.batches * self.examples_per_epoch / self.params["steps"]
+        """Examples per second, the moment when the first execution ended, and the callbacks' share of the time."""
         share = self.callbacks_seconds / self.seconds
-        return {"examples_per_second": examples / self.seconds, "first_step": self.first_step, "callbacks": share}
+        speed = self.batches * self.batch_size / self.seconds
+        return {"examples_per_second": speed, "first_step": self.first_step, "callbacks": share}
 
 
 class MeasuredError(Exception):
     """Ends a recipe when its `fit` was measured."""
+
+
+class BuiltError(Exception):
+    """Ends a recipe when its `fit` begins; the argument is the model."""
+
+
+class EndWhenBuilt(keras.callbacks.Callback):
+    """Hands over the model instead of training it."""
+
+    def on_train_begin(self, logs=None):
+        raise BuiltError(self.model)
 
 
 def measure(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
@@ -94,50 +112,51 @@ def measure(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[str, An
     config = recipe.Config(**shared, quiet=True, baseline=False, run_dir=str(folder / "run"))
     config = dataclasses.replace(config, epochs=2 if arguments.smoke else MEASURED_EPOCHS.get(name, config.epochs))
     whole = recipe.load_data(config)
-    nothing = Split(whole.validation.inputs[:0], whole.validation.targets[:0])
-    train = Split(*(part[: MEASURED_EXAMPLES.get(name)] for part in (whole.train.inputs, whole.train.targets)))
+    nothing = Split.of(*whole.validation.arrays(slice(0)))
+    train = Split.of(*whole.train.arrays(slice(MEASURED_EXAMPLES.get(name))))
     data = dataclasses.replace(whole, train=train, validation=nothing)
-    batches_of, fit, dealt, figures = recipe.training_batches, keras.Model.fit, [], {}
+    batches_of, begin, trained_on = recipe.training_batches, recipe.start_run, []
+    clock = Clock(min(config.batch_size, len(train)))
 
     def remember_split(split: Split, *others: Any, **named: Any) -> Any:
-        dealt.append(split)
+        trained_on.append(split)
         return batches_of(split, *others, **named)
 
-    def measured_fit(model: keras.Model, batches: Any, callbacks: list, **named: Any) -> None:
-        if way == "describe":
-            describe(model, dealt[0], whole, config, folder)
-            raise MeasuredError
-        clock = Clock(len(dealt[0]))
-        if way == "naive":
-            fit_naively(fit, model, dealt[0], config, clock)
-        else:
-            hooks = keras.callbacks.CallbackList
-            for name in [name for name in vars(hooks) if name.startswith("on_")]:
-                setattr(hooks, name, clock.timed(getattr(hooks, name)))
-            fit(model, batches, callbacks=[clock, *callbacks], **named)
-        figures.update(clock.figures())
-        raise MeasuredError
+    def start_measured_run(*given: Any, **named: Any) -> Run:
+        run = begin(*given, **named)
+        made = run.callbacks
+        run.callbacks = lambda *given, **named: [*map(clock.timed, made(*given, **named)), clock]
+        if way != "recipe":
+            run.callbacks = lambda *given, **named: [EndWhenBuilt()]
+        return run
 
-    recipe.training_batches, keras.Model.fit = remember_split, measured_fit
+    recipe.training_batches, recipe.start_run = remember_split, start_measured_run
     if way == "naive":  # A naive script has none of the patches.
         hardware.apply_patch = lambda *name, **options: None
     try:
         recipe.train(config, data)
     except MeasuredError:
-        return figures
-    raise UserError(f"{name}: never called fit")
+        return clock.figures()
+    except BuiltError as built:
+        (model,) = built.args
+    if way == "describe":
+        describe(model, trained_on[-1], whole, config, folder)
+        return {}
+    with contextlib.suppress(MeasuredError):
+        fit_naively(model, trained_on[-1], config, clock)
+    return clock.figures()
 
 
-def fit_naively(fit: Callable, model: keras.Model, split: Split, config: SharedConfig, clock: Clock) -> None:
+def fit_naively(model: keras.Model, split: Split, config: SharedConfig, clock: Clock) -> None:
     """Trains the layers of `model` on arrays, as tutorials do."""
-    inputs, targets, loss, model = split.inputs.numpy(), split.targets.numpy(), model.loss, with_stock_layers(model)
+    (inputs, targets), loss, model = split.arrays(), model.loss, with_stock_layers(model)
     if inputs.dtype == np.uint8:
         inputs = inputs / 255.0
         preparing = keras.layers.InputLayer | keras.layers.Rescaling | keras.layers.Normalization
         layers = itertools.dropwhile(lambda layer: isinstance(layer, preparing), model.layers)
         model = keras.Sequential([keras.Input(inputs.shape[1:]), *layers])
     model.compile("adam", loss, metrics=["mae" if targets.shape[1] == 1 else "accuracy"])
-    fit(model, inputs, targets, batch_size=config.batch_size, epochs=config.epochs, callbacks=[clock], verbose=0)
+    model.fit(inputs, targets, batch_size=config.batch_size, epochs=config.epochs, callbacks=[clock], verbose=0)
 
 
 def describe(model: keras.Model, split: Split, data: Data, config: SharedConfig, folder: pathlib.Path) -> None:
