@@ -98,8 +98,12 @@ def _convolution(images: tf.Tensor, kernel: tf.Tensor, padding: str) -> tf.Tenso
 
 
 def with_stock_layers(model: keras.Model) -> keras.Model:
-    """The same model with Keras' own layers in the place of those of this module, with a copy of the weights."""
-    if f'"module": "{__name__}"' not in model.to_json():
+    """The same model, with Keras' own layers instead of those of this module and without what it was compiled with.
+
+    Then it can be loaded without this project. The weights are copied.
+    """
+    model = keras.Model(model.input, model.output, name=model.name)
+    if f'"module": "{__package__}.' not in model.to_json():
         return model
 
     def stock(layer: keras.layers.Layer) -> keras.layers.Layer:

@@ -253,7 +253,7 @@ class Run:
         part = self.directory / "part.keras"  # Keras wants the suffix.
         try:
             # Without the optimizer, whose class Keras alone could not load.
-            saved = with_stock_layers(keras.Model(model.input, model.output, name=model.name))
+            saved = with_stock_layers(model)
             (with_class_names(saved, data.class_names) if data.task["output"] == "class" else saved).save(part)
             rename(part, self.directory / "model.keras")
             result["model_sha256"] = file_sha256(self.directory / "model.keras")

@@ -153,7 +153,7 @@ def test_mirrored_computes_what_one_device_computes(recipe, tmp_path, monkeypatc
     monkeypatch.setattr(keras.Model, "fit", lambda model, *given, **named: fit(model, *given, **{**named, "epochs": 2}))
     if recipe.__name__ in COMPARED_IN_FLOAT64:
         monkeypatch.setattr(recipe, "build_model", in_float64(recipe.build_model))
-    config = smoke_config(recipe, tmp_path / "data", validation_size=0.085)
+    config = smoke_config(recipe, tmp_path / "data", validation_size=0.09)
     data = recipe.load_data(config)
     batch_size = len(data.train) // 20 * 2
     steps = steps_per_epoch(data.train, batch_size)
