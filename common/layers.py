@@ -107,9 +107,11 @@ def with_stock_layers(model: keras.Model) -> keras.Model:
         return model
 
     def stock(layer: keras.layers.Layer) -> keras.layers.Layer:
+        if isinstance(layer, keras.Model):
+            return with_stock_layers(layer)
         kind = getattr(keras.layers, type(layer).__name__) if type(layer).__module__ == __name__ else type(layer)
         return kind.from_config(layer.get_config())
 
-    copy = keras.models.clone_model(model, clone_function=stock, recursive=True)
+    copy = keras.models.clone_model(model, clone_function=stock)
     copy.set_weights(model.get_weights())
     return copy

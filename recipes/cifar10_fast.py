@@ -49,7 +49,7 @@ def load_data(config: Config) -> Data:
 def build_model(config: Config, data: Data) -> keras.Model:
     images = keras.Input(data.train.inputs.shape[1:], dtype="uint8", name="image")
     x = keras.layers.Rescaling(1 / 127.5, offset=-1)(images)
-    x = whitening(data.train.inputs[:5000].numpy())(x)
+    x = whitening(data.train.arrays(slice(5000))[0])(x)
     x = Activation("silu")(x)
     for filters in (config.width, 4 * config.width, 4 * config.width):
         for pool_size in (2, 1):

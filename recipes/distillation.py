@@ -90,9 +90,10 @@ def teacher_logits(path: pathlib.Path, data: Data) -> np.ndarray:
 def with_teacher(student: keras.Model, config: Config) -> keras.distillation.Distiller:
     """The student as it learns; the teacher has spoken already, and what it said comes along with the image."""
     logits = student.get_layer("logits").output
-    inputs = {"image": student.input, "teacher_logits": keras.Input(logits.shape[1:], name="teacher_logits")}
+    said = keras.Input(logits.shape[1:], dtype=logits.dtype, name="teacher_logits")
+    inputs = {"image": student.input, "teacher_logits": said}
     return keras.distillation.Distiller(
-        teacher=keras.Model(inputs, keras.layers.Identity(dtype="float32")(inputs["teacher_logits"])),
+        teacher=keras.Model(inputs, keras.layers.Identity(dtype=logits.dtype)(said)),
         student=keras.Model(inputs, logits),
         # Given by name, as it is by default, Keras 3.15 takes the loss of the logits, not of probabilities.
         distillation_losses=keras.distillation.LogitsDistillation(config.temperature, keras.losses.KLDivergence()),

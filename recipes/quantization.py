@@ -139,7 +139,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         keras.config.set_dtype_policy("float32")  # Whatever the training was in.
         network = build_model(config, data)  # On one device, wherever it was trained.
         network.set_weights(model.get_weights())
-        images, beside, sizes = data.train.inputs[: config.representative_images].numpy(), {}, {}
+        (images, _), beside, sizes = data.train.arrays(slice(config.representative_images)), {}, {}
         for kind in ("float32", "dynamic", "float16", "int8"):
             path = quantized(network, kind, run.directory / f"{kind}.tflite", images)
             beside[f"{kind}_litert_accuracy"] = litert_accuracy(path, data.test)

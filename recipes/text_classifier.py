@@ -157,8 +157,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         model, test_tokens, data.class_names, config.batch_size, run.strategy, data.test.inputs
     )
     texts = keras.Input([], dtype="string", name="text")
-    network = keras.Model(model.input, model.output, name=model.name)  # Without the optimizer.
-    from_text = keras.Model(texts, network(tokenizer(texts)), name="text_classifier")
+    from_text = keras.Model(texts, model(tokenizer(texts)), name="text_classifier")
     return run.finish(from_text, data, report, baselines(data) if config.baseline else {})
 
 

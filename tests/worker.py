@@ -17,8 +17,8 @@ STEPS |= {"linear_regression": 900, "text_classifier": 264}
 STEPS_OF_OTHERS, STEPS_PER_EPOCH = 7000, 7
 # What makes the networks of some recipes quicker to test.
 SMALL = {"text_classifier": {"vocabulary": 2000, "length": 60}, "cifar10_fast": {"width": 8}}
-# The steps of Muon are as large as these recipes' learning rates: one maximum of a pooling window that changes places by
-# rounding moves weights by 1e-4 and more after ten steps. In float64, none does.
+# Steps of Muon have the size of the learning rate, whatever the gradient: where rounding decides which value of a
+# pooling window is the largest, weights differ by 1e-4 and more after ten steps. In float64, rounding decides nowhere.
 COMPARED_IN_FLOAT64 = {"cifar10_cnn", "cifar10_fast", "distillation", "quantization"}
 
 
@@ -28,8 +28,8 @@ def in_float64(build):
     def of_layer(layer):
         return type(layer).from_config({**layer.get_config(), "dtype": "float64"})
 
-    def build_in_float64(*arguments):
-        model = build(*arguments)
+    def build_in_float64(*arguments, **named):
+        model = build(*arguments, **named)
         copy = keras.models.clone_model(model, clone_function=of_layer)
         copy.set_weights(model.get_weights())
         return copy
