@@ -130,7 +130,7 @@ class Checkpoints(keras.callbacks.Callback):
         self._signal, before = number, self._handlers[number]
         # The first execution traces the graph, which can take long, and there is nothing to save yet.
         if not self._unsaved and callable(before) and len(self.cluster.workers) == 1:
-            self._give_signals_back()
+            self._clean_up()
             before(number, frame)
         elif number == signal.SIGINT:  # The second one ends the program at once; in a notebook, the cell.
             signal.signal(number, before if before is signal.default_int_handler else signal.SIG_DFL)
@@ -186,15 +186,15 @@ class Checkpoints(keras.callbacks.Callback):
         self._stop_if(stop)
 
     def on_train_end(self, logs=None):
-        self.model._initial_epoch = None
-        self._give_signals_back()
+        self._clean_up()
         # The last epoch is saved, but the signal came later.
         self._stop_if(self.cluster.agree_to_stop(bool(self._signal)))
 
     def _stopping(self) -> bool:
         return bool(self.model.stop_training) and self.model.stop_training != EPOCH_OVER
 
-    def _give_signals_back(self) -> None:
+    def _clean_up(self) -> None:
+        self.model._initial_epoch = None  # Else the next `fit` of this model would begin there.
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -204,11 +204,11 @@ class Checkpoints(keras.callbacks.Callback):
 
     def _stop_if(self, stop: bool) -> None:
         if stop:
-            self._give_signals_back()
+            self._clean_up()
             raise KeyboardInterrupt(f"saved in {self.folder}; the same command with --resume continues")
 
     def _fail(self, problem: str) -> NoReturn:
-        self._give_signals_back()
+        self._clean_up()
         raise TrainingFailedError(f"{problem}; try a smaller --learning-rate, and inputs of a sensible scale")
 
     def _variables(self) -> list:
