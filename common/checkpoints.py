@@ -252,19 +252,15 @@ class Checkpoints(keras.callbacks.Callback):
         return states
 
     def _save(self, epoch: int, batch: int, metrics: list[np.ndarray], ahead: int = 0) -> None:
-        """Writes a checkpoint; warns if it can't be written, and the one before stays.
+        """Writes a checkpoint to resume at a batch, from variables that are `ahead` steps further.
 
-        Args:
-            epoch: the epoch to resume.
-            batch: the batch of this epoch to resume at.
-            metrics: by `_metrics`; empty before the first batch.
-            ahead: the number of steps by which the variables are ahead of `batch`.
+        Warns if it can't be written; then the one before stays.
         """
         if not self.cluster.chief:
             return
-        began, step = time.monotonic(), epoch * self.params["steps"] + batch
-        arrays = [keras.ops.convert_to_numpy(variable) for variable in self._variables()]
-        for variable, values in zip(self._variables(), arrays, strict=True):
+        began, step, variables = time.monotonic(), epoch * self.params["steps"] + batch, self._variables()
+        arrays = [keras.ops.convert_to_numpy(variable) for variable in variables]
+        for variable, values in zip(variables, arrays, strict=True):
             if "float" in str(values.dtype) and not np.isfinite(values).all():
                 self._fail(f"{variable.path} is not finite after step {step + ahead}")
         arrays += metrics

@@ -32,18 +32,13 @@ def choose_directory(recipe: str, config: SharedConfig) -> pathlib.Path:
 
 
 def _recipe_of(directory: pathlib.Path) -> str:
-    try:
+    with contextlib.suppress(UserError):  # Damaged: `resumed_settings` reports it.
         return read_json(directory / "config.json", "recipe")["recipe"]
-    except UserError:  # Damaged: `resumed_settings` reports it.
-        return directory.parent.name
+    return directory.parent.name
 
 
 def is_used(directory: pathlib.Path, resume: bool) -> bool:
-    """Whether there is a run in `directory`; locks it then.
-
-    Raises:
-        UserError: the directory is not empty and `resume` is False, another process has locked it, or it can't be read.
-    """
+    """Whether there is a run in `directory`, which then is locked; a UserError if it may not be used."""
     try:
         found = set(os.listdir(directory)) - TRACES
     except FileNotFoundError:
@@ -60,8 +55,7 @@ def is_used(directory: pathlib.Path, resume: bool) -> bool:
 def lock(directory: pathlib.Path) -> None:
     """Keeps other processes out of a run directory until `unlock`, or until this process ends.
 
-    Raises:
-        UserError: another process has locked it, or it can't be written to.
+    A UserError if another process has locked it, or it can't be written to.
     """
     path = (directory / "lock").resolve()
     if path in _locks:  # By an earlier run of this process.
@@ -115,10 +109,9 @@ def resumed_settings(directory: pathlib.Path, settings: dict[str, Any]) -> dict[
             raise
         warn(f"{str(error).split(';')[0]}; the run has no checkpoint yet and starts anew")
         before = settings
-    if before["recipe"] != settings["recipe"]:
-        raise UserError(
-            f"--run-dir {directory}: a run of {before['recipe']}, not of {settings['recipe']}; choose another"
-        )
+    was, now = before["recipe"], settings["recipe"]
+    if was != now:
+        raise UserError(f"--run-dir {directory}: a run of {was}, not of {now}; choose another")
     differing = {}
     for part in ("config", "chosen", "files"):
         for name in {**before[part], **settings[part]}:
@@ -127,9 +120,8 @@ def resumed_settings(directory: pathlib.Path, settings: dict[str, Any]) -> dict[
             if old != new and exact and name not in BESIDE_TRAINING:
                 differing[name] = f"{name} was {old!r} and is {new!r}"
     if differing:
-        raise UserError(
-            f"--resume: in {directory}, {'; '.join(differing.values())}; give the same flags, or start a new run"
-        )
+        found = "; ".join(differing.values())
+        raise UserError(f"--resume: in {directory}, {found}; give the same flags, or start a new run")
     if (directory / "result.json").exists():
         result, model = read_json(directory / "result.json", *RESULT), directory / "model.keras"
         if not model.is_file() or file_sha256(model) != result["model_sha256"]:
