@@ -70,7 +70,7 @@ class SharedConfig:
     deterministic: bool = False  # the same command gives bit for bit the same weights; slower
     baseline: bool = True  # also train what the result is compared with
     run_dir: str = ""  # folder for everything this run writes; empty: runs/<recipe>/<time>
-    resume: bool = False  # continue the run in --run-dir, else with the latest unfinished one of this recipe
+    resume: bool = False  # continue the run in --run-dir, else the latest unfinished one of this recipe
     checkpoint_every: str = ""  # save within epochs too: so many steps, as 500, or minutes, as 10min
     smoke: bool = False  # a few examples, two epochs at most: does it run at all?
     histograms: bool = False  # write histograms of the weights to TensorBoard after each epoch

@@ -1,4 +1,4 @@
-"""One run: what it sets up, its clock, and the true record of its result."""
+"""One run: its setup, its callbacks, its clock, and the record of its result."""
 
 import dataclasses
 import math
@@ -289,7 +289,7 @@ class Run:
 
 
 def once(run: Run, make: Callable[[], Any]) -> Any:
-    """What `make` returns: of several workers, the chief alone calls it, and all have its answer."""
+    """Calls `make` on the chief only, and returns its result on all workers."""
     return run.cluster.from_chief(make() if run.cluster.chief else None)
 
 
