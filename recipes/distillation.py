@@ -87,12 +87,19 @@ def teacher_logits(path: pathlib.Path, data: Data) -> np.ndarray:
         raise UserError(f"--teacher {path}: {str(error).partition(chr(10))[0]}; {remedy}") from error
 
 
-def with_teacher(student: keras.Model, config: Config) -> keras.distillation.Distiller:
+class Distiller(keras.distillation.Distiller):
+    @property
+    def metrics(self):
+        # Without the parts of the loss, which Keras 3.15 divides by the number of replicas.
+        return [metric for metric in super().metrics if not metric.name.endswith("_loss")]
+
+
+def with_teacher(student: keras.Model, config: Config) -> Distiller:
     """The student as it learns; the teacher has spoken already, and what it said comes along with the image."""
     logits = student.get_layer("logits").output
     said = keras.Input(logits.shape[1:], dtype=logits.dtype, name="teacher_logits")
     inputs = {"image": student.input, "teacher_logits": said}
-    return keras.distillation.Distiller(
+    return Distiller(
         teacher=keras.Model(inputs, keras.layers.Identity(dtype=logits.dtype)(said)),
         student=keras.Model(inputs, logits),
         # Given by name, as it is by default, Keras 3.15 takes the loss of the logits, not of probabilities.
