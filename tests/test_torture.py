@@ -32,7 +32,7 @@ def test_asked_again_and_again_to_stop():
 
 @pytest.mark.parametrize(("workers", "signal"), [("2", "STOP"), ("3", "KILL")])
 def test_a_worker_of_a_group_is_lost(workers, signal):
-    flags = ["--workers", workers, "--kills", "1", "--signal", signal, *SHORT]
+    flags = ["--workers", workers, "--kills", "1", "--signal", signal, *SHORT, "--batch-size", "6"]
     run = run_program("tools/torture.py", "dense_classifier", *flags)
     assert run.returncode == 0, run.stdout + run.stderr
     assert f"1 x {signal} (of {workers} workers)" in run.stdout
