@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from keras import callbacks, layers, ops, optimizers
 
-EPOCHS, BATCH_SIZE, SEED, LEARNING_RATE, WEIGHT_DECAY, UNITS = 30, 256, 0, 0.01, 0.3, (64, 64)
+EPOCHS, BATCH_SIZE, SEED, LEARNING_RATE, WEIGHT_DECAY, UNITS = 30, 256, 0, 0.01, 0.3, (64, 64, 64)
 CATEGORIES, CLASSES = 100, 20  # most values kept of a category; most integers that are classes
 
 

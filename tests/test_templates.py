@@ -276,3 +276,9 @@ def generated_table(recipe, path):
 def test_table_is_as_good_as_the_recipe_of_classes(run, tmp_path):
     path = generated_table("dense_classifier", tmp_path / "table.csv")
     assert of_template(run, "table", path, "target") > of_recipe("dense_classifier", "accuracy") - 0.01
+
+
+@pytest.mark.slow
+def test_table_is_as_good_as_the_recipe_of_numbers(run, tmp_path):
+    path = generated_table("dense_regression", tmp_path / "table.csv")
+    assert of_template(run, "table", path, "target") < 1.1 * of_recipe("dense_regression", "mse")
