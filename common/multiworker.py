@@ -99,7 +99,7 @@ class Cluster:
             self._set(f"{self._round}", (array, None if array else value))
         array, message = self._get(f"{self._round}")
         if not array:
-            return message
+            return value if self.chief else message
         array = value if self.chief else np.zeros(*array)
         content = np.frombuffer(array.tobytes() + bytes(4 - array.nbytes % 4), np.float32)  # Whatever it holds.
         with self.strategy.scope():  # Which broadcasts initial values.

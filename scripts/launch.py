@@ -29,8 +29,8 @@ from typing import TextIO
 
 # As in common/, which would import TensorFlow and delay the answer to signals.
 EXIT_INTERRUPTED, EXIT_WORKER_LOST = 75, 76
-# Seconds until all workers have noticed that one was lost; whoever is left then was stopped, and is killed.
-PATIENCE = 20
+# Seconds from the end of the first worker until all have ended: whoever is left then hangs, and is killed.
+PATIENCE = 15
 
 
 def main() -> None:
@@ -134,7 +134,7 @@ class Launcher:
                 if (code := process.poll()) is not None:
                     del running[index]
                     self.say(f"worker {index} {'ended with' if code >= 0 else 'died of signal'} {abs(code)}")
-                    deadline = deadline or (code and time.monotonic() + PATIENCE)
+                    deadline = deadline or time.monotonic() + PATIENCE
             if deadline and time.monotonic() > deadline:
                 self.signal_all(signal.SIGKILL)
             time.sleep(0.05)

@@ -19,7 +19,7 @@ STEPS_OF_OTHERS, STEPS_PER_EPOCH = 7000, 7
 SMALL = {"text_classifier": {"vocabulary": 2000, "length": 60}, "cifar10_fast": {"width": 8}}
 # Steps of Muon have the size of the learning rate, whatever the gradient: where rounding decides which value of a
 # pooling window is the largest, weights differ by 1e-4 and more after ten steps. In float64, rounding decides nowhere.
-COMPARED_IN_FLOAT64 = {"cifar10_cnn", "cifar10_fast", "distillation", "quantization"}
+COMPARED_IN_FLOAT64 = {"cifar10_cnn", "cifar10_fast", "distillation", "mnist_cnn", "quantization"}
 
 
 def in_float64(build):

@@ -204,7 +204,8 @@ class Torture:
             if started := re.match(r"\[launch] worker (\d+) is process (\d+)", line):
                 pids[int(started[1])] = int(started[2])
                 if int(started[1]) == self.workers - 1 and counts["kills"] < self.kills:
-                    in_training = self.random.random() < 0.5
+                    # Of a worker that is stopped earlier, the others would say that it did not come.
+                    in_training = self.signal == "STOP" or self.random.random() < 0.5
                     if not in_training:
                         strike_within(self.around + self.training)
             elif in_training and line.startswith("[0] Epoch "):
