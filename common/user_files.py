@@ -154,7 +154,7 @@ def read_csv(path: pathlib.Path, columns: list[str], remedy: str = "rename one")
     except pd.errors.EmptyDataError as error:
         raise UserError(f"{path}: the file is empty; it needs a line of column names and rows") from error
     except pd.errors.ParserWarning as error:
-        raise UserError(f"{path}: rows have more values than there are column names; mend those rows") from error
+        raise UserError(f"{path}: rows have more values than there are column names; correct those rows") from error
     except pd.errors.ParserError as error:
         problem = str(error).strip()
         raise UserError(f"{path}: not readable as CSV ({problem}); put values with commas into quotes") from error

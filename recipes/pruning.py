@@ -41,7 +41,7 @@ class Config(SharedConfig):
     shift: int = 2  # pixels by which a training image may move along each axis
     remove: Literal["weights", "filters"] = "weights"  # what is set to zero: single weights, or whole filters and units
     sparsity: Share = 0.9  # share of them that is removed in the end
-    pruned_by: Share = 0.6  # share of the training in which that is reached; the rest mends what it did
+    pruned_by: Share = 0.6  # share of the training in which that is reached; the rest recovers from it
 
 
 def load_data(config: Config) -> Data:
@@ -76,7 +76,7 @@ class ZerosStay(FusedAdam):
 class Pruning(keras.callbacks.Callback):
     """Before each epoch, sets the smallest weights or filters to zero: a share that rises along a cubic curve.
 
-    Done again it changes nothing, so that a training which goes on within an epoch goes on exactly.
+    Done twice it changes nothing, so that a training that is resumed within an epoch is resumed exactly.
     """
 
     def __init__(self, remove: str, sparsity: float, epochs: float):
