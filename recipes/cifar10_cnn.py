@@ -2,10 +2,10 @@
 
 Teaches   what good training does to a network that everyone knows from tutorials
 Data      CIFAR-10: 45,000 train, 5,000 validation, 10,000 test; drawn shapes where there is no network
-Result    test accuracy 86.32 ± 0.40 % over 3 seeds, 6.4 min, 2 cores of AMD EPYC
-          test accuracy 80.23 ± 0.20 % over 3 seeds, 45 s, 2 cores of AMD EPYC,
+Result    test accuracy 86.32 ± 0.40 % over 3 seeds, 6.4 min, 2 cores of AMD EPYC, stale
+          test accuracy 80.23 ± 0.20 % over 3 seeds, 45 s, 2 cores of AMD EPYC, stale,
           with --epochs 5 --precision mixed_bfloat16
-          test accuracy 80.27 ± 0.21 % over 3 seeds, 1.9 min, 2 cores of AMD EPYC without bfloat16,
+          test accuracy 80.27 ± 0.21 % over 3 seeds, 1.9 min, 2 cores of AMD EPYC without bfloat16, stale,
           with --epochs 5
 Run       python recipes/cifar10_cnn.py
 """

@@ -2,7 +2,7 @@
 
 Teaches   what makes training quick: whitened inputs, orthogonal steps, averaging over mirrored and moved views
 Data      CIFAR-10: 45,000 train, 5,000 validation (or 50,000 and none), 10,000 test; drawn shapes without network
-Result    test accuracy 94.05 ± 0.13 % over 3 seeds, 7.7 min, 2 cores of Intel(R) Xeon(R) Processor,
+Result    test accuracy 94.05 ± 0.13 % over 3 seeds, 7.7 min, 2 cores of Intel(R) Xeon(R) Processor, stale,
           with --precision mixed_bfloat16 --validation-size 0
 Run       python recipes/cifar10_fast.py
 

@@ -2,7 +2,7 @@
 
 Teaches   when a network beats a linear model: the target is a curved function of a few hidden causes
 Data      generated: 18,000 train, 2,000 validation, 5,000 test; known noise of variance 0.25
-Result    test mean squared error 0.4779 ± 0.0035 over 3 seeds, 28 s, 2 cores of AMD EPYC without bfloat16
+Result    test mean squared error 0.4779 ± 0.0035 over 3 seeds, 28 s, 2 cores of AMD EPYC without bfloat16, stale
 Run       python recipes/dense_regression.py
 """
 

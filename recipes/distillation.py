@@ -2,7 +2,7 @@
 
 Teaches   a teacher's soft answers as targets (Hinton et al. 2015), computed once and kept
 Data      CIFAR-10: 45,000 train, 5,000 validation, 10,000 test; drawn shapes where there is no network
-Result    test accuracy 83.38 ± 0.31 % over 3 seeds, 4.6 min, 2 cores of AMD EPYC,
+Result    test accuracy 83.38 ± 0.31 % over 3 seeds, 4.6 min, 2 cores of AMD EPYC, stale,
           with --precision mixed_bfloat16 --teacher runs/teacher/model.keras
 Run       python recipes/distillation.py
 """

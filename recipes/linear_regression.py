@@ -3,7 +3,7 @@
 Teaches   that training recovers what can be known, and that no model beats the noise
 Data      100 examples of y = 3 x0 + 2 x1 + noise, x uniform in [0, 1), noise N(0, 0.1²): 90 train,
           10 validation; 10,000 fresh examples as test
-Result    test mean squared error 0.0103 ± 0.0001 over 3 seeds, 4 s, 2 cores of AMD EPYC without bfloat16
+Result    test mean squared error 0.0103 ± 0.0001 over 3 seeds, 4 s, 2 cores of AMD EPYC without bfloat16, stale
 Run       python recipes/linear_regression.py
 
 The noise has a variance of 0.1² = 0.01, and nothing in x tells of it: 0.01 is the lowest mean squared

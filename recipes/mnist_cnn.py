@@ -2,8 +2,8 @@
 
 Teaches   a convolutional network from pixels to probabilities, and how far careful training takes it
 Data      MNIST: 54,000 train, 6,000 validation, 10,000 test; 5,000 of its digits where there is no network
-Result    test accuracy 99.59 ± 0.02 % over 5 seeds, 1.6 min, 2 cores of AMD EPYC
-          test accuracy 99.26 ± 0.06 % over 5 seeds, 58 s, 2 cores of AMD EPYC without bfloat16,
+Result    test accuracy 99.59 ± 0.02 % over 5 seeds, 1.6 min, 2 cores of AMD EPYC, stale
+          test accuracy 99.26 ± 0.06 % over 5 seeds, 58 s, 2 cores of AMD EPYC without bfloat16, stale,
           with --epochs 3
 Run       python recipes/mnist_cnn.py
 """

@@ -2,7 +2,7 @@
 
 Teaches   three ways to fewer bits after training (dynamic, float16, int8), each measured on the test split with LiteRT
 Data      CIFAR-10: 45,000 train, 5,000 validation, 10,000 test; drawn shapes where there is no network
-Result    test accuracy 86.15 ± 0.27 % over 3 seeds, 4.2 min, 2 cores of Intel(R) Xeon(R) Processor,
+Result    test accuracy 86.15 ± 0.27 % over 3 seeds, 4.2 min, 2 cores of Intel(R) Xeon(R) Processor, stale,
           with --precision mixed_bfloat16
 Run       python recipes/quantization.py
 """

@@ -31,7 +31,7 @@ def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("logs")
     for name in RUNS:
         recipe = load_recipe(name.split("/")[0])
-        recipe.train(smoke_config(recipe, folder / name, epochs=8))
+        recipe.train(smoke_config(recipe, folder / name, epochs=2))
     program = shutil.which("tensorboard", path=pathlib.Path(sys.executable).parent)
     command = [program, "--logdir", str(folder), "--host", "127.0.0.1", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
@@ -117,7 +117,7 @@ def test_images(page, address, screenshot):
 
 def test_text(page, address, screenshot):
     cards = open_tab(page, address, "text&tagFilter=^run_card$").locator("tf-markdown-view:visible #markdown")
-    for words in ('"name": "drawn shapes"', '"epochs": 8', '"keras": "3.', '"command": "python '):
+    for words in ('"name": "drawn shapes"', '"epochs": 2', '"keras": "3.', '"command": "python '):
         expect(cards.filter(has_text=words).first).to_be_visible()
     screenshot("text")
 
@@ -161,7 +161,7 @@ def test_hparams_hold_all_runs_in_one_table(page, address, screenshot):
         page.wait_for_timeout(200)
     for run in RUNS:
         recipe = run.split("/")[0]
-        assert (table[run]["recipe"], table[run]["epochs"]) == (recipe, f"{8:.4f}"), table
+        assert (table[run]["recipe"], table[run]["epochs"]) == (recipe, f"{2:.4f}"), table
         assert 0 < float(table[run]["test/accuracy"]) <= 1
     screenshot("hparams")
     page.set_viewport_size({"width": 1600, "height": 1000})

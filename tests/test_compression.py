@@ -155,7 +155,7 @@ def test_a_student_of_the_teacher_alone_comes_to_answer_as_it_does(tmp_path):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     confusion = np.array(result["evaluation"]["confusion_matrix"])
     assert confusion[:, 3].sum() == confusion.sum()
-    losses = [epoch["distillation_loss"] for epoch in result["history"]]
+    losses = [epoch["loss"] for epoch in result["history"]]
     assert losses[-1] < losses[0] / 3
     teacher.get_layer("logits").set_weights([kernel, bias])
     teacher.save(tmp_path / "teacher.keras")

@@ -28,7 +28,11 @@ SHORTENED = {
     ".venv/bin/python": lambda words: (
         ["--rounds", "1"] if "ship" in words[1] else QUICK if "recipes/" in words[1] or "--" in words else []
     ),
-    "scripts/test.sh": lambda words: ["--collect-only", "--quiet", "tests/test_cli.py"],
+    "scripts/test.sh": lambda words: [
+        "--collect-only",
+        "--quiet",
+        "tests/test_gpu.py" if "gpu" in words else "tests/test_cli.py",
+    ],
     ".venv/bin/tensorboard": lambda words: ["--inspect"],
 }
 # What only a cluster has: tests/test_multiworker.py runs the script under a stand-in, and checks the manifest.
