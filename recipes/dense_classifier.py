@@ -19,7 +19,6 @@ from common.batches import (
 from common.cli import Count, Positive, SharedConfig, run_recipe
 from common.data import Data, load_table
 from common.evaluation import evaluate_classifier
-from common.optimizers import FusedAdam
 from common.runs import start_run
 
 import keras
@@ -79,7 +78,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         model = build_model(config, data)
         learning_rate = keras.optimizers.schedules.CosineDecay(config.learning_rate, config.epochs * steps)
         model.compile(
-            optimizer=FusedAdam(learning_rate, weight_decay=config.weight_decay),
+            optimizer=keras.optimizers.AdamW(learning_rate, weight_decay=config.weight_decay),
             loss=keras.losses.CategoricalCrossentropy(),
             metrics=["accuracy"],
             steps_per_execution=steps_per_execution(model, data.train, config.batch_size, run.strategy, run.start_step),
