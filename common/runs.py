@@ -252,7 +252,6 @@ class Run:
         }
         part = self.directory / "part.keras"  # Keras wants the suffix.
         try:
-            # Without the optimizer, whose class Keras alone could not load.
             saved = with_stock_layers(model)
             (with_class_names(saved, data.class_names) if data.task["output"] == "class" else saved).save(part)
             rename(part, self.directory / "model.keras")

@@ -1,25 +1,19 @@
 """What a machine with a GPU must show: scripts/test.sh -m gpu. Each training is a program of its own."""
 
 import json
-import subprocess
-
-from common.hardware import describe_machine
 
 import pytest
 from conftest import RECIPES, run_program
+from test_readme import load_script
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 SMOKE = ("--smoke", "--data", "sample", "--no-baseline", "--devices", "1")
 
 
-def has_gpu() -> bool:
-    try:
-        return bool(subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, check=True).stdout)
-    except (OSError, subprocess.CalledProcessError):
-        return False
+# The tests of this process see no GPU, see conftest.py: the driver is asked.
+GPUS = load_script("launch").gpu_count()
 
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_gpu(), reason="there is no NVIDIA GPU on this machine")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPUS, reason="there is no NVIDIA GPU on this machine")]
 
 
 def trained(recipe, run_dir, *flags):
@@ -71,7 +65,7 @@ def test_memory_grows_with_what_is_used():
     assert int(run.stdout.split()[-1]) < 50e6
 
 
-@pytest.mark.skipif(len(describe_machine().gpus) < 2, reason="there are not two GPUs")
+@pytest.mark.skipif(GPUS < 2, reason="there are not two GPUs")
 def test_two_gpus_compute_what_one_does(tmp_path):
     flags = ("--smoke", "--data", "sample", "--no-baseline", "--deterministic", "--precision", "float32")
     one, two = (trained("mnist_cnn", tmp_path / number, *flags, "--devices", number)[0] for number in ("1", "2"))
