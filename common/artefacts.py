@@ -20,8 +20,8 @@ import numpy as np
 import tensorflow as tf
 
 BATCH = 512
-# What a file holds besides the model: as members of the zip archive in Keras, and in LiteRT of one that follows its own
-# data; as properties in ONNX; as files in the folder assets.extra in a SavedModel.
+# What a file holds besides the model: in the zip archive of Keras, or one that follows LiteRT's own data; as properties
+# of ONNX; in the folder assets.extra of a SavedModel.
 DESCRIPTION, TOKENIZER = "description.json", "tokenizer.keras"
 
 
@@ -41,16 +41,10 @@ class Artefact(NamedTuple):
 def describe(result: dict[str, Any], model: keras.Model) -> dict[str, Any]:
     """The description of a run's model, from the run's result."""
     names, taken = ("recipe", "task", "class_names", "columns", "weights_sha256"), signature(model)
-    told = {name: result[name] for name in names if name in result}
+    told = {name: result[name] for name in names}
     told["shape"] = tf.nest.map_structure(lambda each: each.shape.as_list()[1:], taken)
     told["dtype"] = tf.nest.map_structure(lambda each: each.dtype.name, taken)
-    return _with_task({**told, "text_column": result["config"].get("text_column", "")})
-
-
-def _with_task(description: dict[str, Any]) -> dict[str, Any]:
-    """What older versions wrote has no task: it follows from the rest."""
-    kind = {"uint8": "image", "string": "text"}.get(str(description["dtype"]), "table")
-    return {"task": {"input": kind, "output": "class" if description["class_names"] else "number"}, **description}
+    return {**told, "text_column": result["config"].get("text_column", "")}
 
 
 def without_class_names(model: keras.Model) -> keras.Model:
@@ -86,14 +80,9 @@ def optional_package(name: str) -> Any:
 
 
 def load(path: pathlib.Path, threads: int = 0) -> Artefact:
-    """Reads a run from its directory, or what scripts/export.py wrote.
+    """Reads a run from its directory, or what scripts/export.py wrote; a `UserError` says what can't be read.
 
-    Args:
-        path: the file or folder.
-        threads: for LiteRT and ONNX; 0: one per core.
-
-    Raises:
-        UserError: `path` can't be read as an artefact, or a package is missing.
+    `threads` is for LiteRT and ONNX; 0: one per core.
     """
     readers = {".keras": _load_keras, ".tflite": _load_litert, ".onnx": _load_onnx}
     read = readers.get(path.suffix) if not path.is_dir() else None
@@ -106,7 +95,7 @@ def load(path: pathlib.Path, threads: int = 0) -> Artefact:
         notes, answer = read(path, threads)
         if DESCRIPTION not in notes:
             raise UserError(f"{path}: not written by scripts/export.py; give the folder of its run, or export that")
-        description = _with_task(json.loads(notes[DESCRIPTION]))
+        description = json.loads(notes[DESCRIPTION])
         if TOKENIZER not in notes:
             return Artefact(description, answer)
         with tempfile.TemporaryDirectory() as folder:
@@ -120,11 +109,7 @@ def load(path: pathlib.Path, threads: int = 0) -> Artefact:
 
 
 def load_run(run_dir: pathlib.Path) -> tuple[dict[str, Any], keras.Model]:
-    """The result and the model of a finished run.
-
-    Raises:
-        UserError: the folder holds none, or another model than the training wrote.
-    """
+    """The result and the model of a finished run; a `UserError` if it is not the model that the training wrote."""
     result, path = read_run(run_dir), run_dir / "model.keras"
     try:
         if file_sha256(path) != result["model_sha256"]:

@@ -23,9 +23,9 @@ Arrays = dict[str, tuple[Any, Any]]
 class Split:
     """The examples of one split, in main memory.
 
-    `inputs` and `targets` are tensors [n, ...] of any shape and type, or dictionaries of them. For the kinds of most
-    recipes: inputs are uint8 [n, height, width, channels], string [n] or float32 [n, columns]; targets are float32,
-    one-hot [n, classes] or numbers [n, 1].
+    `inputs` and `targets` are tensors [n, ...] of any shape and type, or dictionaries of them. In most recipes: inputs
+    uint8 [n, height, width, channels], string [n] or float32 [n, columns]; targets float32, one-hot [n, classes] or
+    numbers [n, 1].
     """
 
     inputs: Any
@@ -71,18 +71,9 @@ def steps_per_execution(
     """The number of training steps that Keras executes at once, for `model.compile`.
 
     Several steps save Keras' work between steps, but only between executions does Python answer to a signal. So an
-    execution takes half a second at most, by the time of a forward pass, of which a step takes about three. On several
-    replicas it is one step: there, Keras 3.15's loop over steps fails ("You must feed a value for placeholder tensor").
-
-    Args:
-        model: the model, built.
-        split: the training examples.
-        batch_size: examples per step.
-        strategy: the strategy that the model is trained under.
-        start_step: the first step of a resumed run, after which executions still have to fit into the epoch.
-
-    Returns:
-        A divisor of the steps per epoch: `fit` executes whole groups of steps only.
+    execution takes half a second at most, by the time of a forward pass of the built `model`, of which a step takes
+    about three. On several replicas it is one step: there, Keras 3.15's loop over steps fails ("You must feed a value
+    for placeholder tensor"). The number divides the steps per epoch, and those that remain from `start_step` on.
     """
     if strategy.num_replicas_in_sync > 1:
         return 1
@@ -118,7 +109,7 @@ def uniform(random: BatchRandom, minimum: float, maximum: float, dtype: tf.DType
     """Uniform random numbers in [minimum, maximum), one for each example.
 
     They are drawn for the whole global batch, from (seed, step, number of the call); a replica gets those of its own
-    examples. So two devices augment as one does.
+    examples, so two devices augment as one does.
     """
     seed = tf.random.experimental.stateless_fold_in(random.seed, next(random.calls))
     drawn = tf.random.stateless_uniform([random.batch], seed, minimum, maximum, dtype)
@@ -154,9 +145,9 @@ def training_batches(
 ) -> Any:
     """An endless stream of shuffled global batches of equal size, from step `start_step` on.
 
-    Step t belongs to epoch t // steps_per_epoch, whose order is a permutation of all examples that follows from
-    (seed, epoch). The batches of an epoch are its first `steps_per_epoch * batch_size` places; the examples that are
-    left out differ from epoch to epoch. A split with fewer examples than `batch_size` is one batch.
+    The order of an epoch is a permutation of all examples that follows from (seed, epoch). Its batches are the first
+    `steps_per_epoch * batch_size` places; the examples that are left out differ from epoch to epoch. A split with fewer
+    examples than `batch_size` is one batch.
 
     Args:
         split: the training examples.
@@ -167,11 +158,7 @@ def training_batches(
         start_step: number of the first batch.
 
     Returns:
-        A `tf.data.Dataset` of (inputs, targets), on several replicas a `DistributedDataset`. Pass `steps_per_epoch` to
-        `fit`.
-
-    Raises:
-        UserError: there are fewer examples than replicas.
+        A `tf.data.Dataset` of (inputs, targets), on several replicas a `DistributedDataset`.
     """
     strategy = strategy or tf.distribute.get_strategy()
     replicas, steps = strategy.num_replicas_in_sync, steps_per_epoch(split, batch_size)
@@ -199,23 +186,16 @@ def training_batches(
 def evaluation_batches(split: Split, batch_size: int, strategy: tf.distribute.Strategy | None = None) -> Any:
     """Every example once, in order, in batches of up to `batch_size` whose sizes differ by one at most.
 
-    Returns:
-        A `tf.data.Dataset` of (inputs, targets), on several replicas a `DistributedDataset`; None where the
-        split is empty. Its length is unknown to Keras, which makes a second iterator for each validation of a known
-        length: pass `evaluation_steps` as `validation_steps` or `steps`.
-
-    Raises:
-        UserError: a batch has fewer examples than there are replicas.
+    None where the split is empty. The length is unknown to Keras, which makes a second iterator for each validation of
+    a known length: pass `evaluation_steps` as `validation_steps` or `steps`.
     """
     if not len(split):
         return None
     strategy = strategy or tf.distribute.get_strategy()
     replicas, steps = strategy.num_replicas_in_sync, evaluation_steps(split, batch_size)
     if len(split) // steps < replicas:
-        raise UserError(
-            f"--devices {replicas}: a batch of {len(split) // steps} examples (of {len(split)} in the split) "
-            "leaves devices without any; use fewer devices or larger batches"
-        )
+        problem = f"a batch of {len(split) // steps} examples (of {len(split)}) leaves devices without any"
+        raise UserError(f"--devices {replicas}: {problem}; use fewer devices or larger batches")
 
     def replica_batch(step: tf.Tensor, replica: tf.Tensor) -> tuple:
         # A replica's rows are contiguous, as Keras concatenates the predictions of the replicas in their order.

@@ -21,10 +21,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-# The share of the time that checkpoints after epochs may take: where epochs are short, not each has one.
-_SHARE = 0.01
+_SHARE = 0.01  # of the time, which checkpoints may take
 _GUESS = 0.05  # seconds that a checkpoint takes, until there was one
-_STATE = ("epoch", "batch", "step", "ahead", "stopped", "variables", "metrics", "callbacks")
+_STATE = ("epoch", "batch", "step", "stopped", "variables", "metrics", "callbacks")
 # The value of `model.stop_training` that ends an epoch, but not the training.
 EPOCH_OVER = "the epoch is over"
 
@@ -78,23 +77,23 @@ def _decoded(content: Any, arrays: list[np.ndarray]) -> Any:
 class Checkpoints(keras.callbacks.Callback):
     """Saves and restores a training, and stops it when asked to; the last in the list of callbacks.
 
-    It stops on SIGTERM and SIGINT, when the running execution is done and saved, and on a loss that is not finite.
+    It stops on a loss that is not finite, and on SIGTERM and SIGINT: when the running execution is done and saved. A
+    validation that takes longer than a second is left; then the steps since the last checkpoint are repeated.
 
     A checkpoint is a folder `epoch-E-batch-B`: all variables of model and optimizer, the seeds of dropout among them,
-    the metrics of the epoch so far, the state of other callbacks, and the number of the step. It is written after an
-    epoch, unless the last one is too short a time ago and none is due. The last two are kept. Keras' own
-    `BackupAndRestore` keeps neither seeds nor metrics nor callbacks.
+    the metrics of the epoch so far, the state of other callbacks, and the number of the step. It is written at the end,
+    and before as often as takes a hundredth of the time. The last two are kept. Keras' own `BackupAndRestore` keeps
+    neither seeds nor metrics nor callbacks.
 
-    A training that is resumed within an epoch runs the remaining steps of it only: other callbacks see its batches
-    numbered from 0 again, and the progress bar counts the remaining ones. One that was stopped in a validation runs the
-    last execution before it once more, as `fit` can't begin with a validation, and takes its effects back.
+    A training that is resumed within an epoch runs its remaining steps only: other callbacks see its batches numbered
+    from 0 again, and the progress bar counts the remaining ones.
 
     Args:
         folder: where the checkpoints are.
-        every: save within an epoch too: so many steps, as "500", or minutes, as "10min"; "" for neither.
-        others: the callbacks whose state belongs to the training: those of their attributes that neither begin with _
-            nor are named like a parameter of their constructor. Kept are numbers, texts and arrays, also in lists,
-            tuples, sets and dictionaries; a warning names what can't be kept.
+        every: steps from one checkpoint to the next; 0: as often as takes a hundredth of the time.
+        others: the callbacks whose state is kept: the attributes that neither begin with _ nor are named like a
+            parameter of the constructor, if they are numbers, texts or arrays, also in lists, tuples, sets and
+            dictionaries. A warning names others.
         about: returns what else to store with each checkpoint.
         resumed: the checkpoint to resume from and its state, by `newest_checkpoint`.
         cluster: the workers of the training, of which only the chief writes.
@@ -103,7 +102,7 @@ class Checkpoints(keras.callbacks.Callback):
     def __init__(
         self,
         folder: pathlib.Path,
-        every: str,
+        every: int,
         others: Sequence[keras.callbacks.Callback],
         about: Callable[[], dict[str, Any]],
         resumed: tuple[pathlib.Path, dict[str, Any]] | None,
@@ -112,11 +111,9 @@ class Checkpoints(keras.callbacks.Callback):
         super().__init__()
         self.folder, self.every, self.others, self.about, self.resumed = folder, every, others, about, resumed
         self.cluster, self.progress_bar = cluster, keras.callbacks.ProgbarLogger()
-        self._signal, self._handlers, self._last_step, self._due = 0, {}, 0, False
+        self._signal, self._handlers, self._step, self._saved_step, self._due = math.inf, {}, 0, 0, False
         self._failed, self._unkept, self._last_loss = False, set(), "none before it was finite"
-        self._unsaved = False  # Whether there were steps since the last checkpoint.
-        # Of a resumed epoch: the batches before its first one, and the steps up to those that the checkpoint holds.
-        self._offset, self._ahead = 0, 0
+        self._offset = 0  # Of a resumed epoch, the batches before its first one.
 
     def on_train_begin(self, logs=None):
         if self.resumed:
@@ -127,9 +124,9 @@ class Checkpoints(keras.callbacks.Callback):
                 self._handlers[number] = signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: Any) -> None:
-        self._signal, before = number, self._handlers[number]
+        self._signal, before = time.monotonic(), self._handlers[number]
         # The first execution traces the graph, which can take long, and there is nothing to save yet.
-        if not self._unsaved and callable(before) and len(self.cluster.workers) == 1:
+        if self._step == self._saved_step and callable(before) and len(self.cluster.workers) == 1:
             self._clean_up()
             before(number, frame)
         elif number == signal.SIGINT:  # The second one ends the program at once; in a notebook, the cell.
@@ -138,74 +135,55 @@ class Checkpoints(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
         self.progress_bar.target = self.params["steps"] - self._offset
-        if self._offset or self._ahead:
+        if self._offset:
             self._restore()
 
     def on_train_batch_end(self, batch, logs=None):
         done, steps = self._offset + batch + 1, self.params["steps"]
         if self._offset and done == steps and not self.model.stop_training:
             self.model.stop_training = EPOCH_OVER
-        if self._ahead:
-            self._stop_if(self._agreed()[0])  # The checkpoint that it was resumed from is still the newest.
-            if done == steps:
-                self._restore()
-            return
-        self._unsaved, step = True, self._epoch * steps + done
+        self._step = self._epoch * steps + done
         if not math.isfinite(logs["loss"]):
-            self._fail(f"the loss is {logs['loss']} at step {step} ({self._last_loss})")
+            self._fail(f"the loss is {logs['loss']} at step {self._step} ({self._last_loss})")
         self._last_loss = f"the last finite one was {logs['loss']:.6g}"
-        due = False
-        if self.every.endswith("min"):
-            due = time.monotonic() - self._saved >= 60 * int(self.every.removesuffix("min"))
-        elif self.every:
-            due = step // int(self.every) > self._last_step // int(self.every)
-        self._last_step = step
-        self._due = due and done == steps  # Then it is time once the epoch is over.
-        stop, save = self._agreed(due and done < steps)
+        steps_due = self._step - self._saved_step >= self.every > 0
+        time_due = not self.every and time.monotonic() - self._saved >= self._took / _SHARE
+        self._due = self.cluster.chief and (steps_due or time_due)
+        stop, save = self._agreed(self._due and done < steps)
+        self._due |= save  # Else it is lost at the end of an epoch.
         if (stop or save) and done < steps and not self.model.stop_training:
-            self._save(self._epoch, done, self._metrics())
+            self._save(self._metrics())
             self._stop_if(stop)
-
-    def on_test_begin(self, logs=None):
-        self._before_validation = self._metrics()
 
     def on_test_batch_end(self, batch, logs=None):
-        stop, _ = self._agreed()
-        # If the training is to stop anyway, the epoch comes to its end first.
-        if stop and not self._stopping():
-            ahead = self.model.steps_per_execution
-            self._save(self._epoch, self.params["steps"] - ahead, self._before_validation, ahead)
-            self._stop_if(stop)
+        self._stop_if(self._agreed(patience=1)[0])
 
     def on_epoch_end(self, epoch, logs=None):
-        self._offset = self._ahead = 0
+        self._offset = 0
         stop, _ = self._agreed()
         ended = epoch + 1 == self.params["epochs"] or self.model.stop_training or stop
-        if ended or self._due or time.monotonic() - self._saved >= self._took / _SHARE:
-            self._save(epoch + 1, 0, [])
+        if ended or self._due:
+            self._save([])
         self._stop_if(stop)
 
     def on_train_end(self, logs=None):
         self._clean_up()
         # The last epoch is saved, but the signal came later.
-        self._stop_if(self.cluster.agree_to_stop(bool(self._signal)))
-
-    def _stopping(self) -> bool:
-        return bool(self.model.stop_training) and self.model.stop_training != EPOCH_OVER
+        self._stop_if(self.cluster.agree_to_stop(self._signal < math.inf))
 
     def _clean_up(self) -> None:
         self.model._initial_epoch = None  # Else the next `fit` of this model would begin there.
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _agreed(self, save: bool = False) -> tuple[bool, bool]:
-        self.cluster.ask(bool(self._signal), save)
+    def _agreed(self, save: bool = False, patience: float = 0) -> tuple[bool, bool]:
+        self.cluster.ask(time.monotonic() - self._signal >= patience, save)
         return self.cluster.agreed()
 
     def _stop_if(self, stop: bool) -> None:
         if stop:
             self._clean_up()
-            raise KeyboardInterrupt(f"saved in {self.folder}; the same command with --resume continues")
+            raise KeyboardInterrupt(f"the same command with --resume continues {self.folder.parent}")
 
     def _fail(self, problem: str) -> NoReturn:
         self._clean_up()
@@ -224,11 +202,7 @@ class Checkpoints(keras.callbacks.Callback):
 
     def _metrics(self) -> list[np.ndarray]:
         """Of each variable of the metrics its parts on all replicas, [replicas, ...]; on the chief only."""
-
-        def read(part: tf.Variable) -> np.ndarray:  # `part.numpy()` takes more than twice as long.
-            return tf.raw_ops.ReadVariableOp(resource=part.handle, dtype=part.dtype).numpy()
-
-        parts = [np.stack(list(map(read, self._parts(each)))) for each in self.model.metrics_variables]
+        parts = [np.stack([part.numpy() for part in self._parts(each)]) for each in self.model.metrics_variables]
         workers = zip(*self.cluster.gather(parts), strict=True)
         return [np.concatenate(each, dtype=each[0].dtype, casting="unsafe") for each in workers]
 
@@ -251,22 +225,19 @@ class Checkpoints(keras.callbacks.Callback):
                     self._unkept.add(place)
         return states
 
-    def _save(self, epoch: int, batch: int, metrics: list[np.ndarray], ahead: int = 0) -> None:
-        """Writes a checkpoint to resume at a batch, from variables that are `ahead` steps further.
-
-        Warns if it can't be written; then the one before stays.
-        """
+    def _save(self, metrics: list[np.ndarray]) -> None:
+        """Writes a checkpoint. Warns if it can't be written; then the one before stays."""
         if not self.cluster.chief:
             return
-        began, step, variables = time.monotonic(), epoch * self.params["steps"] + batch, self._variables()
+        began, variables, (epoch, batch) = time.monotonic(), self._variables(), divmod(self._step, self.params["steps"])
         arrays = [keras.ops.convert_to_numpy(variable) for variable in variables]
         for variable, values in zip(variables, arrays, strict=True):
             if "float" in str(values.dtype) and not np.isfinite(values).all():
-                self._fail(f"{variable.path} is not finite after step {step + ahead}")
+                self._fail(f"{variable.path} is not finite after step {self._step}")
         arrays += metrics
-        state = {"epoch": epoch, "batch": batch, "step": step, "ahead": ahead, "metrics": len(metrics)}
-        state |= {"stopped": self._stopping(), "variables": self._shapes(), "callbacks": self._states(arrays)}
-        part, checkpoint = self.folder / "part", self.folder / f"epoch-{epoch:06}-batch-{batch + ahead:09}"
+        state = {"epoch": epoch, "batch": batch, "step": self._step, "stopped": bool(self.model.stop_training)}
+        state |= {"variables": self._shapes(), "metrics": len(metrics), "callbacks": self._states(arrays)}
+        part, checkpoint = self.folder / "part", self.folder / f"epoch-{epoch:06}-batch-{batch:09}"
         try:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
@@ -280,13 +251,13 @@ class Checkpoints(keras.callbacks.Callback):
             for path in _checkpoints(self.folder):
                 if path not in (checkpoint, *before):
                     shutil.rmtree(path, ignore_errors=True)
-            self._failed = self._unsaved = False
+            self._failed = False
         except OSError as error:
             shutil.rmtree(part, ignore_errors=True)
             if not self._failed:
                 warn(f"{checkpoint}: can't be written ({error}); the checkpoint before it stays")
             self._failed = True
-        self._saved = time.monotonic()
+        self._saved, self._saved_step = time.monotonic(), self._step
         self._took = self._saved - began
 
     def _shapes(self) -> list[list]:
@@ -308,8 +279,8 @@ class Checkpoints(keras.callbacks.Callback):
         self._arrays = [self.cluster.from_chief(arrays[number] if arrays else None) for number in range(count)]
         # Keras' own way to let a callback choose the first epoch; `BackupAndRestore` has no other.
         self.model._initial_epoch = self.params["epochs"] if state["stopped"] else state["epoch"]
-        self._offset, self._ahead, self._last_step = state["batch"], state["ahead"], state["step"] + state["ahead"]
-        if not self._offset and not self._ahead:
+        self._offset, self._step, self._saved_step = state["batch"], state["step"], state["step"]
+        if not self._offset:
             self._restore()
 
     def _restore(self) -> None:

@@ -21,8 +21,6 @@ import tensorflow as tf
 Count = Annotated[int, 1, math.inf]
 Positive = Annotated[float, 1e-30, math.inf]
 Share = Annotated[float, 0, 1]
-# The last one is refused, with the reason.
-Strategy = Literal["auto", "none", "mirrored", "multi-worker", "tpu", "parameter-server"]
 EXIT_INTERRUPTED = 75
 # What asks a program to end: Ctrl-C, and a cluster that wants its machine back.
 STOPPING = (signal.SIGINT, signal.SIGTERM)
@@ -62,7 +60,7 @@ class SharedConfig:
     batch_size: Count = 128  # examples per step, over all devices together
     learning_rate: Positive = 0.001  # step size of the optimizer; the peak where there is a schedule
     seed: Annotated[int, 0, 2**32] = 0  # decides initial weights, order, augmentation, validation cut
-    strategy: Strategy = "auto"  # auto: as the devices, and the workers, that are found ask for
+    strategy: Literal["auto", "none", "mirrored", "multi-worker", "tpu"] = "auto"  # auto: by devices and workers
     devices: Annotated[int, 0, 1025] = 0  # GPUs, or parts to split a CPU into; 0: all GPUs, else one CPU
     cluster_timeout: Annotated[int, 1, 1_000_000] = 60  # seconds to wait for the other workers
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = "auto"  # auto: by hardware
@@ -71,23 +69,17 @@ class SharedConfig:
     baseline: bool = True  # also train what the result is compared with
     run_dir: str = ""  # folder for everything this run writes; empty: runs/<recipe>/<time>
     resume: bool = False  # continue the run in --run-dir, else the latest unfinished one of this recipe
-    checkpoint_every: str = ""  # save within epochs too: so many steps, as 500, or minutes, as 10min
+    checkpoint_every: Annotated[int, 0, 1_000_000_000] = 0  # steps; 0: as often as takes a hundredth of the time
     smoke: bool = False  # a few examples, two epochs at most: does it run at all?
     histograms: bool = False  # write histograms of the weights to TensorBoard after each epoch
     profile: bool = False  # write a TensorBoard profile of a few steps
     quiet: bool = False  # print errors only
 
     def __post_init__(self):
-        """Checks all fields, and keeps a smoke test short.
-
-        Raises:
-            UserError: a value is not of its field's type, or beyond its limits.
-        """
+        """Raises a `UserError` if a value is not of its field's type or beyond its limits; keeps a smoke test short."""
         for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
             if problem := _problem(getattr(self, name), kind):
                 raise UserError(f"--{name.replace('_', '-')}: {problem}")
-        if not re.fullmatch(r"([1-9]\d{0,8}(min)?)?", self.checkpoint_every):
-            raise UserError(f"--checkpoint-every {self.checkpoint_every}: give steps, as 500, or minutes, as 10min")
         if self.smoke:
             object.__setattr__(self, "epochs", min(self.epochs, 2))
 
@@ -108,7 +100,7 @@ def _problem(value: Any, kind: Any) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line; flags can't be shortened, so that a new one breaks no old command."""
+    """A parser whose errors are one line. Flags can't be abbreviated: a new flag could make that ambiguous."""
 
     def __init__(self, description: str):
         form = argparse.RawDescriptionHelpFormatter
@@ -120,16 +112,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_config(config_class: type, arguments: Sequence[str], description: str = "") -> Any:
-    """Turns command-line arguments into a checked configuration.
+    """Turns command-line arguments into a `config_class`, a dataclass; a `UserError` says which flag does not fit.
 
-    Args:
-        config_class: dataclass of the recipe; a field `batch_size` becomes the flag `--batch-size`, and the
-            comment behind it the help.
-        arguments: the words behind the program's name.
-        description: shown by `--help`, which prints and raises `SystemExit(0)`.
-
-    Raises:
-        UserError: an unknown flag, or a value that does not fit its field.
+    A field `batch_size` becomes the flag `--batch-size`, and the comment behind it the help.
     """
     parser = Parser(description)
     types, comments = typing.get_type_hints(config_class, include_extras=True), field_comments(config_class)
@@ -145,17 +130,6 @@ def parse_config(config_class: type, arguments: Sequence[str], description: str 
             options |= {"type": number, "metavar": number.__name__}
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **options)
     return config_class(**vars(parser.parse_args(arguments)))
-
-
-def whole_number(lowest: int, below: float = math.inf) -> Callable[[str], int]:
-    """For the `type` of a script's flag: the lowest number allowed, and the one that it must stay below."""
-
-    def checked(text: str) -> int:
-        if problem := _problem(int(text), Annotated[int, lowest, below]):
-            raise argparse.ArgumentTypeError(problem)
-        return int(text)
-
-    return checked
 
 
 def field_comments(config_class: type) -> dict[str, str]:
@@ -175,18 +149,16 @@ def warn(line: str) -> None:
 
 def run_script(main: Callable[[], None]) -> None:
     """The whole of a script: a `UserError` ends it with one line and exit code 2, Ctrl-C and `SIGTERM` with 75."""
-    # An exception, so that temporary files, and what else a script ends and removes, are not left behind.
-    for number in STOPPING:
+    for number in STOPPING:  # By an exception, so that no temporary files are left.
         signal.signal(number, signal.default_int_handler)
-    _run(main, 128 + signal.SIGPIPE, "")
+    _run(main)
 
 
 def run_recipe(train: Callable[[Any], dict], config_class: type, description: str | None = None) -> None:
     """The whole of a recipe's `main`: reads the flags, trains, and ends the process with the exit code.
 
-    0 done; 2 something the user can fix; 3 the loss is not finite; 75 interrupted; and, with several workers, 76 when
-    one of them is lost. From here on Ctrl-C and `SIGTERM` end the process at once, in training once it is saved.
-    Before, while modules are imported, they do what they do in any Python program.
+    0 done; 2 something the user can fix; 3 the loss is not finite; 75 interrupted; 76 another worker is lost. From here
+    on Ctrl-C and `SIGTERM` end the process at once, in training once it is saved.
     """
     _exit_when_stopped()
 
@@ -199,12 +171,11 @@ def run_recipe(train: Callable[[Any], dict], config_class: type, description: st
             remedy = f"try {size // 2}" if size > 1 else "try fewer or smaller examples"
             raise UserError(f"--batch-size {size}: does not fit into memory; {remedy}") from error
 
-    unread = "interrupted: nobody reads the output any more; the same command with --resume continues"
-    _run(main, EXIT_INTERRUPTED, unread)
+    _run(main)
 
 
-def _run(main: Callable[[], None], unread_code: int, unread_line: str) -> NoReturn:
-    """Runs a program to its exit code and its last line; `unread_...` for a reader, such as `head`, that has gone."""
+def _run(main: Callable[[], None]) -> NoReturn:
+    """Runs a program to its exit code and its last line."""
     gc.freeze()  # The modules are a million objects that stay: the garbage collector need not look at them again.
     code, line = 0, ""
     try:
@@ -216,8 +187,8 @@ def _run(main: Callable[[], None], unread_code: int, unread_line: str) -> NoRetu
         code, line = 2, f"error: {error}"
     except TrainingFailedError as error:
         code, line = 3, f"training failed: {error}"
-    except BrokenPipeError:
-        code, line = unread_code, unread_line
+    except BrokenPipeError:  # A reader, such as `head`, has gone.
+        code, line = EXIT_INTERRUPTED, "interrupted: nobody reads the output any more"
     except OSError as error:
         if error.errno not in _DISK:
             raise
@@ -230,30 +201,28 @@ def _run(main: Callable[[], None], unread_code: int, unread_line: str) -> NoRetu
         say(code, line)
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)  # The outcome is settled.
+    if line:
+        print(line, file=sys.stderr if code else sys.stdout)
     try:
         sys.stdout.flush()
     except OSError:  # Python would try again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    if line:
-        print(line, file=sys.stderr if code else sys.stdout)
     sys.exit(code)
 
 
 def _exit_when_stopped() -> None:
     """Lets a signal that asks the program to end do so at once, with one line and exit code 75.
 
-    During `fit` another handler saves first. At any other time nothing is unsaved, and to exit at once is safer than
-    an exception, which a library might swallow.
+    During `fit` another handler saves first. At any other time nothing is unsaved, and a library might swallow an
+    exception.
     """
-    line, terminal = "interrupted: the same command with --resume continues", 2
-    with contextlib.suppress(OSError):  # There is no stderr.
-        terminal = os.dup(2)  # As `quiet_native_stderr` redirects the other.
+    line = "interrupted: the same command with --resume continues"
 
     def exit_interrupted(number: int, frame: Any) -> None:
         with contextlib.suppress(RuntimeError, OSError):  # The signal came while a line was being printed.
             sys.stdout.flush()
         with contextlib.suppress(OSError):
-            os.write(terminal, f"{line}\n".encode())
+            os.write(2, f"{line}\n".encode())
         for say in endings:
             say(EXIT_INTERRUPTED, line)
         os._exit(EXIT_INTERRUPTED)

@@ -93,13 +93,7 @@ IMDB = Dataset(
 def load_images(dataset: Dataset, config: SharedConfig, size: tuple[int, int]) -> Data:
     """Loads labelled pictures as uint8, chosen by `config.data`.
 
-    Args:
-        dataset: MNIST or CIFAR10.
-        config: `data`, `data_dir`, `validation_size`, `seed` and `smoke` are used.
-        size: height and width that the user's own pictures are brought to.
-
-    Raises:
-        UserError: the data asked for is not there or can't be used.
+    The user's own are brought to `size`, height and width. A `UserError` says what can't be used.
     """
     return _load(dataset, "image", config, lambda path: read_image_folders(path, size))
 
@@ -113,14 +107,10 @@ def load_texts(dataset: Dataset, config: SharedConfig, text_column: str, label_c
 
 
 def load_table(name: str, config: SharedConfig, generate: Callable[[], Arrays], target: str, classes: bool) -> Data:
-    """Loads rows of numbers as float32: generated ones, or the user's CSV.
+    """Loads rows of numbers as float32: from the user's CSV, or by `generate`, whose title is `name`.
 
-    Args:
-        name: title of the generated data.
-        config: see `load_images`.
-        generate: makes inputs and targets of "train", from which validation is cut, and of "test".
-        target: the column of a CSV to predict; all others are inputs and must hold numbers.
-        classes: whether the target is the name of a class or a number.
+    `generate` makes inputs and targets of "train", from which validation is cut, and of "test". `target` is the column
+    of a CSV to predict, a class or a number as `classes` says; all others are inputs and must hold numbers.
     """
     started, task = time.perf_counter(), {"input": "table", "output": "class" if classes else "number"}
     if config.data == "tfds":
@@ -170,29 +160,16 @@ def _read_tfds(dataset: Dataset, config: SharedConfig) -> Arrays:
 
     if not prepared_version(dataset, config):
         _download(dataset, config)
-    prepared = prepared_version(dataset, config)
-    files = {}
+    prepared, arrays = prepared_version(dataset, config), {}
     try:
         builder = tfds.builder_from_directory(prepared)
         class_names = np.array(builder.info.features["label"].names)
-        arrays = {}
         for split in ("train", "test"):
-            info = builder.info.splits[split]
-            files |= zip(info.filepaths, info.shard_lengths, strict=True)
             examples = builder.as_dataset(split=split, batch_size=-1)
             arrays[split] = (examples[dataset.inputs].numpy(), class_names[examples["label"].numpy()])
         return arrays
     except Exception as error:  # TFDS lets through whatever TensorFlow, its own parsers and the disk raise.
-        # Without a name: TensorFlow says what is wrong with a record, but not in which file.
-        damaged = next((file for file, count in files.items() if _records(file) != count), prepared)
-        raise UserError(f"{damaged}: missing or damaged; delete {prepared} to have it prepared anew") from error
-
-
-def _records(file: pathlib.Path) -> int | None:
-    try:
-        return sum(1 for _ in tf.data.TFRecordDataset(str(file)))
-    except tf.errors.OpError:
-        return None
+        raise UserError(f"{prepared}: a file is missing or damaged; delete it all, to prepare it anew") from error
 
 
 def _download(dataset: Dataset, config: SharedConfig) -> None:
@@ -211,9 +188,7 @@ def _download(dataset: Dataset, config: SharedConfig) -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         network = requests.RequestException | ConnectionError | TimeoutError
         if isinstance(error, OSError | tf.errors.OpError) and not isinstance(error, network):
-            raise UserError(
-                f"--data-dir {folder}: {dataset.title} can't be written ({reason}); make room or name another folder"
-            ) from error
+            raise UserError(f"--data-dir {folder}: can't be written ({reason}); make room or name another") from error
         raise DataUnavailableError(
             f"No {dataset.title} in {folder}: {reason}. Real data: run once with network, or copy a prepared "
             f"{dataset.folder} folder there"
@@ -258,27 +233,20 @@ def _cut(
         count = round(len(order["train"]) * config.validation_size)
         order["validation"], order["train"] = np.split(order["train"], [count])
         if not len(order["train"]) or config.validation_size > 0 == count:
-            raise UserError(
-                f"{name}: too few examples for a split each, add some: there are {len(order['train']) + count} to "
-                f"train on, of which --validation-size {config.validation_size:g} to validate, and "
-                f"{len(order['test'])} to test"
-            )
+            there = f"{len(order['train']) + count} to train and validate, {len(order['test'])} to test"
+            raise UserError(f"{name}: too few examples ({there}); add some, or give another --validation-size")
     inputs, targets = {}, {}
     for split, rows in order.items():
         inputs[split], targets[split] = tf.nest.map_structure(operator.itemgetter(rows), arrays.get(split, train))
     if task["output"] == "class":
         about["class_names"] = class_names = tuple(np.unique(targets["train"]).tolist())
         if len(class_names) < 2:
-            raise UserError(
-                f"{name}: only one class to train on, {class_names[0]!r}; a classifier needs two or more, or a smaller "
-                "--validation-size"
-            )
+            remedy = "add another, or give a smaller --validation-size"
+            raise UserError(f"{name}: only one class to train on, {class_names[0]!r}; {remedy}")
         for split in splits:
-            for unknown in np.setdiff1d(targets[split], class_names):
-                raise UserError(
-                    f"{name}: class {str(unknown)!r} is in {split} but not in train; "
-                    "add training examples of it, or cut the splits yourself"
-                )
+            for unknown in map(str, np.setdiff1d(targets[split], class_names)):
+                remedy = "add training examples of it, or cut the splits yourself"
+                raise UserError(f"{name}: class {unknown!r} is in {split} but not in train; {remedy}")
             targets[split] = np.eye(len(class_names), dtype=np.float32)[np.searchsorted(class_names, targets[split])]
     elif task["output"] == "number":
         targets = {split: values[:, None].astype(np.float32) for split, values in targets.items()}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 import warnings
 from typing import Any
 
@@ -34,16 +35,9 @@ def evaluate_classifier(
 ) -> Report:
     """Loss and accuracy; precision, recall and F1 per class and macro; confusion matrix; worst mistakes.
 
-    In plain Keras: `model.predict`, then `sklearn.metrics.classification_report`. The macro averages are
-    over the classes that are in the split or were predicted.
-
-    Args:
-        model: compiled; gives probabilities [n, classes].
-        split: the test split, targets one-hot.
-        class_names: in the order of the model's outputs.
-        batch_size: examples per prediction step.
-        strategy: the one the model was made under.
-        shown_inputs: pictures or texts to show the mistakes with, where the model takes something else.
+    In plain Keras: `model.predict`, then `sklearn.metrics.classification_report`. The macro averages are over the
+    classes that are in the split or were predicted. The compiled `model` gives probabilities [n, classes], in the order
+    of `class_names`; `shown_inputs` are pictures or texts to show the mistakes with, where it takes something else.
     """
     probabilities = _predict(model, split, batch_size, strategy)
     one_hot = split.targets.numpy()
@@ -67,19 +61,13 @@ def evaluate_classifier(
             "confusion_matrix": confusion.tolist(),
             "worst_mistakes": records,
         },
-        figures={
-            "confusion_matrix": Figure(figsize=[max(4.0, 1.5 + 0.55 * len(class_names))] * 2, layout="constrained")
-        },
     )
-    sklearn.metrics.ConfusionMatrixDisplay(confusion, display_labels=list(map(verbatim, class_names))).plot(
-        ax=report.figures["confusion_matrix"].add_subplot(),
-        cmap="Blues",
-        colorbar=False,
-        xticks_rotation=45,
-        include_values=len(class_names) <= 20,
-    )
-    if len(class_names) > 40:  # Nobody could read it, and it would take gigabytes.
-        del report.figures["confusion_matrix"]
+    if len(class_names) <= 40:  # Nobody could read a larger one, and it would take gigabytes.
+        size = max(4.0, 1.5 + 0.55 * len(class_names))
+        report.figures["confusion_matrix"] = Figure(figsize=(size, size), layout="constrained")
+        display = sklearn.metrics.ConfusionMatrixDisplay(confusion, display_labels=list(map(verbatim, class_names)))
+        axes, shown = report.figures["confusion_matrix"].add_subplot(), len(class_names) <= 20
+        display.plot(ax=axes, cmap="Blues", colorbar=False, xticks_rotation=45, include_values=shown)
     shown = split.inputs if shown_inputs is None else shown_inputs
     if isinstance(shown, dict) or not mistakes:
         return report
@@ -98,13 +86,11 @@ def evaluate_regressor(model: keras.Model, split: Split, batch_size: int, strate
     axes = figure.add_subplot(xlabel="true", ylabel="predicted")
     axes.plot(true[:2000], predicted[:2000], ".", markersize=3)
     axes.axline((float(true.mean()), float(true.mean())), slope=1, color="black", linewidth=1)
-    metrics = {
-        "mse": sklearn.metrics.mean_squared_error(true, predicted),
-        "mae": sklearn.metrics.mean_absolute_error(true, predicted),
-    }
+    measures = {"mse": sklearn.metrics.mean_squared_error, "mae": sklearn.metrics.mean_absolute_error}
     if len(true) > 1:  # Of fewer than two examples, there is no variance to explain.
-        metrics["r2"] = sklearn.metrics.r2_score(true, predicted)
-    return Report(metrics={name: float(value) for name, value in metrics.items()}, figures={"predictions": figure})
+        measures["r2"] = sklearn.metrics.r2_score
+    metrics = {name: float(measure(true, predicted)) for name, measure in measures.items()}
+    return Report(metrics, figures={"predictions": figure})
 
 
 def _predict(model: keras.Model, split: Split, batch_size: int, strategy: tf.distribute.Strategy) -> np.ndarray:
@@ -117,16 +103,13 @@ def _predict(model: keras.Model, split: Split, batch_size: int, strategy: tf.dis
 
 def picture_figure(images: np.ndarray, titles: list[str]) -> Figure:
     """Up to 25 uint8 pictures [n, height, width, channels] in a square, each with its title."""
-    side = min(5, int(np.ceil(np.sqrt(len(images)))))
-    height, width = 1.55 * np.array(images.shape[1:3]) / max(images.shape[1:3])  # inches, as all lengths here
+    side = min(5, math.ceil(math.sqrt(len(images))))
     figure = Figure(figsize=(1.7 * side, 1.9 * side))
-    axes = figure.add_axes((0, 0, 1, 1), frame_on=False, xticks=[], yticks=[])  # One for all: each takes its time.
-    for place, (image, title) in enumerate(zip(images[: side**2], titles, strict=False)):
-        center, bottom = 1.7 * (place % side + 0.5), 1.9 * (place // side + 1) - 0.05
-        extent = (center - width / 2, center + width / 2, bottom, bottom - height)
-        axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, extent=extent)
-        axes.text(center, bottom - height - 0.05, verbatim(title), fontsize=7, horizontalalignment="center")
-    axes.set(xlim=(0, 1.7 * side), ylim=(1.9 * side, 0))
+    figure.subplots_adjust(0.01, 0.01, 0.99, 0.95, hspace=0.2, wspace=0.1)
+    for place, (image, title) in enumerate(zip(images[: side**2], titles, strict=False), start=1):
+        axes = figure.add_subplot(side, side, place, xticks=[], yticks=[])
+        axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+        axes.set_title(verbatim(title), fontsize=7)
     return figure
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import pathlib
 import platform
 import re
 import signal
@@ -40,11 +41,8 @@ class Machine:
 def describe_machine() -> Machine:
     """The machine this process runs on. Touches no device that TensorFlow has not been told about yet."""
     gpus = map(tf.config.experimental.get_device_details, tf.config.get_visible_devices("GPU"))
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            about = lines.read()
-    except OSError:
-        about = ""
+    file = pathlib.Path("/proc/cpuinfo")
+    about = file.read_text("utf-8") if file.exists() else ""
     named = re.search(r"model name\s*: (.*)", about)
     return Machine(
         named[1].strip() if named else platform.processor() or platform.machine(),
@@ -58,18 +56,10 @@ def describe_machine() -> Machine:
 
 
 def choose(machine: Machine, config: SharedConfig, workers: int = 0) -> dict[str, tuple[Any, str]]:
-    """Decides strategy, devices, precision and threads: a pure function of its arguments.
+    """Decides strategy, devices, precision and threads, each with its reason: a pure function of its arguments.
 
-    Args:
-        machine: where this process runs.
-        config: its flags.
-        workers: how many workers the cluster has that this process belongs to; 0 without a cluster.
-
-    Returns:
-        Each choice with its reason.
-
-    Raises:
-        UserError: the flags ask for something that this machine can't do.
+    `workers` is the number of workers of the cluster; 0 without one. A `UserError` says which flag asks for something
+    that this machine can't do.
     """
     gpus, strategy, reason = len(machine.gpus), config.strategy, "by --strategy"
     local = 1 if strategy == "none" else config.devices or gpus or 1
@@ -81,9 +71,7 @@ def choose(machine: Machine, config: SharedConfig, workers: int = 0) -> dict[str
         strategy, reason = ("mirrored", "several devices") if local > 1 else ("none", "one device")
     devices = {"multi-worker": workers * local, "tpu": machine.tpus}.get(strategy, local)
     problem = None
-    if strategy == "parameter-server":
-        problem = "--strategy parameter-server: Keras 3 does not support parameter servers; use multi-worker"
-    elif strategy == "multi-worker" and not workers:
+    if strategy == "multi-worker" and not workers:
         problem = "--strategy multi-worker: neither TF_CONFIG nor Slurm names workers; set TF_CONFIG for each worker"
     elif strategy == "tpu" and not machine.tpus:
         problem = "--strategy tpu: TensorFlow finds no TPU; install the packages for it, or leave it out"
@@ -117,37 +105,23 @@ def choose(machine: Machine, config: SharedConfig, workers: int = 0) -> dict[str
         precision = "float32", "several GPUs, one older than Ampere"
     else:
         precision = "mixed_float16", "GPU older than Ampere"
+    kind = "TPU cores" if strategy == "tpu" else "GPUs" if gpus else "the CPU"
+    kind += " of each worker" if strategy == "multi-worker" else ""
     return {
         "strategy": (strategy, reason),
-        "devices": (devices, "by --devices" if config.devices else _devices_of(strategy, gpus)),
+        "devices": (devices, "by --devices" if config.devices else kind),
         "precision": precision,
         "threads": (config.threads, "by --threads") if config.threads else (machine.cores, "one per core"),
     }
 
 
-def _devices_of(strategy: str, gpus: int) -> str:
-    if strategy == "tpu":
-        return "TPU cores"
-    if strategy == "multi-worker":
-        return "GPUs of all workers" if gpus else "the CPU of each worker"
-    return "GPUs" if gpus else "the CPU"
-
-
 def apply(
     choices: dict[str, tuple[Any, str]], config: SharedConfig, cluster: Cluster | None = None
 ) -> tf.distribute.Strategy:
-    """Sets TensorFlow and Keras up as chosen.
+    """Sets TensorFlow and Keras up as `choose` has chosen; with several workers, waits for all of them.
 
-    In plain Keras: `keras.config.set_dtype_policy` and `tf.distribute.MirroredStrategy()`.
-
-    Args:
-        choices: by `choose`.
-        config: the flags.
-        cluster: the workers, for the strategy multi-worker, which waits for all of them.
-
-    Raises:
-        UserError: a worker did not come, or runs other code.
-        UserError: TensorFlow runs already, with fewer logical CPU devices or other threads.
+    In plain Keras: `keras.config.set_dtype_policy` and `tf.distribute.MirroredStrategy()`. A `UserError` says which
+    worker did not come, or that TensorFlow runs already with fewer logical CPU devices or other threads.
     """
     gpus, (cpu, *_) = tf.config.get_visible_devices("GPU"), tf.config.list_physical_devices("CPU")
     (strategy, _), (devices, _), threading = choices["strategy"], choices["devices"], tf.config.threading
@@ -162,10 +136,8 @@ def apply(
         if strategy == "mirrored" and not gpus and parts < devices:
             tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * devices)
     except RuntimeError as error:
-        raise UserError(
-            "hardware flags: TensorFlow runs already in this process with other settings; "
-            "start a new process to change --threads or --devices"
-        ) from error
+        problem = "TensorFlow runs already in this process with other --threads or --devices"
+        raise UserError(f"hardware flags: {problem}; start a new process") from error
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
         tf.config.experimental.enable_tensor_float_32_execution(False)
@@ -176,12 +148,9 @@ def apply(
     if strategy == "multi-worker":
         apply_patch("logs of several workers", required=True)
         if not config.quiet:
-            print(
-                f"cluster: {cluster.name(cluster.index)} waits up to {config.cluster_timeout} s for the others. "
-                "TensorFlow opens this port to all networks of the machine, and whoever reaches it can run code here: "
-                "keep it behind a firewall",
-                flush=True,
-            )
+            warning = "TensorFlow opens this port to all networks, and whoever reaches it can run code here"
+            waiting = f"{cluster.name(cluster.index)} waits up to {config.cluster_timeout} s for the others"
+            print(f"cluster: {waiting}. {warning}: keep it behind a firewall", flush=True)
         return _multi_worker(cluster, bool(gpus), config.cluster_timeout)
     return _tpu() if strategy == "tpu" else _mirrored("GPU" if gpus else "CPU", devices)
 

@@ -9,8 +9,7 @@ import tensorflow as tf
 class Activation(keras.layers.Activation):
     """`keras.layers.Activation`, with the gradient of SiLU in one pass through the activations.
 
-    TensorFlow 2.21 takes seven passes, and its sigmoid of bfloat16 is the slowest of them. XLA makes one pass of it, in
-    float32 inside.
+    TensorFlow 2.21 takes seven passes. XLA makes one of them, in float32 inside.
     """
 
     def call(self, inputs: Any) -> Any:
@@ -33,8 +32,8 @@ def _silu(inputs: tf.Tensor) -> tuple:
 class BatchNormalization(keras.layers.BatchNormalization):
     """`keras.layers.BatchNormalization`, as one operation forward and one backward in the training of images.
 
-    In Keras 3.15 it is a dozen operations, each through all activations, in float32 whatever the precision. Several
-    replicas, other layouts than channels last, masks and other dtypes of the layer than float32 use Keras' own.
+    In Keras 3.15 it is a dozen operations, each through all activations. Keras' own is used for several replicas, other
+    layouts than channels last, masks and other dtypes of the layer than float32.
     """
 
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
@@ -62,8 +61,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
 class Conv2D(keras.layers.Conv2D):
     """`keras.layers.Conv2D`, with a faster gradient of the filters for small images in bfloat16 on a processor.
 
-    oneDNN 3.7, which is in TensorFlow 2.21, takes three to four times as long for this gradient as for the convolution
-    itself, and for images 3 wide longer than in float32. Here it is a product of matrices for each place of the filter.
+    oneDNN 3.7, which is in TensorFlow 2.21, takes three to four times as long for this gradient as for the convolution.
+    Here it is a product of matrices for each place of the filter.
     """
 
     def convolution_op(self, inputs: Any, kernel: Any) -> Any:

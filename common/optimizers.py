@@ -58,7 +58,7 @@ class Muon(FusedAdam):
         weight_decay=0.004,
         **settings: Any,
     ):
-        """Sets the optimizer up.
+        """Sets the optimizer up; `settings` are those of AdamW.
 
         Args:
             learning_rate: as of AdamW, for all variables but kernels.
@@ -68,7 +68,6 @@ class Muon(FusedAdam):
             unit_filters: bring filters back to length 1 (their mean square) before each step. Useful before
                 BatchNormalization, for which their length does not matter: the learning rate is then an angle.
             weight_decay: as of AdamW, for kernels too.
-            settings: as of AdamW.
         """
         super().__init__(learning_rate, weight_decay=weight_decay, **settings)
         self.kernel_speed, self.kernel_momentum, self.unit_filters = kernel_speed, kernel_momentum, unit_filters

@@ -22,17 +22,13 @@ import numpy as np
 
 # What scripts read of a result.
 RESULT = (
-    *("recipe", "data", "metrics", "parameters", "seconds", "examples_per_second", "history", "class_names", "columns"),
-    *("weights_sha256", "model_sha256"),
+    *("recipe", "data", "metrics", "parameters", "seconds", "examples_per_second", "history", "task", "class_names"),
+    *("columns", "weights_sha256", "model_sha256"),
 )
 
 
 def rename(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Renames a file or a folder so that after a power cut there is the whole content under the new name, or the old.
-
-    Raises:
-        OSError: it can't be written to the disk, or renamed.
-    """
+    """Renames a file or a folder so that a power cut leaves the whole content under the new name, or the old."""
     for path in (*source.rglob("*"), source):
         _flush(path)
     os.replace(source, target)
@@ -63,11 +59,7 @@ def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: pathlib.Path, *keys: str) -> dict[str, Any]:
-    """Reads a JSON file that holds an object with these keys.
-
-    Raises:
-        UserError: it can't be read, or holds something else.
-    """
+    """Reads a JSON file that holds an object with these keys; a `UserError` if it can't be read or holds others."""
     try:
         content = json.loads(path.read_bytes())
         if isinstance(content, dict) and content.keys() >= set(keys):
@@ -80,11 +72,7 @@ def read_json(path: pathlib.Path, *keys: str) -> dict[str, Any]:
 
 
 def read_run(folder: pathlib.Path) -> dict[str, Any]:
-    """The result of a finished run, and under `config` its configuration.
-
-    Raises:
-        UserError: the folder holds no such run.
-    """
+    """The result of a finished run, and under `config` its configuration; a `UserError` if there is none."""
     if (folder / "config.json").exists() and not (folder / "result.json").exists():
         raise UserError(f"{folder}: a run that is not finished; continue it with --resume, or name another")
     result = read_json(folder / "result.json", *RESULT)
@@ -92,11 +80,7 @@ def read_run(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def load_program(path: pathlib.Path) -> types.ModuleType:
-    """Imports a recipe or a script from its file, under the name of that file.
-
-    Raises:
-        UserError: there is no such file.
-    """
+    """Imports a recipe or a script from its file, under the name of that file; a `UserError` if there is none."""
     if not path.is_file():
         raise UserError(f"{path}: no such program; give the name of one in that folder, or a run of one")
     specification = importlib.util.spec_from_file_location(path.stem, path)
@@ -130,20 +114,19 @@ def weights_sha256(model: keras.Model) -> str:
 def provenance() -> dict[str, Any]:
     """Which code with which packages gave a result, and the most memory it held at any one time, in bytes.
 
-    `commit` is that of the repository of this package, as imported; `recipe_commit` that of the program's folder, where
-    it is another. Each as the process found it first, as that is the code that it runs.
+    `commit` is that of the repository of this package, `recipe_commit` that of the program's, where it is another; each
+    as the process found it first.
     """
     packages = ("tensorflow", "keras", "tensorflow-datasets", "tensorboard", "numpy", "scikit-learn")
     package, recipe = (commit(pathlib.Path(file).parent) for file in (__file__, sys.argv[0]))
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB.
+    versions = {name: importlib.metadata.version(name) for name in packages}
     return {
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
+        "versions": {"python": platform.python_version(), **versions},
         "commit": package,
         **({} if recipe == package else {"recipe_commit": recipe}),
         "command": shlex.join(["python", *sys.argv]),
-        # Linux counts in KiB, macOS in bytes.
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
     }
 
 

@@ -8,13 +8,11 @@ import pathlib
 import platform
 from typing import Any, BinaryIO
 
-from common.cli import BESIDE_TRAINING, AlreadyFinishedError, SharedConfig, UserError, warn
+from common.cli import BESIDE_TRAINING, AlreadyFinishedError, SharedConfig, UserError
 from common.records import RESULT, file_sha256, read_json
 
-# What may be left of a run that was killed before it had begun.
+# What may be there before a run begins: its lock, and a file that was not finished.
 TRACES = {"lock", "config.json.part"}
-# What may be left of a run that was killed before its first checkpoint.
-_EARLY = {*TRACES, "config.json", "plots", "checkpoints", "tensorboard"}
 _locks: dict[pathlib.Path, BinaryIO] = {}
 
 
@@ -24,8 +22,8 @@ def choose_directory(recipe: str, config: SharedConfig) -> pathlib.Path:
         return pathlib.Path(config.run_dir)
     runs = []
     if config.resume:
-        found = (*pathlib.Path("runs").glob("*/config.json"), *pathlib.Path("runs").glob("*/*/config.json"))
-        runs = [file.parent for file in sorted(found, key=os.path.getmtime) if _recipe_of(file.parent) == recipe]
+        found = sorted(pathlib.Path("runs").rglob("config.json"), key=os.path.getmtime)
+        runs = [file.parent for file in found if _recipe_of(file.parent) == recipe]
     unfinished = [run for run in runs if not (run / "result.json").exists()]
     new = pathlib.Path("runs", recipe, datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f"))
     return (unfinished or runs or [new])[-1]
@@ -38,7 +36,7 @@ def _recipe_of(directory: pathlib.Path) -> str:
 
 
 def is_used(directory: pathlib.Path, resume: bool) -> bool:
-    """Whether there is a run in `directory`, which then is locked; a UserError if it may not be used."""
+    """Whether there is a run in `directory`; a UserError if it may not be used."""
     try:
         found = set(os.listdir(directory)) - TRACES
     except FileNotFoundError:
@@ -47,82 +45,65 @@ def is_used(directory: pathlib.Path, resume: bool) -> bool:
         raise UserError(f"--run-dir {directory}: {error.strerror}; choose an empty or a new one") from error
     if found and not resume:
         raise UserError(f"--run-dir {directory}: is not empty; choose a new folder, or continue its run with --resume")
-    if found:
-        lock(directory)
     return bool(found)
 
 
 def lock(directory: pathlib.Path) -> None:
     """Keeps other processes out of a run directory until `unlock`, or until this process ends.
 
-    A UserError if another process has locked it, or it can't be written to.
+    The file stays: if it was deleted, two processes could each lock a file of that name. A `UserError` says which
+    process has locked it, or why it can't be written to.
     """
+    unlock(directory)  # An earlier run of this process may have locked it.
     path = (directory / "lock").resolve()
-    if path in _locks:  # By an earlier run of this process.
-        _locks.pop(path).close()
     try:
-        while True:
-            file = open(path, "a+b", buffering=0)  # noqa: SIM115
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    break
-            file.close()  # Another process had locked this file and has just deleted it.
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _locks[path] = file
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}".encode())
     except BlockingIOError as error:
         with file:
-            file.seek(0)
-            holder = file.read().decode(errors="replace") or "another process"
+            holder = path.read_text(errors="replace") or "another process"
         raise UserError(f"--run-dir {directory}: in use by {holder}; wait for it, or choose another") from error
     except OSError as error:
         raise UserError(f"--run-dir {directory}: {error.strerror}; choose an empty or a new one") from error
-    with contextlib.suppress(OSError):  # Only for the message above.
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}".encode())
-    _locks[path] = file
 
 
 def unlock(directory: pathlib.Path) -> bool:
     """Unlocks a run directory; returns whether this process had locked it."""
-    path = (directory / "lock").resolve()
-    file = _locks.pop(path, None)
+    file = _locks.pop((directory / "lock").resolve(), None)
     if file:
-        path.unlink(missing_ok=True)  # While it is locked: see the comparison in `lock`.
         file.close()
     return file is not None
 
 
 def resumed_settings(directory: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the run in `directory`, with `resumed` counted up.
+    """Locks the run in `directory` and returns its settings, with `resumed` counted up.
 
     Raises:
-        UserError: there is no run, it is damaged, or it has other settings than `settings`.
+        UserError: there is no run, it is damaged or in use, or it has other settings than `settings`.
         AlreadyFinishedError: the run has its result.
     """
-    path = directory / "config.json"
-    if not path.exists():
+    if not (directory / "config.json").exists():
         raise UserError(f"--run-dir {directory}: holds no run; choose a new folder, or that of a run to resume")
-    try:
-        before = read_json(path, "recipe", "config", "chosen", "files", "resumed")
-    except UserError as error:
-        torn = path.is_file() and not path.read_bytes().rstrip().endswith(b"}")
-        if not torn or set(os.listdir(directory)) - _EARLY or any(directory.glob("checkpoints/epoch-*")):
-            raise
-        warn(f"{str(error).split(';')[0]}; the run has no checkpoint yet and starts anew")
-        before = settings
+    before = read_json(directory / "config.json", "recipe", "config", "chosen", "files", "resumed")
     was, now = before["recipe"], settings["recipe"]
     if was != now:
         raise UserError(f"--run-dir {directory}: a run of {was}, not of {now}; choose another")
-    differing = {}
-    for part in ("config", "chosen", "files"):
-        for name in {**before[part], **settings[part]}:
+    free = BESIDE_TRAINING if settings["config"]["deterministic"] else {*BESIDE_TRAINING, "threads"}
+    found = {}
+    for part, names in (("config", BESIDE_TRAINING), ("chosen", free), ("files", ())):
+        for name in [name for name in {**before[part], **settings[part]} if name not in names]:
             old, new = before[part].get(name), settings[part].get(name)
-            exact = part == "config" or name != "threads" or settings["config"]["deterministic"]
-            if old != new and exact and name not in BESIDE_TRAINING:
-                differing[name] = f"{name} was {old!r} and is {new!r}"
-    if differing:
-        found = "; ".join(differing.values())
-        raise UserError(f"--resume: in {directory}, {found}; give the same flags, or start a new run")
+            if old != new:
+                found[name] = f"{name} was {old!r} and is {new!r}"
+    if found:
+        problem = "; ".join(found.values())
+        raise UserError(f"--resume: in {directory}, {problem}; give the same flags, or start a new run")
+    lock(directory)
     if (directory / "result.json").exists():
+        unlock(directory)
         result, model = read_json(directory / "result.json", *RESULT), directory / "model.keras"
         if not model.is_file() or file_sha256(model) != result["model_sha256"]:
             raise UserError(f"{model}: missing, or not what the training wrote; get it back, or start a new run")

@@ -14,13 +14,12 @@ from typing import Any
 from common import upstream
 from common.batches import Augment, steps_per_epoch
 from common.checkpoints import EPOCH_OVER, Checkpoints, newest_checkpoint
-from common.cli import BESIDE_TRAINING, AlreadyFinishedError, SharedConfig, UserError, warn
-from common.cluster_description import described_cluster
+from common.cli import BESIDE_TRAINING, SharedConfig, UserError, warn
 from common.data import Data
 from common.evaluation import Report, curves_figure, figure_png
 from common.hardware import apply, choose, describe_machine
 from common.layers import with_stock_layers
-from common.multiworker import Cluster, joined
+from common.multiworker import Cluster, described_cluster, joined
 from common.records import code_sha256, file_sha256, provenance, rename, weights_sha256, write_json
 from common.run_directory import TRACES, choose_directory, is_used, lock, resumed_settings, unlock
 from common.tensorboard import Logs
@@ -41,13 +40,11 @@ def start_run(config: SharedConfig, **files: str) -> "Run":
             their flags; or empty.
 
     Raises:
-        UserError: a hardware flag that does not fit the machine, a directory or one of `files` that can't be
-            used, or with `--resume` a run with another configuration or other content of `files`.
+        UserError: a flag does not fit the machine, or with `--resume` the configuration or the content of `files`.
         AlreadyFinishedError: the run to resume has its result.
     """
     started = time.perf_counter()
-    described = config.strategy in ("auto", "multi-worker")
-    workers, index = described_cluster(os.environ) if described else ((), 0)
+    workers, index = described_cluster(os.environ) if config.strategy in ("auto", "multi-worker") else ((), 0)
     # A class typed into a notebook stands in no file.
     recipe = pathlib.Path(getattr(sys.modules[type(config).__module__], "__file__", "notebook")).stem
     machine = describe_machine()
@@ -59,9 +56,7 @@ def start_run(config: SharedConfig, **files: str) -> "Run":
             settings["files"][name] = path and file_sha256(pathlib.Path(path))
         except OSError as error:
             raise UserError(f"--{name} {path}: can't be read ({error.strerror}); give another file") from error
-    cluster = Cluster()
-    if chosen["strategy"] == "multi-worker":
-        cluster = joined[0] if joined else Cluster(workers, index)
+    cluster = (joined or [Cluster(workers, index)])[0] if chosen["strategy"] == "multi-worker" else Cluster()
     # The same layer names in the second run of a process as in the first; before `apply`, as it also
     # forgets the precision.
     keras.utils.clear_session()
@@ -70,38 +65,21 @@ def start_run(config: SharedConfig, **files: str) -> "Run":
     same |= {"recipe": recipe, **settings["config"], **chosen, **settings["files"]}
     left_out = {*BESIDE_TRAINING, "threads", "data"} - {"baseline"}
     cluster.compare({key: value for key, value in same.items() if key not in left_out})
-    directory, settings, checkpoint = _open_directory(recipe, config, settings, cluster)
+
+    def found() -> tuple:
+        directory = choose_directory(recipe, config)
+        if not is_used(directory, config.resume):
+            return str(directory), settings, None
+        return str(directory), resumed_settings(directory, settings), newest_checkpoint(directory / "checkpoints")
+
+    directory, settings, checkpoint = cluster.from_chief(found() if cluster.chief else None)
     keras.utils.set_random_seed(config.seed)
     if cluster.chief and not config.quiet:
         gpus = ", ".join(name for name, _ in machine.gpus) or "no GPU"
         reasons = ", ".join(f"{name} {value} ({reason})" for name, (value, reason) in choices.items())
         print(f"hardware: {machine.processor}, {machine.cores} cores, {gpus}: {reasons}", flush=True)
     hardware = dataclasses.asdict(machine) | chosen
-    return Run(recipe, config, directory, strategy, hardware, started, settings, checkpoint, cluster)
-
-
-def _open_directory(
-    recipe: str, config: SharedConfig, settings: dict[str, Any], cluster: Cluster
-) -> tuple[pathlib.Path, dict[str, Any], tuple[pathlib.Path, dict[str, Any]] | None]:
-    """The run directory, its settings and the checkpoint to resume from, as the chief finds them."""
-
-    def found() -> list:
-        directory = choose_directory(recipe, config)
-        if not is_used(directory, config.resume):
-            return [directory, settings, None, ""]
-        try:
-            return [directory, resumed_settings(directory, settings), newest_checkpoint(directory / "checkpoints"), ""]
-        except AlreadyFinishedError as finished:
-            unlock(directory)
-            return [directory, settings, None, str(finished)]
-        except UserError:
-            unlock(directory)
-            raise
-
-    directory, settings, checkpoint, finished = cluster.from_chief(found() if cluster.chief else None)
-    if finished:
-        raise AlreadyFinishedError(finished)
-    return pathlib.Path(directory), settings, checkpoint
+    return Run(recipe, config, pathlib.Path(directory), strategy, hardware, started, settings, checkpoint, cluster)
 
 
 @dataclasses.dataclass
@@ -138,22 +116,17 @@ class Run:
     ) -> list[keras.callbacks.Callback]:
         """Makes the run directory and gives the callbacks for `fit`: watch, logs, `more`, checkpoints.
 
-        Also writes what TensorBoard can show from the start: the run card, and examples of the data as
-        they are and as `augment` makes them.
-
         Args:
             data: what the model is trained on.
-            augment: the augmentation of training batches, to show what it does.
+            augment: the augmentation of training batches, of which TensorBoard shows examples.
             more: your own callbacks, such as `EarlyStopping`: here, their state survives an interruption.
         """
         state = self.checkpoint[1] if self.checkpoint else {}
-        self.data_digest = data.digest()
+        self.data_digest, before = data.digest(), state.get("seconds", {})
         self.cluster.compare({"data": self.data_digest})
-        self.seconds = {"data": data.seconds, "total": 0.0}
-        for part, seconds in state.get("seconds", {}).items():
-            self.seconds[part] += seconds
-        batch_size = self.config.batch_size
-        self.watch = _Watch(steps_per_epoch(data.train, batch_size) * min(batch_size, len(data.train)))
+        self.seconds = {"data": data.seconds + before.get("data", 0.0), "total": before.get("total", 0.0)}
+        batch_size = min(self.config.batch_size, len(data.train))
+        self.watch = _Watch(steps_per_epoch(data.train, batch_size) * batch_size)
         kept = Checkpoints(
             self.directory / "checkpoints",
             self.config.checkpoint_every,
@@ -165,7 +138,6 @@ class Run:
         if not self.cluster.chief:
             return [self.watch, *more, kept]
         self._write_settings(data)
-        about = {"name": data.name, "source": data.source, **data.counts()}
         if not self.config.quiet:
             counts = ", ".join(f"{count:,} {split}" for split, count in data.counts().items())
             print(f"data: {data.name} ({data.source}): {counts}", flush=True)
@@ -174,6 +146,7 @@ class Run:
         self.logs = Logs(self.directory / "tensorboard", self.config, state.get("logs", {}))
         made_by = provenance()  # Now: what is committed while it trains has no part in it.
         if not state:
+            about = {"name": data.name, "source": data.source, **data.counts()}
             card = {"recipe": self.recipe, "data": about, "config": dataclasses.asdict(self.config)}
             card |= {"hardware": self.hardware, **made_by}
             self.logs.attempt(self.logs.begin, f"{self.recipe}/{self.directory.name}", card, data, augment)
@@ -204,20 +177,14 @@ class Run:
             raise UserError(f"--run-dir {problem}; choose an empty or a new one") from error
 
     def finish(self, model: keras.Model, data: Data, report: Report, beside: dict[str, float]) -> dict[str, float]:
-        """Saves the model, the plots and `result.json`, and prints the result.
+        """Saves the model, the plots and `result.json`, prints the result, and returns all metrics.
 
         Args:
-            model: the trained model, which takes what a user has. A classifier is saved with a second
-                output, the name of the likeliest class.
+            model: the trained model, which takes what a user has. A classifier is saved with a second output, the name
+                of the likeliest class.
             data: what it was trained on.
             report: its test metrics.
             beside: figures to compare them with, such as a baseline's.
-
-        Returns:
-            All metrics: those of the report and those beside it.
-
-        Raises:
-            UserError: a file can't be written.
         """
         metrics, watch = {**report.metrics, **beside}, self.watch
         if not self.cluster.chief:
@@ -264,15 +231,16 @@ class Run:
         unlock(self.directory)
         if not self.config.quiet:
             shown = {name: f"{value:.4f}" for name, value in metrics.items()}
-            counts = ("parameters", result["parameters"]), ("training seconds", result["seconds"]["train"])
-            shown |= {name: f"{value:,.0f}" for name, value in counts}
+            shown |= {
+                "parameters": f"{result['parameters']:,}",
+                "training seconds": f"{result['seconds']['train']:,.0f}",
+            }
             shown["examples per second"] = f"{result['examples_per_second'] or math.nan:,.0f}"
             print(f"{self.recipe}: test split of {data.name} ({data.source})")
             for name, value in shown.items():
                 print(f"  {name.replace('_', ' '):<32} {value:>12}")
-            print(f"run directory: {self.directory}")
             watch_it = [sys.executable, "-m", "tensorboard.main", "--logdir", str(self.directory)]
-            print(f"watch it: {shlex.join(watch_it)}")
+            print(f"run directory: {self.directory}\nwatch it: {shlex.join(watch_it)}")
         return metrics
 
     def _draw(self, report: Report) -> None:
@@ -302,11 +270,10 @@ def with_class_names(model: keras.Model, class_names: tuple[str, ...]) -> keras.
 
 
 class _Watch(keras.callbacks.Callback):
-    """Measures the time of training and keeps the history.
+    """Measures the time of training and keeps the history: the logs of each epoch, and the seconds until its end.
 
-    The first execution traces the graph, so it counts as compiling and not into the throughput, which is
-    `examples` in `seconds`. Validation counts as training, but not into the throughput either. `history`
-    holds the logs of each epoch, and the seconds from the start of training to its end.
+    The first execution traces the graph, so it counts as compiling and not into the throughput, which is `examples` in
+    `seconds`. Validation counts as training, but not into the throughput either.
     """
 
     def __init__(self, examples_per_epoch: int):
@@ -314,8 +281,8 @@ class _Watch(keras.callbacks.Callback):
         # What begins with _ is not part of a checkpoint.
         self._examples_per_epoch, self._traced = examples_per_epoch, False
         self.history: list[dict[str, float]] = []
-        self.steps, self.elapsed, self.compile_seconds, self.examples, self.seconds = 0, 0.0, 0.0, 0.0, 0.0
-        self.batches, self.epoch_examples, self.epoch_seconds = 0, 0.0, 0.0
+        self.steps, self.elapsed, self.compile_seconds = 0, 0.0, 0.0
+        self.examples, self.seconds, self.epoch_examples, self.epoch_seconds = 0.0, 0.0, 0.0, 0.0
 
     def _tick(self) -> float:
         now = time.perf_counter()
@@ -333,7 +300,6 @@ class _Watch(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         # With several steps per execution, `batch` is the last one of them. A resumed epoch counts from 0 again.
         took, batches, self._done = self._tick(), batch + 1 - self._done, batch + 1
-        self.batches += batches
         if self._traced:
             self.epoch_examples += batches * self._examples_per_epoch / self.params["steps"]
             self.epoch_seconds += took
@@ -345,12 +311,11 @@ class _Watch(keras.callbacks.Callback):
         self._tick()
         if self.model.stop_training == EPOCH_OVER:  # Here, so that later callbacks can stop the training.
             self.model.stop_training = False
-        # An epoch of one execution, which was traced, has nothing else to be measured by.
         examples, seconds = self.epoch_examples, self.epoch_seconds
+        # An epoch of one execution, which was traced, has nothing else to be measured by.
         rate = examples / seconds if examples else self._examples_per_epoch / self.compile_seconds
         logs["examples_per_second"] = rate
-        self.steps += self.batches
-        self.examples += examples
-        self.seconds += seconds
-        self.batches, self.epoch_examples, self.epoch_seconds = 0, 0.0, 0.0
+        self.examples, self.seconds = self.examples + examples, self.seconds + seconds
+        self.epoch_examples = self.epoch_seconds = 0.0
         self.history.append({name: float(value) for name, value in logs.items()} | {"seconds": self.elapsed})
+        self.steps = len(self.history) * self.params["steps"]

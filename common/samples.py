@@ -1,8 +1,4 @@
-"""Small data sets that need no network: real digits, drawn shapes, and reviews written by a grammar.
-
-The drawn shapes and the reviews are made anew each time, from a fixed seed, so that nothing needs to
-be stored; they are harder than they look, see `tests/test_samples.py`.
-"""
+"""Small data sets that need no network: real digits, and shapes and reviews that are made from a fixed seed."""
 
 from random import Random
 
@@ -82,8 +78,8 @@ SENTENCES = (
 def written_reviews(count: int = 4800) -> Arrays:
     """Film reviews, negative and positive, in which negation and contrast decide.
 
-    Praise and blame use the same words equally often ("not a dull moment", "the plot looked superb but
-    ..."), with only a few plain sentences: to count words is not enough, their order matters.
+    Praise and blame use the same words equally often ("not a dull moment", "the plot looked superb but ..."), with only
+    a few plain sentences: to count words is not enough, their order matters.
     """
     # Python's own numbers: for one at a time, it is many times as quick as NumPy.
     draw = Random(0)

@@ -1,7 +1,6 @@
 """Imports TensorFlow without its start-up banner."""
 
 import contextlib
-import gc
 import os
 import sys
 import tempfile
@@ -20,15 +19,10 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 def quiet_native_stderr() -> Iterator[None]:
     """Holds back what native code writes to file descriptor 2; shows it after all if the block fails.
 
-    Setting `TF_CPP_MIN_LOG_LEVEL` is not enough: TensorFlow 2.21 prints its oneDNN and CUDA lines before
-    its logging has read that variable ("All log messages before absl::InitializeLog() is called are
-    written to STDERR").
+    `TF_CPP_MIN_LOG_LEVEL` is not enough: TensorFlow 2.21 prints its oneDNN and CUDA lines before it has read that
+    variable ("All log messages before absl::InitializeLog() is called are written to STDERR").
     """
-    try:
-        saved = os.dup(2)
-    except OSError:  # The process was started without a stderr: nothing to keep quiet.
-        yield
-        return
+    saved = os.dup(2)
     sys.stderr.flush()
     with tempfile.TemporaryFile() as held:
         os.dup2(held.fileno(), 2)
@@ -43,19 +37,12 @@ def quiet_native_stderr() -> Iterator[None]:
             os.close(saved)
 
 
-# TensorFlow is 700,000 objects. Python's garbage collector would go through them again and again while it is imported.
-collecting = gc.isenabled()
-gc.disable()
-try:
-    with quiet_native_stderr():
-        import tensorflow as tf
+with quiet_native_stderr():
+    import tensorflow as tf
 
-        # In Python, it warns of several models in one process ("retracing").
-        tf.get_logger().setLevel("ERROR")
-        # Once TensorFlow has touched a GPU, this fails. The first look for GPUs prints lines of its own.
-        for gpu in tf.config.list_physical_devices("GPU"):
-            with contextlib.suppress(RuntimeError):
-                tf.config.experimental.set_memory_growth(gpu, True)
-finally:
-    if collecting:
-        gc.enable()
+    # In Python, it warns of several models in one process ("retracing").
+    tf.get_logger().setLevel("ERROR")
+    # Once TensorFlow has touched a GPU, this fails. The first look for GPUs prints lines of its own.
+    for gpu in tf.config.list_physical_devices("GPU"):
+        with contextlib.suppress(RuntimeError):
+            tf.config.experimental.set_memory_growth(gpu, True)

@@ -1,8 +1,6 @@
 """What TensorBoard shows of a run; a log that can't be written never stops a training."""
 
-import contextlib
 import functools
-import itertools
 import json
 import os
 import pathlib
@@ -10,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from common.batches import Augment, BatchRandom
+from common.batches import Augment, training_batches
 from common.cli import BESIDE_TRAINING, SharedConfig, warn
 from common.data import Data
 from common.evaluation import figure_png, picture_figure, text_table
@@ -68,10 +66,9 @@ class Logs(keras.callbacks.TensorBoard):
         self.writer = tf.summary.create_file_writer(str(self.folder))
 
     def on_epoch_end(self, epoch, logs=None):
-        """Writes the metrics of an epoch, of training and of validation, each in one operation.
+        """Writes the metrics of an epoch in two operations, as Keras' one for each would take longer than short epochs.
 
-        Keras has one for each metric, and together they take longer than the shortest epochs. To the disk they go at
-        most once a second.
+        They are flushed to the disk at most once a second.
         """
         values = {"train": {"learning_rate": float(np.asarray(self.model.optimizer.learning_rate))}, "validation": {}}
         for name, value in (logs or {}).items():
@@ -105,11 +102,8 @@ class Logs(keras.callbacks.TensorBoard):
     def sizes(self) -> dict[str, int]:
         """The size of each log file in bytes, with all that has been logged so far."""
         self.attempt(self._flush)
-        found = {}
-        for file in self.folder.rglob(_EVENT_FILES):
-            with contextlib.suppress(OSError):  # Deleted meanwhile.
-                found[str(file.relative_to(self.folder))] = file.stat().st_size
-        return found
+        files = self.folder.rglob(_EVENT_FILES)
+        return {str(file.relative_to(self.folder)): file.stat().st_size for file in files}
 
     def begin(self, name: str, card: dict[str, Any], data: Data, augment: Augment | None) -> None:
         """Writes what can be shown before training: the run card, the hyperparameters, and examples of the data."""
@@ -135,23 +129,16 @@ class Logs(keras.callbacks.TensorBoard):
 
 
 def _show_examples(data: Data, augment: Augment | None) -> None:
-    """Writes the first training examples to TensorBoard: pictures before and after, texts as a table."""
-    inputs, targets = data.train.arrays(slice(25))
-    names = [""] * min(25, len(data.train))
-    if data.task["output"] == "class":
-        names = [data.class_names[label] for label in targets.argmax(axis=1)]
-    if data.task["input"] == "text":
-        tf.summary.text("examples", text_table(inputs, names))
-    elif data.task["input"] == "image":
-        shown = {"examples": inputs}
-        if augment:
-            count = tf.constant(len(names), tf.int64)
-            none, turns = tf.constant(0, tf.int64), tf.range(count) % 2 == 0
-            first_draw = BatchRandom(tf.stack([none, none]), count, turns, itertools.count())
-            tensors = tf.nest.map_structure(tf.convert_to_tensor, (inputs, targets))
-            shown["examples_augmented"], _ = augment(*tensors, first_draw)
-        for tag, images in shown.items():
-            _write_picture(tag, figure_png(picture_figure(np.asarray(images), names)))
+    """Writes some training examples to TensorBoard: pictures before and after, texts as a table."""
+    for tag, change in (("examples", None), *([("examples_augmented", augment)] if augment else [])):
+        inputs, targets = next(iter(training_batches(data.train, min(25, len(data.train)), 0, change)))
+        names = [""] * len(inputs)
+        if data.task["output"] == "class":
+            names = [data.class_names[label] for label in np.argmax(targets, axis=1)]
+        if data.task["input"] == "text":
+            tf.summary.text(tag, text_table(inputs.numpy(), names))
+        elif data.task["input"] == "image":
+            _write_picture(tag, figure_png(picture_figure(inputs.numpy(), names)))
 
 
 def _write_picture(tag: str, png: bytes) -> None:

@@ -19,7 +19,7 @@ from tensorflow.python.distribute import input_lib, input_util
 
 
 class Patch(NamedTuple):
-    """A correction of other people's code: its versions, what fails without it, and the function that applies it."""
+    """A correction of a package: its versions, what fails without it, and the function that applies it."""
 
     package: str
     versions: str
@@ -58,8 +58,8 @@ def apply_patch(name: str, required: bool = False) -> None:
 def _patch_symbolic_build() -> None:
     """Builds a model from the shape of one replica's slice.
 
-    Keras 3.15 adds up the slices of all replicas to get a batch to build with. It only looks at shapes and types, so no
-    batch is needed: one would be missing from a validation that continues with its iterator.
+    Keras 3.15 adds up the slices of all replicas to get a batch to build with. Shapes and types are enough: a
+    batch that is taken would be missing from a validation that continues with its iterator.
     """
     original = TensorFlowTrainer._maybe_symbolic_build
 
@@ -117,8 +117,8 @@ def replica_datasets(
     """`strategy.distribute_datasets_from_function`, with a pipeline for each replica.
 
     In TensorFlow 2.21, one pipeline feeds all replicas of a worker ahead of time, by threads that may outlive it: one
-    deletion in some hundred ends the process by a segmentation fault, on a busy machine, and each validation
-    deletes an iterator. `MultiWorkerMirroredStrategy` has no option for a pipeline per replica.
+    deletion of an iterator in some hundred ends the process by a segmentation fault, and each validation deletes one.
+    `MultiWorkerMirroredStrategy` has no option for a pipeline per replica.
     """
     if not isinstance(strategy, tf.distribute.MirroredStrategy | tf.distribute.MultiWorkerMirroredStrategy):
         return strategy.distribute_datasets_from_function(worker_dataset)
@@ -144,13 +144,3 @@ def with_vocabulary_in_config(layer: keras.layers.TextVectorization) -> keras.la
     at least one repeated term"). It saves a vocabulary that was given to the layer in its configuration.
     """
     return keras.layers.TextVectorization.from_config({**layer.get_config(), "vocabulary": layer.get_vocabulary()})
-
-
-def free_of_tensors(model: keras.Model) -> None:
-    """Turns the constants of `Normalization` into NumPy arrays.
-
-    They are tensors from outside the graph of the model, which tf2onnx 1.17 takes for inputs of the model.
-    """
-    for layer in model.layers:
-        if isinstance(layer, keras.layers.Normalization):
-            layer.mean, layer.variance = map(keras.ops.convert_to_numpy, (layer.mean, layer.variance))

@@ -13,18 +13,11 @@ from PIL import Image, ImageOps
 
 
 def read_image_folders(folder: pathlib.Path, size: tuple[int, int]) -> Arrays:
-    """Pictures in a folder per class, below `train`, `validation` and `test` where these exist.
-
-    Args:
-        folder: holds the class folders, or a `train` folder that does.
-        size: height and width to bring the pictures to, see `read_image`.
+    """Pictures in a folder per class, below `train`, `validation` and `test` where these exist, else all of "train".
 
     Returns:
-        uint8 [n, height, width, channels] by split; only "train" where there are no folders for the
-        splits. There is one channel if all pictures of train are grey, else there are three.
-
-    Raises:
-        UserError: a folder without pictures, or a file that is no picture.
+        uint8 [n, height, width, channels] by split, brought to `size` as by `read_image`. There is one channel if all
+        pictures of train are grey, else there are three.
     """
     files = _class_files(folder, "images", [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"])
     arrays, channels = {}, 3
@@ -65,32 +58,23 @@ def _class_files(folder: pathlib.Path, kind: str, suffixes: list[str]) -> dict[s
     kind = f"{kind} ({', '.join(suffixes)})"
     if not folder.is_dir():
         raise UserError(f"--data {folder}: not a folder; give a folder that holds a folder per class")
-    folders = sorted(folder.glob("[!.]*/"))
-    below = {each.name.lower(): each for each in folders}  # Train as well as train.
+    below = {each.name.lower(): each for each in sorted(folder.glob("[!.]*/"))}  # Train as well as train.
     splits = {name: below[name] for name in ("train", "validation", "test") if name in below}
     if splits and "train" not in splits:
         raise UserError(f"{folder}: has a folder {next(iter(splits.values())).name!r} but none called 'train'; add it")
-    for other in folders if splits else ():
-        if other not in splits.values():
-            raise UserError(
-                f"{other}: a folder beside 'train', which is for splits; they are train, validation and test"
-            )
+    for other in below.keys() - splits if splits else ():
+        raise UserError(f"{below[other]}: no folder of a split; those are train, validation and test")
     found = {}
     for split, place in (splits or {"train": folder}).items():
         found[split] = []
         for of_class in sorted(place.glob("[!.]*/")):
             if re.search("[\ud800-\udfff]", of_class.name):  # What Python puts in the place of bytes that are no UTF-8.
                 raise UserError(f"{str(of_class)!r}: no name for a class; rename the folder, in UTF-8")
-            files = sorted(
-                file for file in of_class.glob("[!.]*") if file.suffix.lower() in suffixes and not file.is_dir()
-            )
+            files = [path for path in sorted(of_class.glob("[!.]*")) if path.suffix.lower() in suffixes]
             if not files:
                 raise UserError(f"{of_class}: no {kind} in this folder; add some or remove it")
-            for within in sorted(of_class.glob("[!.]*/")):
+            for within in of_class.glob("[!.]*/"):
                 raise UserError(f"{within}: a folder within that of a class; move its files there, or remove it")
-            for file in files:
-                if not file.resolve().is_relative_to(folder.resolve()):
-                    raise UserError(f"{file}: a link out of {folder}; put what it points to in its place, or remove it")
             found[split] += [(file, of_class.name) for file in files]
         if not found[split]:
             raise UserError(f"{place}: no folders of {kind}; make one for each class")
@@ -106,7 +90,6 @@ def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
                 image = ImageOps.exif_transpose(opened)
                 if image.mode.startswith("I"):  # 16 bits of grey become 8.
@@ -115,10 +98,8 @@ def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> np.ndarray:
                     layered = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layered)
                 image = image.convert("L" if channels == 1 else "RGB")
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from error
     except Exception as error:  # Each of Pillow's decoders has errors of its own.
-        raise UserError(f"{path}: not a readable image; repair or remove it") from error
+        raise UserError(f"{path}: not a readable image ({error}); repair or remove it") from error
     return np.asarray(ImageOps.pad(image, (width, height))).reshape(shape)
 
 
@@ -127,8 +108,6 @@ def _read_text(path: pathlib.Path) -> bytes:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as UTF-8 text; repair or remove it") from error
-    if "\0" in text:  # The end of a text, to some who read it.
-        raise UserError(f"{path}: a NUL character in the text; remove it")
     if not text.strip():
         raise UserError(f"{path}: no text in this file; write some or remove it")
     return text.encode()
@@ -143,38 +122,25 @@ def read_texts(path: pathlib.Path, column: str) -> list[bytes]:
 
 def read_csv(path: pathlib.Path, columns: list[str], remedy: str = "rename one") -> pd.DataFrame:
     """A CSV as text, every value as it stands; `columns` must be among its columns, or `remedy` is what to do."""
-    if path.is_dir():
-        raise UserError(f"--data {path}: a folder; give a CSV file")
     options = {"dtype": str, "keep_default_na": False, "index_col": False, "skip_blank_lines": False}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # A row longer than the first line is only warned of.
             names = pd.read_csv(path, header=None, nrows=1, **options).iloc[0].str.strip()
             table = pd.read_csv(path, **options)
-    except pd.errors.EmptyDataError as error:
-        raise UserError(f"{path}: the file is empty; it needs a line of column names and rows") from error
-    except pd.errors.ParserWarning as error:
-        raise UserError(f"{path}: rows have more values than there are column names; correct those rows") from error
-    except pd.errors.ParserError as error:
-        problem = str(error).strip()
-        raise UserError(f"{path}: not readable as CSV ({problem}); put values with commas into quotes") from error
-    except UnicodeDecodeError as error:  # It says where in the part of the file that pandas had just read.
-        lines = path.read_bytes().decode(errors="replace").split("\n")
-        line = next(number for number, line in enumerate(lines, start=1) if "\ufffd" in line)
-        raise UserError(f"{path}, line {line}: not UTF-8; save the file as UTF-8 with commas") from error
+    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
+        problem = f"rows have other numbers of values than the first line ({str(error).strip()})"
+        raise UserError(f"{path}: {problem}; correct them, or put values with commas into quotes") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as CSV ({error}); save it as UTF-8 with commas") from error
-    if "" in set(names):
-        raise UserError(
-            f"{path}: column {list(names).index('') + 1} has no name; name it, or remove it if it counts rows"
-        )
+    for number in np.flatnonzero(names == ""):
+        raise UserError(f"{path}: column {number + 1} has no name; name it, or remove it if it counts rows")
     for name in names[names.duplicated()]:
         raise UserError(f"{path}: there are two columns {name!r}; rename or remove one")
     table.columns = list(names)
     for column in columns:
         if column not in table:
-            problem = f"no column {column!r} among {', '.join(names)}"
-            raise UserError(f"{path}: {problem}; {remedy}, or save it with commas if these are several")
+            raise UserError(f"{path}: no column {column!r} among {', '.join(names)}; {remedy}, or save it with commas")
     if table.empty:
         raise UserError(f"{path}: no rows below the column names; add some")
     return table
@@ -186,25 +152,15 @@ def numbers(path: pathlib.Path, columns: pd.DataFrame) -> np.ndarray:
         found = columns.apply(pd.to_numeric, errors="coerce").to_numpy(np.float32)
     for row, column in np.argwhere(~(abs(found) < 1e15)):  # So that sums of their squares are finite.
         cell, name = columns.iloc[row, column], columns.columns[column]
-        if not cell.strip():
-            raise _empty(path, row, name)
-        fault = "no number" if np.isnan(found[row, column]) else "not between -1e15 and 1e15"
-        raise UserError(
-            f"{path}, row {row + 2}: {cell!r} in column {name!r} is {fault}; correct it (decimals have a point) or "
-            "remove the row"
-        )
+        problem = f"{cell!r} is {'no number' if np.isnan(found[row, column]) else 'not between -1e15 and 1e15'}"
+        problem, remedy = (problem, "correct it (decimals have a point)") if cell.strip() else ("empty", "fill it")
+        raise UserError(f"{path}, row {row + 2}, column {name!r}: {problem}; {remedy} or remove the row")
     return found
-
-
-def _empty(path: pathlib.Path, row: int, column: str) -> UserError:
-    return UserError(f"{path}, row {row + 2}: column {column!r} is empty; fill it or remove the row")
 
 
 def _filled(path: pathlib.Path, column: pd.Series) -> np.ndarray:
     """The values of a column as an object array: as one of fixed width, each would take the room of the longest."""
-    for row in np.flatnonzero(column.str.contains("\0", regex=False)):
-        raise UserError(f"{path}, row {row + 2}: a NUL character in column {column.name!r}; remove it")
     values = column.str.strip().to_numpy(object)
     for row in np.flatnonzero(values == ""):
-        raise _empty(path, row, column.name)
+        raise UserError(f"{path}, row {row + 2}, column {column.name!r}: empty; fill it or remove the row")
     return values

@@ -31,7 +31,6 @@ from common.cli import Parser, UserError, run_script
 from common.data import Data
 from common.records import load_program, write_file
 from common.startup import quiet_native_stderr
-from common.upstream import free_of_tensors
 
 import keras
 import numpy as np
@@ -177,7 +176,7 @@ def save(
             warnings.simplefilter("ignore")
             if form == "onnx":
                 artefacts.optional_package("tf2onnx")
-                free_of_tensors(network)
+                _free_of_tensors(network)
             settings = _converter_settings(quantization, examples) if form == "litert" else {}
             failed = None
             settings |= {"input_signature": [artefacts.signature(network)]}
@@ -214,6 +213,16 @@ def _converter_settings(quantization: str, examples: Any) -> dict[str, Any]:
         "optimizations": [] if quantization == "none" else [tf.lite.Optimize.DEFAULT],
         "representative_dataset": (lambda: ([each[None]] for each in examples)) if quantization == "int8" else None,
     }
+
+
+def _free_of_tensors(model: keras.Model) -> None:
+    """Turns the constants of `Normalization` into NumPy arrays.
+
+    They are tensors from outside the graph of the model, which tf2onnx 1.17 takes for inputs of the model.
+    """
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Normalization):
+            layer.mean, layer.variance = map(keras.ops.convert_to_numpy, (layer.mean, layer.variance))
 
 
 def _with_int8_weights(model: keras.Model) -> keras.Model:

@@ -96,7 +96,7 @@ def test_bad_flags_are_named(flags, named):
         ({"learning_rate": float("nan")}, "--learning-rate: nan must be finite"),
         ({"warmup": 1}, "--warmup: 1 must be at least 0 and less than 1"),
         ({"strategy": "fast"}, "--strategy: 'fast' is none of auto, none, mirrored"),
-        ({"checkpoint_every": "5 hours"}, "--checkpoint-every 5 hours: give steps"),
+        ({"checkpoint_every": "5 hours"}, "--checkpoint-every: '5 hours' is no int"),
     ],
 )
 def test_limits_hold_in_python_too(values, named):
@@ -160,20 +160,13 @@ def test_importing_changes_nothing_of_the_process():
     assert (run.returncode, run.stdout) == (0, ""), run.stderr
 
 
-def test_a_script_whose_reader_has_seen_enough_says_nothing():
-    words = "from common.cli import run_script; run_script(lambda: print('x' * 1_000_000))"
-    command = f'{shlex.quote(sys.executable)} -c "{words}" | head -c 1; echo " ${{PIPESTATUS[0]}}"'
-    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert (run.stdout, run.stderr) == (f"x {128 + signal.SIGPIPE}\n", "")
-
-
-def test_a_recipe_whose_reader_has_seen_enough_can_be_resumed():
+def test_a_program_whose_reader_has_seen_enough_is_interrupted():
     train = "lambda config: [print('x' * 1_000_000) for _ in range(3)]"
     words = f"from common.cli import SharedConfig, run_recipe; run_recipe({train}, SharedConfig)"
     command = f'{shlex.quote(sys.executable)} -c "{words}" | head -c 1; echo " ${{PIPESTATUS[0]}}"'
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert run.stdout == f"x {EXIT_INTERRUPTED}\n"
-    assert run.stderr == ("interrupted: nobody reads the output any more; the same command with --resume continues\n")
+    assert run.stderr == "interrupted: nobody reads the output any more\n"
 
 
 def test_a_script_on_a_full_disk_says_so_in_one_line():

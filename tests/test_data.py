@@ -205,7 +205,7 @@ def raising(error):
 def test_a_set_that_cannot_be_written_is_told_in_one_line(preparing, tmp_path, source, error):
     """With `auto` too: a full disk is no reason to train on something else."""
     preparing(raising(error))
-    with pytest.raises(UserError, match=r"No space left.*; make room or name another folder") as told:
+    with pytest.raises(UserError, match=r"No space left.*; make room or name another") as told:
         load_images(MNIST, SharedConfig(data=source, data_dir=str(tmp_path)), (28, 28))
     assert str(tmp_path) in str(told.value)
     assert "more lines" not in str(told.value)
@@ -245,7 +245,7 @@ def test_a_half_prepared_folder_is_not_taken_for_a_set(preparing, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["missing", "flipped", "cut", "emptied", "cut between records"])
-def test_a_damaged_shard_is_named(tmp_path, way):
+def test_a_set_with_a_damaged_shard_is_named(tmp_path, way):
     """Damage of single bytes, everywhere: tests/test_resume.py."""
     shard = damage.make_tfds(tmp_path)
     content = shard.read_bytes()
@@ -258,8 +258,7 @@ def test_a_damaged_shard_is_named(tmp_path, way):
         shard.write_bytes({"flipped": flipped, "cut": content[:999], "emptied": b""}.get(way, first))
     with pytest.raises(UserError) as told:
         load_images(MNIST, SharedConfig(data_dir=str(tmp_path)), (28, 28))
-    remedy = f"delete {shard.parent} to have it prepared anew"
-    assert str(told.value) == f"{shard}: missing or damaged; {remedy}"
+    assert str(told.value) == f"{shard.parent}: a file is missing or damaged; delete it all, to prepare it anew"
 
 
 # The user's own files.
@@ -289,6 +288,19 @@ def test_a_folder_per_class_becomes_pictures_with_their_aspect_kept(tmp_path):
         np.testing.assert_array_equal(images[:, 4, 4, 0] >= 120, labels == 1)
         assert not images[:, [0, 1, 6, 7]].any(), "12 x 6 in 8 x 8 leaves two black rows above and below"
         assert images[:, 2:6].all()
+
+
+def test_pictures_may_be_links(tmp_path):
+    """The usual way to make a subset of a large set."""
+    write_pictures(tmp_path / "all")
+    for name in ("cat", "dog"):
+        (tmp_path / "some" / name).mkdir(parents=True)
+        for number in range(6):
+            file = pathlib.Path(name, f"{number}.png")
+            (tmp_path / "some" / file).symlink_to(tmp_path / "all" / file)
+    data = load_images(CIFAR10, SharedConfig(data=str(tmp_path / "some")), SIZE)
+    assert sum(data.counts().values()) == 12
+    assert (np.asarray(data.train.inputs).max((1, 2, 3)) > 0).all()
 
 
 def test_the_channels_follow_the_pictures_of_train(tmp_path):

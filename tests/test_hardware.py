@@ -1,6 +1,5 @@
 """The decisions are a pure function of a description of the machine, so they are tested without a GPU."""
 
-import io
 import platform
 
 from common.cli import SharedConfig, UserError
@@ -63,7 +62,6 @@ def test_choices_in_a_cluster(machine, flags, workers, expected):
     ("machine", "flags", "named"),
     [
         (LAPTOP, {"strategy": "multi-worker"}, "--strategy multi-worker: neither TF_CONFIG nor Slurm names workers"),
-        (LAPTOP, {"strategy": "parameter-server"}, "--strategy parameter-server: Keras 3 does not support"),
         (LAPTOP, {"strategy": "tpu"}, "--strategy tpu: TensorFlow finds no TPU"),
         (TPU, {"devices": 2}, "--devices 2: not with --strategy tpu"),
         (with_gpus(T4), {"devices": 2}, "--devices 2: this machine has 1 GPU"),
@@ -98,7 +96,7 @@ def test_who_asks_a_processor_for_what_it_lacks_is_told(machine, precision, slow
 )
 def test_what_a_processor_can_is_read_from_its_flags(flags, bfloat16, monkeypatch):
     lines = f"model name\t: Some CPU\nflags\t\t: fpu {flags} sse\n"
-    monkeypatch.setattr("builtins.open", lambda *words, **named: io.StringIO(lines))
+    monkeypatch.setattr("pathlib.Path.read_text", lambda path, encoding: lines)
     machine = describe_machine()
     assert (machine.processor, machine.bfloat16) == ("Some CPU", bfloat16)
 

@@ -289,15 +289,6 @@ def test_the_share_of_equal_answers_is_counted_per_pixel():
     assert not export.compare(lambda _: said, lambda _: said[::-1], None, 0.5, "text")["passed"]
 
 
-def test_what_older_versions_wrote_has_no_task():
-    inputs = keras.Input([], dtype="string", name="text")
-    result = {"recipe": "x", "class_names": ["a", "b"], "columns": [], "weights_sha256": "", "config": {}}
-    assert artefacts.describe(result, keras.Model(inputs, inputs))["task"] == {"input": "text", "output": "class"}
-    rows = keras.Input([3])
-    described = artefacts.describe({**result, "class_names": []}, keras.Model([rows], rows))
-    assert (described["task"], described["shape"]) == ({"input": "table", "output": "number"}, [3])
-
-
 def test_rows_are_taken_in_main_memory(monkeypatch):
     """Though another device is the one to compute on, such as a GPU: here, the second part of the CPU."""
     devices, as_array = [], np.asarray

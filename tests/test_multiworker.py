@@ -14,8 +14,7 @@ import threading
 import time
 
 from common.cli import EXIT_INTERRUPTED, UserError, run_recipe
-from common.cluster_description import described_cluster
-from common.multiworker import EXIT_WORKER_LOST, Cluster
+from common.multiworker import EXIT_WORKER_LOST, Cluster, described_cluster
 
 import keras
 import kubernetes_validate
@@ -476,7 +475,7 @@ def test_each_worker_gets_gpus_of_its_own(tmp_path):
 
 
 def test_the_kubernetes_manifest_is_valid():
-    documents = list(yaml.safe_load_all((ROOT / "scripts" / "kubernetes.yaml").read_text()))
+    documents = list(yaml.safe_load_all((ROOT / "docs" / "kubernetes.yaml").read_text()))
     for document in documents:
         kubernetes_validate.validate(document, "1.30", strict=True)
     service, policy, job = documents

@@ -8,6 +8,7 @@ from common import upstream
 from common.cli import UserError
 from common.hardware import apply, choose, describe_machine
 
+import export
 import keras
 import numpy as np
 import pytest
@@ -244,7 +245,7 @@ def test_tf2onnx_takes_the_constants_of_normalization_for_inputs(tmp_path):
             signature = [tf.TensorSpec([None, 3], tf.float32, "columns")]
             model.export(tmp_path / name, format="onnx", verbose=False, input_signature=signature)
         counts.append(len(onnx.load(tmp_path / name).graph.input))
-        upstream.free_of_tensors(model)
+        export._free_of_tensors(model)
     assert counts[1] == 1
     assert counts[0] > 1, "fixed upstream: delete the patch"
 

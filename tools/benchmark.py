@@ -45,7 +45,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from common.cli import Parser, UserError, run_script, whole_number
+from common.cli import Parser, UserError, run_script
 from common.hardware import describe_machine
 from common.records import provenance
 
@@ -221,12 +221,8 @@ def main() -> None:
     parser.add_argument("--data", default="auto", help="as for the recipe")
     parser.add_argument("--data-dir", default="", help="as for the recipe")
     parser.add_argument("--precision", choices=("float32", "mixed_bfloat16"), default="float32", help="of the recipe")
-    parser.add_argument(
-        "--rounds", type=whole_number(1), help="how often each way is run (default: 5, or 1 with --smoke)"
-    )
-    parser.add_argument(
-        "--naive-epochs", type=whole_number(1), default=20, help="when the naive script gives up (default: 20)"
-    )
+    parser.add_argument("--rounds", type=int, help="how often each way is run (default: 5, or 1 with --smoke)")
+    parser.add_argument("--naive-epochs", type=int, default=20, help="when the naive script gives up (default: 20)")
     parser.add_argument("--smoke", action="store_true", help="a few examples and epochs; writes no record")
     arguments = parser.parse_args()
     arguments.rounds = arguments.rounds or (1 if arguments.smoke else 5)

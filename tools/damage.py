@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 from common.artefacts import load_run
 from common.checkpoints import newest_checkpoint
-from common.cli import Parser, SharedConfig, UserError, run_script, whole_number
+from common.cli import Parser, SharedConfig, UserError, run_script
 from common.data import MNIST, load_images
 from common.records import read_json, read_run
 
@@ -34,9 +34,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--flips", type=whole_number(0), default=1000, help="how many single bytes (default: 1000)")
-    parser.add_argument("--truncations", type=whole_number(0), default=100, help="how many cuts (default: 100)")
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="decides files and places")
+    parser.add_argument("--flips", type=int, default=1000, help="how many single bytes (default: 1000)")
+    parser.add_argument("--truncations", type=int, default=100, help="how many cuts (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="decides files and places")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         counts = damage(pathlib.Path(folder), arguments.flips, arguments.truncations, random.Random(arguments.seed))
@@ -62,7 +62,7 @@ def damage(folder: pathlib.Path, flips: int, truncations: int, random: random.Ra
     checks = {
         **{file: lambda file: checkpoint_is_refused(run, file) for file in sorted(checkpoint.iterdir())},
         run / "model.keras": lambda file: is_refused(lambda: load_run(run), file),
-        data: lambda file: is_refused(lambda: read_tfds(folder / "tfds"), file),
+        data: lambda file: is_refused(lambda: read_tfds(folder / "tfds"), file.parent),
     }
     cut_only = {
         run / "config.json": lambda file: is_refused(lambda: read_json(file), file),

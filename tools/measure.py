@@ -25,7 +25,7 @@ from typing import Any
 
 from common import hardware
 from common.batches import Split
-from common.cli import Parser, SharedConfig, run_script, whole_number
+from common.cli import Parser, SharedConfig, run_script
 from common.data import CIFAR10, Data, load_images
 from common.hardware import describe_machine
 from common.layers import with_stock_layers
@@ -261,11 +261,9 @@ def main() -> None:
     parser.add_argument("--data", default="auto", help="as for the recipe")
     parser.add_argument("--data-dir", default="", help="as for the recipe")
     parser.add_argument("--smoke", action="store_true", help="a few examples and epochs")
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="of weights and order (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order (default: 0)")
     parser.add_argument("--precision", default="float32", help="as for the recipe (default: float32)")
-    parser.add_argument(
-        "--naive-epochs", type=whole_number(1), default=20, help="when the naive script gives up (default: 20)"
-    )
+    parser.add_argument("--naive-epochs", type=int, default=20, help="when the naive script gives up (default: 20)")
     parser.add_argument("--folder", type=pathlib.Path, help="where a description is written to")
     arguments = parser.parse_args()
     if arguments.way == "target":

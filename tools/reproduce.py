@@ -18,7 +18,7 @@ import subprocess
 import sys
 from typing import Any
 
-from common.cli import EXIT_INTERRUPTED, Parser, UserError, run_script, whole_number
+from common.cli import EXIT_INTERRUPTED, Parser, UserError, run_script
 
 import published
 from publish import publish
@@ -28,9 +28,7 @@ from published import code_sha256, recipe_paths, without_places, write_record
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("recipe", help="its published runs are replaced")
-    parser.add_argument(
-        "--seeds", type=whole_number(0), nargs="+", default=[0, 1, 2], help="a run each (default: 0 1 2)"
-    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run each (default: 0 1 2)")
     parser.add_argument("--variant", default="", help="a name for runs with other flags than those of the table")
     arguments, flags = parser.parse_known_args()
     if not re.fullmatch(r"[\w-]*", arguments.variant):

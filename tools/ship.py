@@ -25,7 +25,7 @@ from typing import Any
 
 from common import artefacts
 from common.batches import Split
-from common.cli import Parser, run_script, whole_number
+from common.cli import Parser, run_script
 from common.hardware import describe_machine
 from common.records import load_program, provenance
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("run_dir", type=pathlib.Path, help="folder of a finished run")
     parser.add_argument("--data-dir", default="", help="folder of prepared TFDS data, where it is not the run's")
-    parser.add_argument("--rounds", type=whole_number(1), default=5, help="how often each is measured (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured (default: 5)")
     arguments = parser.parse_args()
     record = ship(arguments.run_dir, arguments.data_dir, arguments.rounds)
     Console(width=max(Console().width, 140)).print(as_table(record))  # Cut figures say nothing.

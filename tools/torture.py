@@ -35,7 +35,7 @@ import tempfile
 import threading
 import time
 
-from common.cli import EXIT_INTERRUPTED, Parser, run_script, whole_number
+from common.cli import EXIT_INTERRUPTED, Parser, run_script
 from common.multiworker import EXIT_WORKER_LOST
 from common.records import load_program
 
@@ -53,12 +53,10 @@ def main() -> None:
     own, flags = load_program(ROOT / "scripts" / "launch.py").own_and_recipe_flags(sys.argv[1:])
     parser = Parser(__doc__)
     parser.add_argument("recipe", choices=sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))
-    parser.add_argument("--kills", type=whole_number(1), default=20, help="how often (default: 20)")
+    parser.add_argument("--kills", type=int, default=20, help="how often (default: 20)")
     parser.add_argument("--signal", choices=("KILL", "TERM", "INT", "STOP"), default="KILL")
-    parser.add_argument(
-        "--workers", type=whole_number(0), default=0, help="train with so many processes (default: one)"
-    )
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="decides the moments, as far as a clock can")
+    parser.add_argument("--workers", type=int, default=0, help="train with so many processes (default: one)")
+    parser.add_argument("--seed", type=int, default=0, help="decides the moments, as far as a clock can")
     parser.add_argument("--cases", action="store_true", help="every way in which several workers can end, three times")
     arguments = parser.parse_args(own)
     if arguments.cases:
