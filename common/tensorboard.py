@@ -65,12 +65,17 @@ class Logs(keras.callbacks.TensorBoard):
                 os.truncate(file, size)
         self.writer = tf.summary.create_file_writer(str(self.folder))
 
+    def set_model(self, model):
+        """Gets ready to read the learning rate: that of a schedule traced, as it takes milliseconds otherwise."""
+        super().set_model(model)
+        self._learning_rate = tf.function(lambda: tf.convert_to_tensor(model.optimizer.learning_rate), autograph=False)
+
     def on_epoch_end(self, epoch, logs=None):
         """Writes the metrics of an epoch in two operations, as Keras' one for each would take longer than short epochs.
 
         They are flushed to the disk at most once a second.
         """
-        values = {"train": {"learning_rate": float(np.asarray(self.model.optimizer.learning_rate))}, "validation": {}}
+        values = {"train": {"learning_rate": float(self._learning_rate())}, "validation": {}}
         for name, value in (logs or {}).items():
             values["validation" if name.startswith("val_") else "train"][name.removeprefix("val_")] = value
         for run, metrics in values.items():
