@@ -397,6 +397,16 @@ def test_the_launcher_trains_at_default_flags(name, tmp_path):
     assert len(list(tmp_path.glob("runs/*/*/result.json"))) == 1
 
 
+def test_a_finished_run_is_finished_for_all_workers(tmp_path):
+    """Only the chief looks into the run directory; the other ends with its line."""
+    words = ["--workers", "2", *LINEAR[:1], "--", "--smoke", "--no-baseline", "--run-dir", "run"]
+    for more, line in (([], "run directory: run"), (["--resume"], "run: finished already")):
+        ((code, printed, errors),) = ended([start([str(ROOT / "scripts" / "launch.py"), *words, *more], tmp_path)])
+        assert code == 0, errors
+        assert f"[0] {line}" in printed
+    assert "[1] run: finished already" in errors
+
+
 def test_the_launcher_gives_up_after_so_many_restarts(tmp_path):
     crashing = tmp_path / "crashing.py"
     crashing.write_text("import os\nos.abort()")
