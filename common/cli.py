@@ -31,8 +31,6 @@ BESIDE_TRAINING = {
     *("data_dir", "run_dir", "resume", "checkpoint_every", "cluster_timeout", "quiet"),
     *("baseline", "histograms", "profile"),
 }
-
-
 # What a user can fix wherever it shows: a disk that is full or may not be written to.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 

@@ -34,8 +34,8 @@ class Logs(keras.callbacks.TensorBoard):
     Args:
         folder: the log directory.
         config: `histograms` and `profile` are used.
-        sizes: the bytes of each log file that count, from `Logs.sizes` at the checkpoint that a run
-            resumes from: what was written later will be written again. Empty for a run that begins.
+        sizes: the bytes of each log file that count, from `Logs.sizes` at the checkpoint to resume from: what was
+            written later will be written again. Empty for a run that begins.
     """
 
     def __init__(self, folder: pathlib.Path, config: SharedConfig, sizes: dict[str, int]):
@@ -66,9 +66,10 @@ class Logs(keras.callbacks.TensorBoard):
         self.writer = tf.summary.create_file_writer(str(self.folder))
 
     def set_model(self, model):
-        """Gets ready to read the learning rate: that of a schedule traced, as it takes milliseconds otherwise."""
+        """Traces the learning rate, before the training: eagerly, that of a schedule takes milliseconds each time."""
         super().set_model(model)
         self._learning_rate = tf.function(lambda: tf.convert_to_tensor(model.optimizer.learning_rate), autograph=False)
+        self._learning_rate()
 
     def on_epoch_end(self, epoch, logs=None):
         """Writes the metrics of an epoch in two operations, as Keras' one for each would take longer than short epochs.
