@@ -348,7 +348,7 @@ def test_the_launcher_saves_and_ends_all_on_a_signal(tmp_path):
     launcher.send_signal(signal.SIGINT)
     ((code, _, errors),) = ended([launcher])
     assert code == 75, errors
-    assert "[0] interrupted: saved in run/checkpoints" in errors
+    assert "[0] interrupted: the same command with --resume continues run" in errors
     assert list((tmp_path / "run" / "checkpoints").glob("epoch-*"))
     assert not (tmp_path / "run" / "result.json").exists()
     assert_nothing_left(lines)
