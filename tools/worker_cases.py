@@ -108,7 +108,10 @@ def start_training(group: Group, mischievous: int = -1) -> int:
 def interrupted(group: Group) -> tuple[float, str]:
     """A worker gets SIGTERM or SIGINT in training."""
     group.strike(start_training(group), group.random.choice([signal.SIGTERM, signal.SIGINT]))
-    seconds, problem = group.end(dict.fromkeys(range(group.workers), EXIT_INTERRUPTED), "interrupted: the same command with --resume continues run")
+    seconds, problem = group.end(
+        dict.fromkeys(range(group.workers), EXIT_INTERRUPTED),
+        "interrupted: the same command with --resume continues run",
+    )
     return seconds, problem or ("" if list(group.folder.glob("run/checkpoints/epoch-*")) else "nothing is saved")
 
 
