@@ -156,7 +156,8 @@ class Checkpoints(keras.callbacks.Callback):
             self._stop_if(stop)
 
     def on_test_batch_end(self, batch, logs=None):
-        self._stop_if(self._agreed(patience=1)[0])
+        stop, leave = self._agreed(time.monotonic() - self._signal >= 1)
+        self._stop_if(stop and leave)
 
     def on_epoch_end(self, epoch, logs=None):
         self._offset = 0
@@ -176,8 +177,8 @@ class Checkpoints(keras.callbacks.Callback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _agreed(self, save: bool = False, patience: float = 0) -> tuple[bool, bool]:
-        self.cluster.ask(time.monotonic() - self._signal >= patience, save)
+    def _agreed(self, save: bool = False) -> tuple[bool, bool]:
+        self.cluster.ask(self._signal < math.inf, save)
         return self.cluster.agreed()
 
     def _stop_if(self, stop: bool) -> None:

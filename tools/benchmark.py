@@ -225,7 +225,10 @@ def main() -> None:
     parser.add_argument("--naive-epochs", type=int, default=20, help="when the naive script gives up (default: 20)")
     parser.add_argument("--smoke", action="store_true", help="a few examples and epochs; writes no record")
     arguments = parser.parse_args()
-    arguments.rounds = arguments.rounds or (1 if arguments.smoke else 5)
+    if arguments.rounds is None:
+        arguments.rounds = 1 if arguments.smoke else 5
+    if min(arguments.rounds, arguments.naive_epochs) < 1:
+        parser.error("--rounds and --naive-epochs: give 1 or more")
     if arguments.what not in recipes and arguments.precision != "float32":
         parser.error("--precision: goes with a recipe")
     read_records("*")  # One that is damaged shall show now, not after hours.
