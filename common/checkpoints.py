@@ -156,7 +156,7 @@ class Checkpoints(keras.callbacks.Callback):
             self._stop_if(stop)
 
     def on_test_batch_end(self, batch, logs=None):
-        stop, leave = self._agreed(time.monotonic() - self._signal >= 1)
+        stop, leave = self._agreed(time.monotonic() - self._signal >= 1)  # By the flag that saves in training.
         self._stop_if(stop and leave)
 
     def on_epoch_end(self, epoch, logs=None):

@@ -59,15 +59,16 @@ def lock(directory: pathlib.Path) -> None:
     try:
         file = open(path, "a+b", buffering=0)  # noqa: SIM115
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _locks[path] = file
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}".encode())
     except BlockingIOError as error:
         with file:
             holder = path.read_text(errors="replace") or "another process"
         raise UserError(f"--run-dir {directory}: in use by {holder}; wait for it, or choose another") from error
     except OSError as error:
         raise UserError(f"--run-dir {directory}: {error.strerror}; choose an empty or a new one") from error
+    _locks[path] = file
+    with contextlib.suppress(OSError):  # A full disk: this is only for the message above.
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}".encode())
 
 
 def unlock(directory: pathlib.Path) -> bool:
@@ -88,9 +89,8 @@ def resumed_settings(directory: pathlib.Path, settings: dict[str, Any]) -> dict[
     if not (directory / "config.json").exists():
         raise UserError(f"--run-dir {directory}: holds no run; choose a new folder, or that of a run to resume")
     before = read_json(directory / "config.json", "recipe", "config", "chosen", "files", "resumed")
-    was, now = before["recipe"], settings["recipe"]
-    if was != now:
-        raise UserError(f"--run-dir {directory}: a run of {was}, not of {now}; choose another")
+    if before["recipe"] != (recipe := settings["recipe"]):
+        raise UserError(f"--run-dir {directory}: a run of {before['recipe']}, not of {recipe}; choose another")
     free = BESIDE_TRAINING if settings["config"]["deterministic"] else {*BESIDE_TRAINING, "threads"}
     found = {}
     for part, names in (("config", BESIDE_TRAINING), ("chosen", free), ("files", ())):

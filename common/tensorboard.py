@@ -136,14 +136,14 @@ class Logs(keras.callbacks.TensorBoard):
 
 def _show_examples(data: Data, augment: Augment | None) -> None:
     """Writes some training examples to TensorBoard: pictures before and after, texts as a table."""
-    for tag, change in (("examples", None), *([("examples_augmented", augment)] if augment else [])):
+    changes = {"text": [None], "image": [None, augment] if augment else [None]}.get(data.task["input"], [])
+    for tag, change in zip(("examples", "examples_augmented"), changes, strict=False):
         inputs, targets = next(iter(training_batches(data.train, min(25, len(data.train)), 0, change)))
-        names = [""] * len(inputs)
-        if data.task["output"] == "class":
-            names = [data.class_names[label] for label in np.argmax(targets, axis=1)]
+        labels = np.argmax(targets, axis=1) if data.task["output"] == "class" else []
+        names = [data.class_names[label] for label in labels] or [""] * len(inputs)
         if data.task["input"] == "text":
             tf.summary.text(tag, text_table(inputs.numpy(), names))
-        elif data.task["input"] == "image":
+        else:
             _write_picture(tag, figure_png(picture_figure(inputs.numpy(), names)))
 
 

@@ -421,6 +421,8 @@ def assert_refused(monkeypatch, capsys, recipe, flags, named):
     assert printed.err.count("\n") == 1
     assert printed.err.startswith("error: ")
     assert named in printed.err
+    if "not a readable image (" in named:
+        assert printed.err.endswith("); repair or remove it\n")
 
 
 @pytest.mark.parametrize(
