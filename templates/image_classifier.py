@@ -7,8 +7,8 @@ Watch     tensorboard --logdir runs
 Use       keras.models.load_model("runs/.../model.keras").predict(pixels)    [n, height, width, channels], 0 to 255
 """
 
+import argparse
 import pathlib
-import sys
 import zlib
 
 import keras
@@ -20,50 +20,50 @@ from PIL import Image, ImageOps
 
 IMAGE_SIZE = (28, 28)  # width and height that all pictures are padded to; 64 or 96 suits photos
 SHIFT, FLIP = 0.07, False  # training pictures move by up to this share of their size; are mirrored or not
-EPOCHS, BATCH_SIZE, SEED = 15, 128, 0
-LEARNING_RATE, WARMUP, WEIGHT_DECAY, LABEL_SMOOTHING = 0.006, 0.15, 0.02, 0.05
+EPOCHS, BATCH_SIZE, SEED, LEARNING_RATE, WARMUP, WEIGHT_DECAY, LABEL_SMOOTHING = 15, 128, 0, 0.006, 0.15, 0.02, 0.05
+PARTS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
 
 
 def read(path):
-    """A picture as uint8 [height, width, 3], turned as the camera noted, on white. None if it can't be read."""
+    """A picture as uint8 [height, width, 3], turned as the camera noted, on white; None if it can't be read."""
     try:
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode.startswith(("I", "F")):
             return None  # More than 8 bits.
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return np.asarray(ImageOps.pad(image.convert("RGB"), IMAGE_SIZE))
+        return np.asarray(ImageOps.pad(image.convert("RGB"), IMAGE_SIZE, color="white"))
     except (OSError, ValueError, SyntaxError):
         return None
 
 
-if len(sys.argv) > 1:
-    root = pathlib.Path(sys.argv[1])
-    depth = 1 + (root / "train").is_dir()
+parser = argparse.ArgumentParser()
+parser.add_argument("folder", nargs="?", type=pathlib.Path)
+if root := parser.parse_args().folder:
     files = [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file()]
+    depth = 1 + any(path.parts[0].lower() in PARTS for path in files)
     used = [path for path in files if path.suffix.lower() in Image.registered_extensions() and len(path.parts) > depth]
-    print("left out:", pd.Series([path.suffix for path in set(files).difference(used)]).value_counts().to_dict())
+    used = [path for path in used if depth == 1 or path.parts[0].lower() in PARTS]
+    print("unused:", pd.Series([f"{x.parts[0]}/*{x.suffix}" for x in set(files) - set(used)]).value_counts().to_dict())
     pictures = [read(root / path) for path in used]
     broken = [str(path) for path, picture in zip(used, pictures, strict=True) if picture is None]
     if broken or not used:
-        sys.exit(f"error: {root}: {len(used)} pictures in folders, not readable in 8 bits: {broken[:10]}")
+        parser.error(f"{root}: {len(used)} pictures in folders of classes, not readable in 8 bits are {broken[:10]}")
     names = np.array([path.parts[depth - 1] for path in used])
-    parts = np.array([path.parts[0] if depth == 2 else "train" for path in used], object)
+    parts = np.array([PARTS[path.parts[0].lower()] if depth == 2 else "train" for path in used], object)
 else:
-    digits = sklearn.datasets.load_digits()
-    images = [Image.fromarray(digit) for digit in (digits.images * 15.9).astype("uint8")]
+    digits, names = sklearn.datasets.load_digits(return_X_y=True)
+    images = [Image.fromarray(digit) for digit in (digits.reshape(-1, 8, 8) * 15.9).astype("uint8")]
     pictures = [np.asarray(image.convert("RGB").resize(IMAGE_SIZE)) for image in images]
-    names, parts = digits.target.astype(str), np.full(len(images), "train", object)
+    parts = np.full(len(images), "train", object)
 pixels = np.stack(pictures)
 pixels = pixels[..., :1] if (pixels == pixels[..., :1]).all() else pixels  # One channel if all are grey.
-
 # A missing test or validation part is cut from train: a tenth of each class, equal pictures on the same side.
 place = pd.Series([zlib.crc32(picture) for picture in pictures]).groupby([names, parts]).rank("dense") % 10
 for number, part in enumerate(["test", "validation"], start=1):
     parts[(part not in parts) & (parts == "train") & (place == number)] = part
-print(counts := pd.crosstab(names, parts))
-counts = counts.reindex(columns=["train", "validation", "test"], fill_value=0)
-if lacking := counts.index[counts.min(axis=1) == 0].tolist():
-    sys.exit(f"error: train, validation and test need pictures of each class, at least 3 different: {lacking[:10]}")
+print(counts := pd.crosstab(names, parts).reindex(columns=["train", "validation", "test"], fill_value=0))
+if (lacking := counts.index[counts.min(axis=1) == 0].tolist()) or len(counts) < 2:
+    parser.error(f"at least 2 classes are needed, of each 3 different pictures: {lacking[:10] or list(counts.index)}")
 targets = (names[:, None] == counts.index.to_numpy()).astype("float32")  # One-hot.
 data = {part: (pixels[parts == part], targets[parts == part]) for part in counts}
 
@@ -77,14 +77,14 @@ for filters in (32, 64, 128, 256):
 x = layers.Dense(128, activation="relu")(layers.Flatten()(x))
 model = keras.Model(inputs, layers.Dense(len(counts), activation="softmax")(x))
 
-steps = EPOCHS * -(-len(data["train"][0]) // BATCH_SIZE)
-warmup = int(WARMUP * steps)
+batch_size = min(BATCH_SIZE, len(data["train"][0]) // 30 + 1)  # At least 30 steps in an epoch.
+warmup = int(WARMUP * (steps := EPOCHS * -(-len(data["train"][0]) // batch_size)))
 schedule = keras.optimizers.schedules.CosineDecay(0.0, steps - warmup, warmup_target=LEARNING_RATE, warmup_steps=warmup)
 optimizer = keras.optimizers.AdamW(schedule, weight_decay=WEIGHT_DECAY, epsilon=1e-3)
 model.compile(optimizer, keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING), metrics=["accuracy"])
 folder = f"runs/{pd.Timestamp.now():%Y%m%d-%H%M%S}"
 keep = [callbacks.TensorBoard(folder), callbacks.EarlyStopping(patience=EPOCHS, restore_best_weights=True)]
-model.fit(*data["train"], BATCH_SIZE, EPOCHS, callbacks=keep, validation_data=data["validation"], verbose=2)
+model.fit(*data["train"], batch_size, EPOCHS, callbacks=keep, validation_data=data["validation"], verbose=2)
 model.save(f"{folder}/model.keras")
 counts.to_csv(f"{folder}/classes.csv")
 print(f"test accuracy {model.evaluate(*data['test'], verbose=0)[1]:.4f}")

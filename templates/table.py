@@ -1,13 +1,13 @@
 """Table in plain Keras: from a CSV with numbers, categories, dates and gaps to a saved model.
 
-Install   pip install keras tensorflow tensorboard pandas
+Install   pip install keras tensorflow tensorboard pandas pyarrow
 Run       python table.py FILE.csv TARGET    TARGET: the column to predict; text or few integers are classes
 Watch     tensorboard --logdir runs
 Use       keras.models.load_model("runs/.../model.keras")({"mass": np.array([4.2]), "island": np.array(["Muck"])})
           A gap is NaN in a number, "" in a category; a date is its days since 1970. (predict would round to float32.)
 """
 
-import sys
+import argparse
 
 import keras
 import numpy as np
@@ -21,24 +21,25 @@ CATEGORIES, CLASSES = 100, 20  # most values kept of a category; most integers t
 def parse(column, rows):
     """Kind and values of a column: float64 if all that those rows hold are numbers, or dates, else text."""
     values = pd.to_numeric(column.str.replace(",", ".") if separator == ";" else column, errors="coerce")
-    if (np.isfinite(values) | column.isna())[rows].all():
-        return "number", values.astype("float64")
     dates = pd.to_datetime(column.where(column.str.match(r"\d{4}-\d\d")), errors="coerce", format="ISO8601", utc=True)
-    if (dates.notna() | column.isna())[rows].all():
-        return "date", (dates - pd.Timestamp("1970-01-01", tz="UTC")) / pd.Timedelta(days=1)
+    for kind, found in ("number", values), ("date", (dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(days=1)):
+        if (np.isfinite(found) | column.isna())[rows].all():
+            return kind, found.astype("float64")
     return "category", column.fillna("")
 
 
+parser = argparse.ArgumentParser()
+parser.add_argument("file_and_target", nargs=2, metavar=("FILE.csv", "TARGET"))
+path, target = parser.parse_args().file_and_target
 try:
-    path, target = sys.argv[1:]
     with open(path, encoding="utf-8-sig") as file:
         separator = max(",;\t", key=file.readline().count)
-    table = pd.read_csv(path, sep=separator, dtype=str, index_col=False).rename(columns=lambda c: c.replace("/", "_"))
-    missing = table[target].isna()
+    full = pd.read_csv(path, sep=separator, dtype=str, engine="pyarrow")
+    table = full[full[[target]].notna().all(axis=1)].reset_index(drop=True)
 except (OSError, ValueError, KeyError) as error:
-    sys.exit(f"error: table.py FILE.csv TARGET: {error}")
-table = table[~missing].reset_index(drop=True)
+    parser.error(f"{path}: {error}")
 kind, answers = parse(texts := table.pop(target), slice(None))
+table.columns = table.columns.str.replace("/", "|")  # Keras takes no "/" in a name.
 is_class = kind == "category" or (answers.nunique() <= CLASSES and (answers % 1 == 0).all())
 classes = texts if is_class else pd.Series(target, answers.index)
 # A tenth of each class for test and for validation, equal rows on the same side.
@@ -46,10 +47,9 @@ place = pd.util.hash_pandas_object(table, index=False).groupby(classes).rank("de
 parts = np.select([place == 1, place == 2], ["test", "validation"], "train")
 train, test = parts == "train", parts == "test"
 counts = pd.crosstab(classes, parts).reindex(columns=["train", "validation", "test"], fill_value=0)
-print(f"{missing.sum()} rows without {target} left out\n{target} is a {'class' if is_class else 'number'}\n{counts}")
-if lacking := counts.index[counts.min(axis=1) == 0].tolist():
-    sys.exit(f"error: {path}: at least 3 different rows are needed of each class: {lacking[:10]}")
-
+print(f"{len(full) - len(table)} rows without {target}\n{target} is a {'class' if is_class else 'number'}\n{counts}")
+if (lacking := counts.index[counts.min(axis=1) == 0].tolist()) or answers.nunique() < 2:
+    parser.error(f"{path}: at least 2 values of {target} and 3 different rows of each class are needed: {lacking[:10]}")
 features, feature = {}, keras.utils.FeatureSpace.feature
 for name, column in table.items():
     kind, table[name] = parse(column, train)
@@ -69,22 +69,22 @@ if len(numbers.columns):  # In float64, where large numbers keep their small dif
     scaled = ops.clip((ops.where(gap, median, raw) - mean) / np.where(deviation > 0, deviation, 1), -10, 10)
     encoded["numbers"] = ops.cast(ops.concatenate([scaled, gap], axis=1), "float32")
 encoder = keras.Model(dict(space.get_inputs()), ops.concatenate(list(encoded.values()), axis=1))
-
 keras.utils.set_random_seed(SEED)
 mean, deviation = (0.0, 1.0) if is_class else (answers[train].mean(), answers[train].std() or 1.0)
 y = (pd.get_dummies(classes, dtype=float) if is_class else (answers - mean) / deviation).to_numpy()
 data = {part: (encoder(x[part]).numpy(), y[parts == part]) for part in counts}
 last = layers.Dense(len(counts), activation="softmax" if is_class else None)
 network = keras.Sequential([*(layers.Dense(units, activation="relu") for units in UNITS), last])
-schedule = optimizers.schedules.CosineDecay(LEARNING_RATE, EPOCHS * -(-train.sum() // BATCH_SIZE))
+batch_size = min(BATCH_SIZE, int(train.sum()) // 30 + 1)  # At least 30 steps in an epoch.
+schedule = optimizers.schedules.CosineDecay(LEARNING_RATE, EPOCHS * -(-train.sum() // batch_size))
 loss, metrics = ("categorical_crossentropy", ["accuracy"]) if is_class else ("mse", [])
 network.compile(optimizers.AdamW(schedule, weight_decay=WEIGHT_DECAY), loss, metrics=metrics)
 folder = f"runs/{pd.Timestamp.now():%Y%m%d-%H%M%S}"
 keep = [callbacks.TensorBoard(folder), callbacks.EarlyStopping(patience=EPOCHS, restore_best_weights=True)]
-network.fit(*data["train"], BATCH_SIZE, EPOCHS, callbacks=keep, validation_data=data["validation"], verbose=2)
+network.fit(*data["train"], batch_size, EPOCHS, callbacks=keep, validation_data=data["validation"], verbose=2)
 output = layers.Rescaling(deviation, mean, dtype="float64")(network(encoder.output))
 keras.Model(encoder.input, output).save(f"{folder}/model.keras")
 counts.to_csv(f"{folder}/classes.csv")
 predicted = keras.models.load_model(f"{folder}/model.keras")(x["test"]).numpy()
 scores = predicted.argmax(axis=1) == y[test].argmax(axis=1) if is_class else (predicted[:, 0] - answers[test]) ** 2
-print(f"test {'accuracy' if is_class else 'mse'} {np.mean(scores):.4f}")
+print(f"test accuracy {np.mean(scores):.4f}" if is_class else f"test mse {np.mean(scores):.6g}")

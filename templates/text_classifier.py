@@ -1,13 +1,13 @@
 """Text classifier in plain Keras: from a CSV with the columns text and label to a saved model.
 
-Install   pip install keras tensorflow tensorboard pandas
+Install   pip install keras tensorflow tensorboard pandas pyarrow
 Run       python text_classifier.py FILE.csv [TEST.csv]    without TEST.csv, a tenth of FILE.csv is the test
 Watch     tensorboard --logdir runs
 Use       keras.models.load_model("runs/.../model.keras").predict(tf.constant(["A fine film."]))
 Idea      words and pairs of words vote for classes; training starts at log-count ratios (Wang and Manning 2012)
 """
 
-import sys
+import argparse
 import unicodedata
 
 import keras
@@ -18,15 +18,17 @@ from keras import callbacks, layers, ops
 
 LENGTH, WORDS, TOKENS = 6000, 1200, 1000  # how much of a text is read; words and pairs kept of it, the rarest
 NO_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")  # here each character is a word
-EPOCHS, BATCH_SIZE, SEED, PRIME = 3, 256, 0, 1_000_003
-LEARNING_RATE, LABEL_SMOOTHING, START = 0.01, 0.1, 0.25  # START scales the log-count ratios
+EPOCHS, BATCH_SIZE, SEED, LEARNING_RATE, LABEL_SMOOTHING, START, PRIME = 3, 256, 0, 0.01, 0.1, 0.25, 1_000_003
 
+parser = argparse.ArgumentParser()
+parser.add_argument("train", metavar="FILE.csv")
+parser.add_argument("test", metavar="TEST.csv", nargs="?")
+files = {part: path for part, path in vars(parser.parse_args()).items() if path}
 try:
-    files = zip(sys.argv[1:], ["train", "test"], strict=False)
-    tables = [pd.read_csv(path, dtype=str, keep_default_na=False).assign(part=part) for path, part in files]
-    table = pd.concat(tables)[["text", "label", "part"]]
+    tables = [pd.read_csv(path, dtype=str, keep_default_na=False, engine="pyarrow") for path in files.values()]
+    table = pd.concat(tables, keys=files, names=["part", None]).reset_index("part")[["text", "label", "part"]]
 except (OSError, ValueError, KeyError) as error:
-    sys.exit(f"error: text_classifier.py FILE.csv [TEST.csv]: {error}")
+    parser.error(f"{files}: {error}")
 full = table[(table["text"].str.strip() != "") & (table["label"].str.strip() != "")]
 texts, labels, parts = full.to_numpy(object).T
 # A part that is missing is cut from train: a tenth of each class, equal texts on the same side.
@@ -35,9 +37,8 @@ for number, part in enumerate(["test", "validation"], start=1):
     parts[(part not in parts) & (parts == "train") & (place == number)] = part
 counts = pd.crosstab(labels, parts).reindex(columns=["train", "validation", "test"], fill_value=0)
 print(f"{len(table) - len(full)} rows without text or label are left out\n{counts}")
-if lacking := counts.index[counts.min(axis=1) == 0].tolist():
-    sys.exit(f"error: classes that lack texts for train, validation or test (give 3 different ones): {lacking[:10]}")
-
+if (lacking := counts.index[counts.min(axis=1) == 0].tolist()) or len(counts) < 2:
+    parser.error(f"at least 2 classes are needed, of each 3 different texts: {lacking[:10] or list(counts.index)}")
 # Letters become numbers, those of capitals the same; all that is no letter, digit or mark becomes 0.
 seen = {form for text in texts[parts == "train"] for letter in set(text) for form in (letter.lower(), letter.upper())}
 letters = sorted(form for form in seen if len(form) == 1 and unicodedata.category(form)[0] in "LMN")
@@ -57,15 +58,15 @@ word = ops.where(ends < LENGTH, sums - ops.pad(sums[:, :-1], [[0, 0], [1, 0]]), 
 pair = ops.where(ends[:, 1:] < LENGTH, word[:, :-1] * PRIME + word[:, 1:], 0)
 grams = ops.sort(ops.concatenate([word, pair], axis=1), axis=1)
 grams = ops.where(grams != ops.pad(grams[:, :-1], [[0, 0], [1, 0]]), grams, 0)  # Each once.
-
 # What only one text has says nothing about others. The rarest get the largest numbers.
 found = keras.Model(text, grams).predict(tf.constant(texts[parts == "train"]), 250)
 known = pd.Series(found[found != 0]).value_counts().loc[lambda times: times > 1].index.to_numpy()
+if not len(known):
+    parser.error("no two training texts share a word")
 tokens, _ = ops.top_k(layers.IntegerLookup(vocabulary=known, mask_token=0)(grams) - 1, TOKENS)
 tokenizer = keras.Model(text, ops.cast(ops.maximum(tokens, 0), "int32"))
 targets = (labels[:, None] == counts.index.to_numpy(object)).astype("float32")
 data = {part: (tokenizer.predict(tf.constant(texts[parts == part]), 250), targets[parts == part]) for part in counts}
-
 rows = [data["train"][0][of_class == 1] for of_class in data["train"][1].T]
 inside = 1.0 + np.stack([np.bincount(row.ravel(), minlength=len(known) + 1) for row in rows], axis=1)
 outside = inside.sum(axis=1, keepdims=True) - inside
@@ -75,7 +76,7 @@ tokens = keras.Input([TOKENS], dtype="int32")
 votes = layers.Embedding(*ratios.shape)
 there = ops.cast(tokens > 0, "float32")[..., None]
 total = ops.sum(votes(tokens) * there, axis=1) / ops.sqrt(ops.sum(there, axis=1) + 1)
-votes.set_weights([START * ratios])
+votes.set_weights([START * ratios])  # Scaled, as training finds the rest.
 shares = np.log(data["train"][1].mean(axis=0))  # What a text without any known word is answered with.
 model = keras.Model(tokens, layers.Softmax()(total + shares))
 schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, EPOCHS * -(-len(data["train"][0]) // BATCH_SIZE))
