@@ -46,10 +46,10 @@ def _flush(path: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: pathlib.Path, text: str) -> None:
+def write_file(path: pathlib.Path, content: str | bytes) -> None:
     """Writes a file whole or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
     rename(part, path)
 
 
@@ -82,7 +82,7 @@ def read_run(folder: pathlib.Path) -> dict[str, Any]:
 def load_program(path: pathlib.Path) -> types.ModuleType:
     """Imports a recipe or a script from its file, under the name of that file; a `UserError` if there is none."""
     if not path.is_file():
-        raise UserError(f"{path}: no such program; give the name of one in that folder, or a run of one")
+        raise UserError(f"{path}: no such program; give the name of one in that folder, or copy yours there")
     specification = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(specification)
     sys.modules[path.stem] = module  # Dataclasses look their module up.

@@ -99,8 +99,8 @@ def resumed_settings(directory: pathlib.Path, settings: dict[str, Any]) -> dict[
             if old != new:
                 found[name] = f"{name} was {old!r} and is {new!r}"
     if found:
-        problem = "; ".join(found.values())
-        raise UserError(f"--resume: in {directory}, {problem}; give the same flags, or start a new run")
+        run = f"{directory}{', a finished run' * (directory / 'result.json').exists()}"
+        raise UserError(f"--resume: in {run}, {'; '.join(found.values())}; give the same flags, or start a new run")
     lock(directory)
     if (directory / "result.json").exists():
         unlock(directory)

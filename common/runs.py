@@ -20,7 +20,7 @@ from common.evaluation import Report, curves_figure, figure_png
 from common.hardware import apply, choose, describe_machine
 from common.layers import with_stock_layers
 from common.multiworker import Cluster, described_cluster, joined
-from common.records import code_sha256, file_sha256, provenance, rename, weights_sha256, write_json
+from common.records import code_sha256, file_sha256, provenance, rename, weights_sha256, write_file, write_json
 from common.run_directory import TRACES, choose_directory, is_used, lock, resumed_settings, unlock
 from common.tensorboard import Logs
 
@@ -249,7 +249,7 @@ class Run:
             path = self.directory / "plots" / f"{name}.png"
             try:
                 png = figure_png(report.figures.get(name) or curves_figure(self.watch.history))
-                path.write_bytes(png)
+                write_file(path, png)
                 self.logs.attempt(self.logs.show, self.watch.steps, name, png)
             except Exception as error:  # Matplotlib has errors of many types.
                 warn(f"{path}: can't be written ({error})")

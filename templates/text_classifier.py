@@ -41,7 +41,7 @@ if (lacking := counts.index[counts.min(axis=1) == 0].tolist()) or len(counts) < 
     parser.error(f"at least 2 classes are needed, of each 3 different texts: {lacking[:10] or list(counts.index)}")
 # Letters become numbers, those of capitals the same; all that is no letter, digit or mark becomes 0.
 seen = {form for text in texts[parts == "train"] for letter in set(text) for form in (letter.lower(), letter.upper())}
-letters = sorted(form for form in seen if len(form) == 1 and unicodedata.category(form)[0] in "LMN")
+letters = sorted(form for form in seen if len(form) == 1 and unicodedata.category(form)[0] in "LMN") or ["a"]
 number = np.array([0, 0, *(ord(letter.lower()[0]) for letter in letters)])
 spaced = [False, False, *(not unicodedata.name(letter, "").startswith(NO_SPACES) for letter in letters)]
 split = layers.TextVectorization(standardize=None, split="character", output_sequence_length=LENGTH, vocabulary=letters)

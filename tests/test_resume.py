@@ -510,6 +510,8 @@ def test_a_finished_run_is_finished_while_its_model_is_there(tmp_path):
     fit(tmp_path / "run", epochs=1)
     with pytest.raises(AlreadyFinishedError, match="finished already"):
         fit(tmp_path / "run", epochs=1, resume=True)
+    with pytest.raises(UserError, match="in .*/run, a finished run, epochs was 1 and is 2; give the same flags"):
+        fit(tmp_path / "run", epochs=2, resume=True)
     model = tmp_path / "run" / "model.keras"
     for do_damage in (lambda: model.write_bytes(model.read_bytes()[:-1]), model.unlink):
         do_damage()
@@ -781,6 +783,22 @@ def test_a_full_disk(tmp_path, never_full, limit, warnings, code, line):
     done = run_program(*command, "--resume", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert read_json(tmp_path / "run" / "result.json")["weights_sha256"] == never_full
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    write = pathlib.Path.write_bytes
+
+    def full(path, content):
+        if ".png" in path.name:
+            write(path, content[:1000])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    recipe = load_recipe("linear_regression")
+    recipe.train(smoke_config(recipe, tmp_path / "run"), smoke_data("linear_regression"))
+    assert "learning_curves.png: can't be written" in capsys.readouterr().err
+    assert not list(tmp_path.glob("run/plots/*.png"))
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, alone, monkeypatch, capsys):

@@ -164,6 +164,7 @@ def test_text_classifier_with_a_test_file(run, tmp_path):
         ("text,label\n", "at least 2 classes are needed"),
         ("text,label\nfine, good,praise\npoor, bad,blame\n", "Expected 2 columns, got 3"),
         ("text,label\n" + "".join(f"w{n}{label},{label}\n" for n in range(40) for label in "ab"), "share a word"),
+        ("text,label\n" + "".join(f"{'!' * n},{label}\n" for n in range(1, 30) for label in "ab"), "share a word"),
     ],
 )
 def test_text_classifier_names_what_is_wrong(refused, tmp_path, text, reason):
