@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import pathlib
 import platform
 import random
 import shutil
@@ -510,7 +511,7 @@ def test_a_finished_run_is_finished_while_its_model_is_there(tmp_path):
     fit(tmp_path / "run", epochs=1)
     with pytest.raises(AlreadyFinishedError, match="finished already"):
         fit(tmp_path / "run", epochs=1, resume=True)
-    with pytest.raises(UserError, match="in .*/run, a finished run, epochs was 1 and is 2; give the same flags"):
+    with pytest.raises(UserError, match=r"in .*/run, a finished run, epochs was 1 and is 2; give the same flags"):
         fit(tmp_path / "run", epochs=2, resume=True)
     model = tmp_path / "run" / "model.keras"
     for do_damage in (lambda: model.write_bytes(model.read_bytes()[:-1]), model.unlink):
