@@ -52,6 +52,12 @@ class Group:
                 raise SystemExit(f"worker {index} ended: {self.printed(index)}")
             time.sleep(0.02)
 
+    def wait_for_imports(self) -> None:
+        """Waits until all that were started look for the others: what happens from then on is timed."""
+        for index in self.processes:
+            self.wait_for(index, "cluster: ")
+        self.happened = time.monotonic()
+
     def strike(self, index: int, number: int) -> None:
         """Sends a signal to a worker, after up to a second."""
         time.sleep(self.random.random())
@@ -85,6 +91,7 @@ def absent(group: Group) -> tuple[float, str]:
     others = [index for index in range(group.workers) if index != missing]
     for index in others:
         group.start(index, *SHORT, "--cluster-timeout", "8")
+    group.wait_for_imports()
     return group.end(
         dict.fromkeys(others, 2), f"worker {missing} at {group.addresses[missing]}: did not come within 8 s"
     )
@@ -94,6 +101,7 @@ def differing(group: Group) -> tuple[float, str]:
     """A worker has another setting: one that changes nothing of the training, but whether all train a baseline."""
     for index in range(group.workers):
         group.start(index, *SHORT, *(["--no-baseline"] if index == group.workers - 1 else []))
+    group.wait_for_imports()
     return group.end(dict.fromkeys(range(group.workers), 2), "baseline is False, but True on worker 0")
 
 
