@@ -1,9 +1,7 @@
 import functools
 import importlib.util
-import os
 import pathlib
 import signal
-import subprocess
 import sys
 import types
 
@@ -13,11 +11,10 @@ from common.hardware import apply, choose, describe_machine
 
 import pytest
 import tensorflow as tf
+from programs import ROOT
 from worker import SMALL
 
-ROOT = pathlib.Path(__file__).parent.parent
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
-NO_NETWORK = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
 
 # The tests of this process run on the CPU, also where there are GPUs: tests/test_gpu.py is for these.
 tf.config.set_visible_devices([], "GPU")
@@ -66,15 +63,3 @@ def smoke_config(recipe: types.ModuleType, run_dir: pathlib.Path, **settings):
     standard = {"data": "sample", "smoke": True, "epochs": 2, "strategy": "none", "quiet": True}
     standard |= {"threads": 2, "deterministic": True, "baseline": False, "run_dir": str(run_dir)}
     return recipe.Config(**{**standard, **SMALL.get(recipe.__name__, {}), **settings})
-
-
-def run_program(*words: str, cwd: pathlib.Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    """Runs a Python program of this project as a user would, and returns what it printed."""
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )

@@ -19,7 +19,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import run_program, smoke_config, smoke_data
+from conftest import smoke_config, smoke_data
+from programs import run_program
 
 
 class Workers:

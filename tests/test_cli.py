@@ -21,7 +21,7 @@ from common.cli import (
 
 import pytest
 import tensorflow as tf
-from conftest import run_program
+from programs import run_program
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,8 @@ import shutil
 from common.records import read_run
 
 import pytest
-from conftest import ROOT, load_recipe, run_program, smoke_config
+from conftest import load_recipe, smoke_config
+from programs import ROOT, run_program
 from test_readme import load_script
 
 compare = load_script("compare")

@@ -5,7 +5,7 @@ import pathlib
 from common.upstream import Patch
 
 import pytest
-from conftest import run_program
+from programs import run_program
 from test_readme import load_script
 
 doctor = load_script("doctor")

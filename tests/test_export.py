@@ -15,8 +15,9 @@ import numpy as np
 import predict
 import pytest
 import tensorflow as tf
-from conftest import RECIPES, load_recipe, run_program, smoke_config
+from conftest import RECIPES, load_recipe, smoke_config
 from PIL import Image
+from programs import run_program
 
 pytest.importorskip("ai_edge_litert", reason="the extra `export` is not installed")
 

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from conftest import RECIPES, run_program
+from conftest import RECIPES
+from programs import run_program
 from test_readme import load_script
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")

@@ -6,7 +6,7 @@ from common.cli import SharedConfig, UserError
 from common.hardware import Machine, choose, describe_machine
 
 import pytest
-from conftest import run_program
+from programs import run_program
 
 LAPTOP = Machine("Laptop", 4, 8 << 30)
 TPU = Machine("Server", 96, 64 << 30, tpus=8)

@@ -13,7 +13,8 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from conftest import load_recipe, run_program, smoke_config, smoke_data
+from conftest import load_recipe, smoke_config, smoke_data
+from programs import run_program
 
 CANARY = 42.0
 

@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import yaml
-from conftest import RECIPES, ROOT, load_recipe, run_program
+from conftest import RECIPES, load_recipe
+from programs import ROOT, run_program
 from test_readme import load_script
 from worker_cases import CASES, Group
 

@@ -12,9 +12,10 @@ from common.cli import run_script
 import nbclient
 import nbformat
 import pytest
-from conftest import NO_NETWORK, RECIPES, ROOT, load_recipe, run_program
+from conftest import RECIPES, load_recipe
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from programs import NO_NETWORK, ROOT, run_program
 from test_readme import load_script
 
 new_project = load_script("new_project")

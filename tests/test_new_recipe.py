@@ -6,7 +6,8 @@ import re
 import shutil
 
 import pytest
-from conftest import RECIPES, ROOT, run_program
+from conftest import RECIPES
+from programs import ROOT, run_program
 from test_readme import load_script
 
 new_recipe = load_script("new_recipe")

@@ -11,8 +11,9 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, load_recipe, run_program, smoke_config
+from conftest import load_recipe, smoke_config
 from PIL import Image, ImageDraw
+from programs import ROOT, run_program
 from test_readme import load_script
 
 CLASSES = ("circle", "cross", "empty", "square")

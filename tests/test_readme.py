@@ -15,8 +15,9 @@ import pandas as pd
 import publish
 import pytest
 import tables
-from conftest import RECIPES, ROOT
+from conftest import RECIPES
 from PIL import Image
+from programs import ROOT
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]

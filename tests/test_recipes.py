@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
-from conftest import ROOT, load_recipe, run_program, smoke_config, smoke_data
+from conftest import load_recipe, smoke_config, smoke_data
+from programs import ROOT, run_program
 from worker import COMPARED_IN_FLOAT64, SMALL, STEPS, STEPS_OF_OTHERS, in_float64
 
 PARAMETERS = {

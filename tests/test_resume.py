@@ -31,7 +31,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import torture
-from conftest import ROOT, load_recipe, run_program, smoke_config, smoke_data
+from conftest import load_recipe, smoke_config, smoke_data
+from programs import ROOT, run_program
 
 STEPS = 6
 

@@ -24,7 +24,7 @@ import publish
 import published
 import pytest
 import tables
-from conftest import ROOT, run_program
+from programs import ROOT, run_program
 from test_readme import load_script
 
 reproduce, measure = load_script("reproduce"), load_script("measure")

@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
-from conftest import ROOT, load_recipe
+from conftest import load_recipe
 from PIL import Image
+from programs import ROOT
 
 TEMPLATES = sorted((ROOT / "templates").glob("*.py"))
 

@@ -18,7 +18,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import ROOT, load_recipe, smoke_config, smoke_data
+from conftest import load_recipe, smoke_config, smoke_data
+from programs import ROOT
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
 # Tag by TensorBoard run, as README.md explains them; {} stands for the recipe's metric.

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torture
-from conftest import run_program
+from programs import run_program
 from worker import SMALL
 
 SHORT = ("--", "--smoke", "--data", "sample", "--batch-size", "8", "--checkpoint-every", "2", "--no-baseline")

@@ -13,8 +13,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import TWO_DEVICES, run_program
+from conftest import TWO_DEVICES
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+from programs import run_program
 from test_readme import load_script
 
 MIRRORED_FIT = """

@@ -11,8 +11,9 @@ from common.records import write_json
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import NO_NETWORK, RECIPES, ROOT, load_recipe, run_program
+from conftest import RECIPES, load_recipe
 from PIL import Image
+from programs import NO_NETWORK, ROOT, run_program
 
 
 def pictures(folder: pathlib.Path, *names: str, count: int = 10) -> pathlib.Path:

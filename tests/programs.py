@@ -1,0 +1,56 @@
+"""Programs of this project, started by tests.
+
+A process needs 3 s of CPU to import TensorFlow. So all programs are forked from one process that has done this.
+"""
+
+import multiprocessing
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).parent.parent
+NO_NETWORK = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+
+READ_LATE = {"COLUMNS", *NO_NETWORK}  # Variables that no import reads.
+
+FORK_SERVER = multiprocessing.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(["common.data", "common.evaluation", "common.runs", "sklearn.linear_model"])
+
+
+def run_program(*words: str, cwd: pathlib.Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """Runs a Python program as a user would, and returns what it printed.
+
+    A script is forked: its first word is a path. `-c`, `-m` and variables that are read by imports need a new process.
+    """
+    if words[0].startswith("-") or environment.keys() - READ_LATE:
+        return subprocess.run(
+            [sys.executable, *words],
+            cwd=cwd,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        files = [str(pathlib.Path(folder, name)) for name in ("stdout", "stderr")]
+        process = FORK_SERVER.Process(target=be_program, args=(words, str(cwd), {**os.environ, **environment}, files))
+        process.start()
+        process.join()
+        output, errors = (pathlib.Path(file).read_text() for file in files)
+    return subprocess.CompletedProcess(words, process.exitcode, output, errors)
+
+
+def be_program(words: tuple[str, ...], cwd: str, environment: dict[str, str], files: list[str]) -> None:
+    """Becomes `python *words`, with its output in two files."""
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    for descriptor, path in enumerate(files, start=1):
+        with open(path, "wb") as file:
+            os.dup2(file.fileno(), descriptor)
+    sys.argv = list(words)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(words[0])))
+    runpy.run_path(words[0], run_name="__main__")
