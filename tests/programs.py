@@ -14,7 +14,7 @@ import tempfile
 ROOT = pathlib.Path(__file__).parent.parent
 NO_NETWORK = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
 
-READ_LATE = {"COLUMNS", *NO_NETWORK}  # Variables that no import reads.
+READ_LATE = {"COLUMNS", "TFDS_DATA_DIR", *NO_NETWORK}  # Variables that none of the imports below reads.
 
 FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(["common.data", "common.evaluation", "common.runs", "sklearn.linear_model"])
@@ -23,9 +23,10 @@ FORK_SERVER.set_forkserver_preload(["common.data", "common.evaluation", "common.
 def run_program(*words: str, cwd: pathlib.Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     """Runs a Python program as a user would, and returns what it printed.
 
-    A script is forked: its first word is a path. `-c`, `-m` and variables that are read by imports need a new process.
+    `words` begin with a path, `-c` or `-m`. Scripts of this project are forked, if `environment` lets them.
     """
-    if words[0].startswith("-") or environment.keys() - READ_LATE:
+    script = pathlib.Path(cwd, words[0]).resolve()
+    if not (script.is_file() and script.is_relative_to(ROOT)) or environment.keys() - READ_LATE:
         return subprocess.run(
             [sys.executable, *words],
             cwd=cwd,
