@@ -1,9 +1,14 @@
+import fcntl
 import functools
 import importlib.util
+import json
+import os
 import pathlib
 import signal
+import subprocess
 import sys
 import types
+from collections.abc import Callable
 
 from common.cli import SharedConfig
 from common.data import Data
@@ -11,9 +16,10 @@ from common.hardware import apply, choose, describe_machine
 
 import pytest
 import tensorflow as tf
-from programs import ROOT
+from programs import ROOT, run_program
 from worker import SMALL
 
+SHARED = {"mnist_cnn": ("--histograms",)}  # More flags of the runs that tests share.
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 
 # The tests of this process run on the CPU, also where there are GPUs: tests/test_gpu.py is for these.
@@ -63,3 +69,34 @@ def smoke_config(recipe: types.ModuleType, run_dir: pathlib.Path, **settings):
     standard = {"data": "sample", "smoke": True, "epochs": 2, "strategy": "none", "quiet": True}
     standard |= {"threads": 2, "deterministic": True, "baseline": False, "run_dir": str(run_dir)}
     return recipe.Config(**{**standard, **SMALL.get(recipe.__name__, {}), **settings})
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Callable[[str], tuple[subprocess.CompletedProcess, pathlib.Path]]:
+    """Gives a smoke run of a recipe: what its program printed, and the run directory, NAME/run.
+
+    A run is trained when a test first asks for it, once for all test processes. It is not to be changed.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "finished"
+
+    @functools.cache
+    def run_of(name: str) -> tuple[subprocess.CompletedProcess, pathlib.Path]:
+        place = folder / name
+        place.mkdir(parents=True, exist_ok=True)
+        printed = place / "printed.json"
+        with open(place / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not printed.exists():
+                run = run_smoke(name, place, *SHARED.get(name, ()), "--run-dir", "run")
+                printed.write_text(json.dumps([run.args, run.returncode, run.stdout, run.stderr]))
+        return subprocess.CompletedProcess(*json.loads(printed.read_text())), place / "run"
+
+    return run_of
+
+
+def run_smoke(name: str, directory: pathlib.Path, *flags: str) -> subprocess.CompletedProcess:
+    """Starts a recipe from a foreign directory; no file of this repository is in the way of its imports."""
+    path = os.path.relpath(ROOT / "recipes" / f"{name}.py", directory)
+    small = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.get(name, {}).items()]
+    return run_program(path, "--smoke", "--data", "sample", "--deterministic", *small, *flags, cwd=directory)

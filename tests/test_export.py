@@ -1,7 +1,6 @@
 import errno
 import io
 import json
-import pathlib
 import zipfile
 
 from common import artefacts
@@ -22,19 +21,19 @@ from programs import run_program
 pytest.importorskip("ai_edge_litert", reason="the extra `export` is not installed")
 
 
+@pytest.fixture
+def run_of(finished_run, large_vocabulary):
+    """A finished run of a recipe."""
+    return lambda name: large_vocabulary if name == "text_classifier" else finished_run(name)[1]
+
+
 @pytest.fixture(scope="module")
-def run_of(tmp_path_factory):
-    """A finished run of a recipe, trained when first asked for."""
-    folder = tmp_path_factory.mktemp("runs")
-
-    def trained(name: str) -> pathlib.Path:
-        if not (folder / name).exists():
-            recipe = load_recipe(name)
-            # Of the few words in a smoke run's texts, the network would be too small to be made smaller.
-            recipe.train(smoke_config(recipe, folder / name, smoke=name != "text_classifier"))
-        return folder / name
-
-    return trained
+def large_vocabulary(tmp_path_factory):
+    """Of the few words in a smoke run's texts, the network would be too small to be made smaller."""
+    folder = tmp_path_factory.mktemp("text_classifier") / "run"
+    recipe = load_recipe("text_classifier")
+    recipe.train(smoke_config(recipe, folder, smoke=False))
+    return folder
 
 
 def outputs_of(model: keras.Model, inputs: np.ndarray) -> dict[str, tf.Tensor]:

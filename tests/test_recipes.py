@@ -5,7 +5,6 @@ import collections
 import dataclasses
 import itertools
 import json
-import os
 import re
 import shlex
 import sys
@@ -19,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
-from conftest import load_recipe, smoke_config, smoke_data
+from conftest import load_recipe, run_smoke, smoke_config, smoke_data
 from programs import ROOT, run_program
 from worker import COMPARED_IN_FLOAT64, SMALL, STEPS, STEPS_OF_OTHERS, in_float64
 
@@ -36,44 +35,23 @@ RESULT_FIELDS = {
 }
 
 
-def run_smoke(recipe, directory, *flags):
-    """Starts a recipe from a foreign directory; no file of this repository is in the way of its imports."""
-    path = os.path.relpath(ROOT / "recipes" / f"{recipe.__name__}.py", directory)
-    flags = ("--smoke", "--data", "sample", "--deterministic", *flags)
-    return run_program(path, *flags, cwd=directory)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """One finished smoke run per recipe: what it printed, and its directory."""
-    runs = {}
-
-    def run(recipe):
-        if recipe not in runs:
-            directory = tmp_path_factory.mktemp(recipe.__name__)
-            runs[recipe] = run_smoke(recipe, directory, "--run-dir", "first"), directory / "first"
-        return runs[recipe]
-
-    return run
-
-
-def test_smoke_run_from_a_foreign_directory(recipe, finished):
-    printed, directory = finished(recipe)
+def test_smoke_run_from_a_foreign_directory(recipe, finished_run):
+    printed, directory = finished_run(recipe.__name__)
     assert printed.returncode == 0, printed.stderr
     assert printed.stderr == ""
     lines = printed.stdout.splitlines()
     assert lines[0].startswith("hardware: ")
-    assert lines[-2] == "run directory: first"
-    assert lines[-1] == f"watch it: {shlex.join([sys.executable, '-m', 'tensorboard.main', '--logdir', 'first'])}"
+    assert lines[-2] == "run directory: run"
+    assert lines[-1] == f"watch it: {shlex.join([sys.executable, '-m', 'tensorboard.main', '--logdir', 'run'])}"
     for name in ("config.json", "result.json", "model.keras", "tensorboard", "plots/learning_curves.png"):
         assert (directory / name).exists(), name
     assert not list(directory.glob("*part*"))
 
 
-def test_compiled_by_xla_it_learns_the_same(finished, tmp_path):
+def test_compiled_by_xla_it_learns_the_same(finished_run, tmp_path):
     """XLA, which --deterministic excludes, may round in another way, and no more."""
     name = "dense_classifier"
-    _, directory = finished(load_recipe(name))
+    _, directory = finished_run(name)
     recipe = ROOT / "recipes" / f"{name}.py"
     printed = run_program(recipe, "--smoke", "--run-dir", "xla", cwd=tmp_path)
     assert (printed.returncode, printed.stderr) == (0, "")
@@ -84,8 +62,8 @@ def test_compiled_by_xla_it_learns_the_same(finished, tmp_path):
     assert compiled["weights_sha256"] != deterministic["weights_sha256"], "XLA was not at work"
 
 
-def test_result_says_what_was_run(recipe, finished):
-    printed, directory = finished(recipe)
+def test_result_says_what_was_run(recipe, finished_run):
+    printed, directory = finished_run(recipe.__name__)
     result = json.loads((directory / "result.json").read_text())
     assert set(result) >= RESULT_FIELDS
     data = smoke_data(recipe.__name__)
@@ -103,7 +81,7 @@ def test_result_says_what_was_run(recipe, finished):
     steps = steps_per_epoch(data.train, recipe.Config().batch_size)
     assert tuple(result["class_names"]) == data.class_names
     assert (result["seed"], result["epochs"], result["steps"]) == (0, 2, 2 * steps)
-    assert result["command"].endswith("--smoke --data sample --deterministic --run-dir first")
+    assert result["command"].endswith("--smoke --data sample --run-dir run")
     seconds = result["seconds"]
     parts = sum(seconds[part] for part in ("data", "compile", "train", "evaluate"))
     assert 0 < parts < seconds["total"]
@@ -115,9 +93,9 @@ def test_result_says_what_was_run(recipe, finished):
     assert config["config"]["batch_size"] == recipe.Config().batch_size
 
 
-def test_the_saved_model_takes_what_a_user_has(recipe, finished):
+def test_the_saved_model_takes_what_a_user_has(recipe, finished_run):
     """Bytes of pixels, raw strings, raw columns: and gives the metric that the result states."""
-    _, directory = finished(recipe)
+    _, directory = finished_run(recipe.__name__)
     result = json.loads((directory / "result.json").read_text())
     model = keras.models.load_model(directory / "model.keras")
     assert weights_sha256(model) == result["weights_sha256"]
@@ -133,15 +111,12 @@ def test_the_saved_model_takes_what_a_user_has(recipe, finished):
         assert np.mean((outputs - targets) ** 2) == pytest.approx(result["metrics"]["mse"], rel=1e-3)
 
 
-def test_the_same_command_gives_the_same_weights(recipe, finished):
-    _, directory = finished(recipe)
-    again = run_smoke(recipe, directory.parent, "--run-dir", "second", "--quiet", "--no-baseline")
+def test_the_same_command_gives_the_same_weights(recipe, finished_run, tmp_path):
+    _, directory = finished_run(recipe.__name__)
+    again = run_smoke(recipe.__name__, tmp_path, "--run-dir", "run", "--quiet", "--no-baseline")
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
-    digests = [
-        json.loads((directory.parent / name / "result.json").read_text())["weights_sha256"]
-        for name in ("first", "second")
-    ]
-    assert digests[0] == digests[1]
+    runs = [json.loads((run / "result.json").read_text()) for run in (directory, tmp_path / "run")]
+    assert runs[0]["weights_sha256"] == runs[1]["weights_sha256"]
 
 
 def test_mirrored_computes_what_one_device_computes(recipe, tmp_path, monkeypatch):

@@ -39,20 +39,9 @@ PLUGINS = {
 }
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Finished runs of all recipes, each trained once."""
-    folder = tmp_path_factory.mktemp("runs")
-
-    def finished(recipe):
-        directory = folder / recipe.__name__ / "run"
-        if not directory.exists():
-            flags = {"histograms": True} if recipe.__name__ == "mnist_cnn" else {}
-            data = smoke_data(recipe.__name__)
-            recipe.train(smoke_config(recipe, directory, batch_size=len(data.train) // 4, **flags), data)
-        return directory
-
-    return finished
+@pytest.fixture
+def runs(finished_run):
+    return lambda recipe: finished_run(recipe.__name__)[1]
 
 
 def read(directory: pathlib.Path) -> EventMultiplexer:
