@@ -24,10 +24,10 @@ Share = Annotated[float, 0, 1]
 EXIT_INTERRUPTED = 75
 # What asks a program to end: Ctrl-C, and a cluster that wants its machine back.
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-# Called with the exit code and the line that says why, when a recipe ends.
-endings: list[Callable[[int, str], None]] = []
-# The flags that change nothing of what is computed in training.
-BESIDE_TRAINING = {
+# Functions that are called when a recipe ends, with its exit code and last line.
+exit_hooks: list[Callable[[int, str], None]] = []
+# Flags that do not affect the training result; a resumed run may change them.
+RUNTIME_FLAGS = {
     *("data_dir", "run_dir", "resume", "checkpoint_every", "cluster_timeout", "quiet"),
     *("baseline", "histograms", "profile"),
 }
@@ -195,8 +195,8 @@ def _run(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt as interruption:
         code, line = EXIT_INTERRUPTED, f"interrupted: {interruption}".rstrip(": ")
     line = " ".join(line.split())
-    for say in endings:
-        say(code, line)
+    for hook in exit_hooks:
+        hook(code, line)
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)  # The outcome is settled.
     if line:
@@ -221,8 +221,8 @@ def _exit_when_stopped() -> None:
             sys.stdout.flush()
         with contextlib.suppress(OSError):
             os.write(2, f"{line}\n".encode())
-        for say in endings:
-            say(EXIT_INTERRUPTED, line)
+        for hook in exit_hooks:
+            hook(EXIT_INTERRUPTED, line)
         os._exit(EXIT_INTERRUPTED)
 
     for number in STOPPING:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from common.cli import EXIT_INTERRUPTED, UserError, endings
+from common.cli import EXIT_INTERRUPTED, UserError, exit_hooks
 
 import numpy as np
 import tensorflow as tf
@@ -48,7 +48,7 @@ class Cluster:
         self.strategy, strategy.flags = strategy, (tf.Variable([0.0, 0.0]), tf.Variable([0.0, 0.0]))
         self._set("here", True)
         joined.append(self)
-        endings.append(self.leave)
+        exit_hooks.append(self.leave)
         atexit.register(self.leave)
         sys.excepthook = self._report_exception
         threading.Thread(target=self._watch, daemon=True).start()

@@ -8,7 +8,7 @@ import pathlib
 import platform
 from typing import Any, BinaryIO
 
-from common.cli import BESIDE_TRAINING, AlreadyFinishedError, SharedConfig, UserError
+from common.cli import RUNTIME_FLAGS, AlreadyFinishedError, SharedConfig, UserError
 from common.records import RESULT, file_sha256, read_json
 
 # What may be there before a run begins: its lock, and a file that was not finished.
@@ -91,9 +91,9 @@ def resumed_settings(directory: pathlib.Path, settings: dict[str, Any]) -> dict[
     before = read_json(directory / "config.json", "recipe", "config", "chosen", "files", "resumed")
     if before["recipe"] != (recipe := settings["recipe"]):
         raise UserError(f"--run-dir {directory}: a run of {before['recipe']}, not of {recipe}; choose another")
-    free = BESIDE_TRAINING if settings["config"]["deterministic"] else {*BESIDE_TRAINING, "threads"}
+    free = RUNTIME_FLAGS if settings["config"]["deterministic"] else {*RUNTIME_FLAGS, "threads"}
     found = {}
-    for part, names in (("config", BESIDE_TRAINING), ("chosen", free), ("files", ())):
+    for part, names in (("config", RUNTIME_FLAGS), ("chosen", free), ("files", ())):
         for name in [name for name in {**before[part], **settings[part]} if name not in names]:
             old, new = before[part].get(name), settings[part].get(name)
             if old != new:

@@ -14,7 +14,7 @@ from typing import Any
 from common import upstream
 from common.batches import Augment, steps_per_epoch
 from common.checkpoints import EPOCH_OVER, Checkpoints, newest_checkpoint
-from common.cli import BESIDE_TRAINING, SharedConfig, UserError, warn
+from common.cli import RUNTIME_FLAGS, SharedConfig, UserError, warn
 from common.data import Data
 from common.evaluation import Report, curves_figure, figure_png
 from common.hardware import apply, choose, describe_machine
@@ -36,7 +36,7 @@ def start_run(config: SharedConfig, **files: str) -> "Run":
 
     Args:
         config: the whole configuration. The file its class stands in gives the recipe's name.
-        files: paths of what the training starts from beside its data, such as a teacher's model, by the names of
+        files: paths of files that the training reads besides its data, such as a teacher's model, by the names of
             their flags; or empty.
 
     Raises:
@@ -63,7 +63,7 @@ def start_run(config: SharedConfig, **files: str) -> "Run":
     strategy = apply(choices, config, cluster)
     same = {"workers": list(workers), "tensorflow": tf.__version__, "keras": keras.__version__, "code": code_sha256()}
     same |= {"recipe": recipe, **settings["config"], **chosen, **settings["files"]}
-    left_out = {*BESIDE_TRAINING, "threads", "data"} - {"baseline"}
+    left_out = {*RUNTIME_FLAGS, "threads", "data"} - {"baseline"}
     cluster.compare({key: value for key, value in same.items() if key not in left_out})
 
     def found() -> tuple:
@@ -176,7 +176,7 @@ class Run:
             problem = f"{error.filename or self.directory}: {error.strerror}"
             raise UserError(f"--run-dir {problem}; choose an empty or a new one") from error
 
-    def finish(self, model: keras.Model, data: Data, report: Report, beside: dict[str, float]) -> dict[str, float]:
+    def finish(self, model: keras.Model, data: Data, report: Report, extra: dict[str, float]) -> dict[str, float]:
         """Saves the model, the plots and `result.json`, prints the result, and returns all metrics.
 
         Args:
@@ -184,9 +184,9 @@ class Run:
                 of the likeliest class.
             data: what it was trained on.
             report: its test metrics.
-            beside: figures to compare them with, such as a baseline's.
+            extra: metrics to compare with, such as those of a baseline.
         """
-        metrics, watch = {**report.metrics, **beside}, self.watch
+        metrics, watch = {**report.metrics, **extra}, self.watch
         if not self.cluster.chief:
             return metrics
         self.logs.attempt(self.logs.end, watch.steps, metrics, report.texts)

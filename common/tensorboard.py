@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from common.batches import Augment, training_batches
-from common.cli import BESIDE_TRAINING, SharedConfig, warn
+from common.cli import RUNTIME_FLAGS, SharedConfig, warn
 from common.data import Data
 from common.evaluation import figure_png, picture_figure, text_table
 
@@ -29,7 +29,7 @@ _EVENT_FILES = "events.out.tfevents*"
 
 
 class Logs(keras.callbacks.TensorBoard):
-    """Keras' TensorBoard callback and what a run writes beside it; warns of its first failure, then is silent.
+    """Keras' TensorBoard callback and what else a run writes; warns of its first failure, then is silent.
 
     Args:
         folder: the log directory.
@@ -116,7 +116,7 @@ class Logs(keras.callbacks.TensorBoard):
         with self.writer.as_default(step=0):
             tf.summary.text("run_card", f"```\n{json.dumps(card, indent=2)}\n```")
             tf.summary.experimental.write_raw_pb(_COLUMNS.SerializeToString(), step=0)
-            chosen = {key: value for key, value in card["config"].items() if key not in BESIDE_TRAINING}
+            chosen = {key: value for key, value in card["config"].items() if key not in RUNTIME_FLAGS}
             hparams.hparams({**chosen, "recipe": card["recipe"], "data": data.name}, trial_id=name)
             _show_examples(data, augment)
 

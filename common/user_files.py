@@ -48,7 +48,7 @@ def read_table(path: pathlib.Path, target: str, classes: bool) -> tuple[Arrays, 
     table = read_csv(path, [target], "name another with --target")
     inputs = table.drop(columns=target)
     if inputs.empty:
-        raise UserError(f"{path}: there is no column beside {target!r}; add the inputs")
+        raise UserError(f"{path}: no column but {target!r}; add the inputs")
     targets = _filled(path, table[target]).astype(str) if classes else numbers(path, table[[target]])[:, 0]
     return {"train": (numbers(path, inputs), targets)}, tuple(inputs.columns)
 

@@ -99,8 +99,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         verbose=run.verbose,
     )
     report = evaluate_classifier(model, data.test, data.class_names, config.batch_size, run.strategy)
-    beside = {"naive_accuracy": naive_accuracy(config, data)} if config.baseline else {}
-    return run.finish(model, data, report, beside)
+    extra_metrics = {"naive_accuracy": naive_accuracy(config, data)} if config.baseline else {}
+    return run.finish(model, data, report, extra_metrics)
 
 
 def naive_accuracy(config: Config, data: Data) -> float:

@@ -102,10 +102,10 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         verbose=run.verbose,
     )
     report = evaluate_regressor(model, data.test, config.batch_size, run.strategy)
-    beside = {"noise_floor_mse": NOISE**2} if data.source == "generated" else {}
+    extra_metrics = {"noise_floor_mse": NOISE**2} if data.source == "generated" else {}
     if config.baseline:
-        beside["ridge_mse"] = ridge_mse(data)
-    return run.finish(model, data, report, beside)
+        extra_metrics["ridge_mse"] = ridge_mse(data)
+    return run.finish(model, data, report, extra_metrics)
 
 
 def ridge_mse(data: Data) -> float:

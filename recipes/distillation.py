@@ -65,7 +65,7 @@ def build_model(config: Config, data: Data, width: int = 1) -> keras.Model:
 
 
 def teacher_logits(path: pathlib.Path, data: Data) -> np.ndarray:
-    """What the teacher says of the images of train, then of validation: [n, classes]. Kept beside its model."""
+    """The teacher's logits for the training images, then for the validation images: [n, classes]; cached on disk."""
     part = path.with_name(f"part-{os.getpid()}.npz")  # Renamed when whole.
     try:
         origin = hashlib.sha256(f"{file_sha256(path)} {data.digest()}".encode()).hexdigest()[:16]
@@ -171,8 +171,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     fit(lambda: with_teacher(student, config), *taught, augment_taught, True, callbacks, run.start_step)
     if config.baseline:
         fit(lambda: alone, data.train, data.validation, augment)
-    beside = {"alone_accuracy": evaluate(alone).metrics["accuracy"]} if config.baseline else {}
-    return run.finish(student, data, evaluate(student), beside)
+    extra_metrics = {"alone_accuracy": evaluate(alone).metrics["accuracy"]} if config.baseline else {}
+    return run.finish(student, data, evaluate(student), extra_metrics)
 
 
 def main() -> None:

@@ -87,14 +87,14 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         verbose=run.verbose,
     )
     report = evaluate_regressor(model, data.test, 1000, run.strategy)
-    beside = {"noise_floor_mse": NOISE**2} if data.source == "generated" else {}
+    extra_metrics = {"noise_floor_mse": NOISE**2} if data.source == "generated" else {}
     if config.baseline:
-        beside |= compare_with_least_squares(model, data)
-    return run.finish(model, data, report, beside)
+        extra_metrics |= compare_with_least_squares(model, data)
+    return run.finish(model, data, report, extra_metrics)
 
 
 def compare_with_least_squares(model: keras.Model, data: Data) -> dict[str, float]:
-    """The learned weights and bias beside the exact solution for the same examples."""
+    """The learned weights and bias, and the exact least-squares solution for the same examples."""
     kernel, bias = model.get_layer("line").get_weights()
     mean, variance, _ = model.get_layer("normalize").get_weights()
     weights = kernel[:, 0] / np.sqrt(variance)
@@ -105,10 +105,10 @@ def compare_with_least_squares(model: keras.Model, data: Data) -> dict[str, floa
 
     exact, *_ = np.linalg.lstsq(with_ones(data.train), np.asarray(data.train.targets)[:, 0])
     names = [f"weight_{column}" for column in range(len(kernel))] + ["bias"]
-    beside = {name: float(value) for name, value in zip(names, learned, strict=True)}
-    beside |= {f"lstsq_{name}": float(value) for name, value in zip(names, exact, strict=True)}
+    extra_metrics = {name: float(value) for name, value in zip(names, learned, strict=True)}
+    extra_metrics |= {f"lstsq_{name}": float(value) for name, value in zip(names, exact, strict=True)}
     errors = with_ones(data.test) @ exact - np.asarray(data.test.targets)[:, 0]
-    return {**beside, "lstsq_mse": float(np.mean(errors**2))}
+    return {**extra_metrics, "lstsq_mse": float(np.mean(errors**2))}
 
 
 def main() -> None:

@@ -97,8 +97,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         verbose=run.verbose,
     )
     report = evaluate_classifier(model, data.test, data.class_names, config.batch_size, run.strategy)
-    beside = {"logistic_regression_accuracy": logistic_regression_accuracy(data)} if config.baseline else {}
-    return run.finish(model, data, report, beside)
+    extra_metrics = {"logistic_regression_accuracy": logistic_regression_accuracy(data)} if config.baseline else {}
+    return run.finish(model, data, report, extra_metrics)
 
 
 def logistic_regression_accuracy(data: Data) -> float:

@@ -169,10 +169,10 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             loss, model = model.loss, without_removed(model, config, data)
             model.compile(loss=loss)
     report = evaluate(model)
-    beside = {"nonzero_weights": float(sum(np.count_nonzero(weight) for weight in model.get_weights()))}
+    extra_metrics = {"nonzero_weights": float(sum(np.count_nonzero(weight) for weight in model.get_weights()))}
     if config.baseline:
-        beside["unpruned_accuracy"] = evaluate(fit([], start_step=0)).metrics["accuracy"]
-    return run.finish(model, data, report, beside)
+        extra_metrics["unpruned_accuracy"] = evaluate(fit([], start_step=0)).metrics["accuracy"]
+    return run.finish(model, data, report, extra_metrics)
 
 
 def main() -> None:

@@ -139,16 +139,16 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         keras.config.set_dtype_policy("float32")  # Whatever the training was in.
         network = build_model(config, data)  # On one device, wherever it was trained.
         network.set_weights(model.get_weights())
-        (images, _), beside, sizes = data.train.arrays(slice(config.representative_images)), {}, {}
+        (images, _), extra_metrics, sizes = data.train.arrays(slice(config.representative_images)), {}, {}
         for kind in ("float32", "dynamic", "float16", "int8"):
             path = quantized(network, kind, run.directory / f"{kind}.tflite", images)
-            beside[f"{kind}_litert_accuracy"] = litert_accuracy(path, data.test)
+            extra_metrics[f"{kind}_litert_accuracy"] = litert_accuracy(path, data.test)
             sizes[kind] = path.stat().st_size
-        return beside | {"int8_share_of_bytes": sizes["int8"] / sizes["float32"]}
+        return extra_metrics | {"int8_share_of_bytes": sizes["int8"] / sizes["float32"]}
 
     with quiet_native_stderr():  # The converter tells of its progress there too.
-        beside = once(run, quantize)
-    return run.finish(model, data, report, beside)
+        extra_metrics = once(run, quantize)
+    return run.finish(model, data, report, extra_metrics)
 
 
 def main() -> None:

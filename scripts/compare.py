@@ -10,7 +10,7 @@ import contextlib
 import os
 import pathlib
 
-from common.cli import BESIDE_TRAINING, Parser, UserError, run_script
+from common.cli import RUNTIME_FLAGS, Parser, UserError, run_script
 from common.evaluation import figure_png
 from common.records import read_run
 
@@ -47,7 +47,7 @@ def main() -> None:
 def rows(runs: dict[str, dict]) -> dict[str, dict[str, object]]:
     """What is compared, by run: recipe and data, the settings that differ, all metrics, time and size."""
     compared = {}
-    configs = [{k: v for k, v in run["config"].items() if k not in BESIDE_TRAINING} for run in runs.values()]
+    configs = [{k: v for k, v in run["config"].items() if k not in RUNTIME_FLAGS} for run in runs.values()]
     settings = [
         name for name in dict.fromkeys(key for config in configs for key in config)
         if len({repr(config.get(name)) for config in configs}) > 1

@@ -93,7 +93,7 @@ def export(
     """Writes a run's model to `path`, or leaves that as it was when the parity check fails.
 
     Returns:
-        What the check found; it is also written beside the artefact, as `NAME.parity.json`.
+        What the check found; it is also written next to the artefact, as `NAME.parity.json`.
 
     Raises:
         UserError: `path` can't be written, or does not suit the form.
@@ -116,12 +116,12 @@ def export(
             answers = artefacts.keras_answer(model), artefacts.load(part).answer
             parity |= compare(*answers, inputs, tolerance, description["task"]["output"])
             if parity["passed"]:
-                beside = path.with_name(path.name + ".parity.json")
-                write_file(pathlib.Path(folder, beside.name), json.dumps(parity, indent=2) + "\n")
+                report = path.with_name(path.name + ".parity.json")
+                write_file(pathlib.Path(folder, report.name), json.dumps(parity, indent=2) + "\n")
                 if path.is_dir():
                     shutil.rmtree(path)
                 os.replace(part, path)
-                os.replace(pathlib.Path(folder, beside.name), beside)
+                os.replace(pathlib.Path(folder, report.name), report)
     except (OSError, tf.errors.OpError) as error:  # TensorFlow writes SavedModels.
         where, reason = getattr(error, "filename", None), getattr(error, "strerror", None) or "can't be written"
         where = where if where and pathlib.Path(where) in path.parents else path  # And not a temporary folder.

@@ -371,7 +371,7 @@ def checkpoints_that_are_a_file(folder):
         ("dense_classifier", infinite_number, "row 5, column 'a': 'inf' is not between -1e15 and 1e15"),
         ("dense_classifier", empty_file, "empty.csv: not readable as CSV (No columns to parse from file)"),
         ("dense_classifier", header_only, "no rows below the column names"),
-        ("dense_classifier", no_inputs, "no column beside 'target'"),
+        ("dense_classifier", no_inputs, "no column but 'target'"),
         ("dense_classifier", one_label, "only one class to train on, 'same'"),
         ("dense_classifier", rare_label, "class 'rare' is in test but not in train"),
         ("dense_classifier", binary_file, "rows have other numbers of values than the first line ("),

@@ -20,7 +20,7 @@ def curves() -> Figure | None:
         axes = figure.add_subplot(-(-len(published) // 3), 3, place, title=recipe, xlabel="epoch")
         axes.set_ylabel(f"{kept} {'accuracy' if metric == 'accuracy' else 'mean squared error'}")
         for run in runs:
-            # Where it is the loss as it stands, it is no metric beside it.
+            # Where the loss is the metric, it is shown once.
             values = [epoch.get(prefix + metric, epoch[f"{prefix}loss"]) for epoch in run["history"]]
             axes.plot(range(1, len(values) + 1), values, linewidth=1.2, label=f"seed {run['seed']}")
         if metric != "accuracy":
@@ -56,9 +56,9 @@ def draw_speeds(axes: Axes, records: list[dict]) -> None:
                 places.append(place + offset)
                 found.append(sorted(ratios(record["rounds"], measured)))
         middles = [statistics.median(each) for each in found]
-        beside = [[middle - each[0] for middle, each in zip(middles, found, strict=True)]]
-        beside += [[each[-1] - middle for middle, each in zip(middles, found, strict=True)]]
-        axes.errorbar(middles, places, xerr=beside, fmt="o", markersize=5, linewidth=1.5, label=label)
+        errors = [[middle - each[0] for middle, each in zip(middles, found, strict=True)]]
+        errors += [[each[-1] - middle for middle, each in zip(middles, found, strict=True)]]
+        axes.errorbar(middles, places, xerr=errors, fmt="o", markersize=5, linewidth=1.5, label=label)
         for place, middle, each in zip(places, middles, found, strict=True):
             axes.annotate(
                 f"{middle:.2f}", (each[-1], place), (4, 0), textcoords="offset points", va="center", fontsize=8

@@ -22,8 +22,8 @@ from published import (
     with_metric,
 )
 
-# Metrics beside a recipe's own, and how the table calls them; {} takes the figure.
-BESIDE = {
+# Extra metrics of recipes, and how the table shows them; {} takes the figure.
+EXTRA = {
     "one_view_accuracy": "without averaging over views: {}",
     "alone_accuracy": "the same network without a teacher: {}",
     "unpruned_accuracy": "nothing removed: {}",
@@ -61,7 +61,7 @@ def figure(runs: list[dict], metric: str) -> str:
 
 
 def margin(runs: list[dict], other: str) -> str:
-    """By how much the recipe is better than what stands beside it, on the mean."""
+    """By how much the recipe is better than its baseline, on the mean."""
     mine, its = mean(runs, main_metric(runs)), mean(runs, other)
     if other.endswith("accuracy"):
         return f" ({100 * abs(mine - its):.2f} points {'below' if its <= mine else 'above'})"
@@ -112,16 +112,16 @@ def results_table() -> str:
         link += f"<br>`{flags}`" if flags else ""
         metric = main_metric(runs)
         label = "accuracy" if metric == "accuracy" else "mean squared error"
-        beside = "<br>".join(
+        compared = "<br>".join(
             text.format(figure(runs, name)) + margin(runs, name)
-            for name, text in BESIDE.items()
+            for name, text in EXTRA.items()
             if name in runs[0]["metrics"]
         )
         data = runs[0]["data"]
         counts = f"{data['train']:,} train, {data['validation']:,} validation, {data['test']:,} test"
         lines.append(
             f"| {link} | {data['name']} ({data['source']}): {counts} | {label} {figure(runs, metric)} "
-            f"| {beside} | {minutes(runs)}, {machine_of(runs[0])}{marks(record)} | {seeds(runs)} |"
+            f"| {compared} | {minutes(runs)}, {machine_of(runs[0])}{marks(record)} | {seeds(runs)} |"
         )
         versions = runs[0]["versions"]
         machines.add(f"{machine_of(runs[0])}, TensorFlow {versions['tensorflow']}, Keras {versions['keras']}")
@@ -256,8 +256,8 @@ def quicker(record: dict) -> list[str]:
     if record["recipe"] == "pruning" and "litert" in variants and whole:
         before = whole["variants"]["litert"]
         lines += [
-            f"Beside `mnist_cnn`, whose network this was, `litert` is {times(variants['litert'], before, 1)} times as "
-            f"quick at batch 1, one thread, and {times(variants['litert'], before, 64)} times at batch 64.",
+            f"Compared with `mnist_cnn`, whose network this was, `litert` is {times(variants['litert'], before, 1)} "
+            f"times as quick at batch 1, one thread, and {times(variants['litert'], before, 64)} times at batch 64.",
             "",
         ]
     return lines
