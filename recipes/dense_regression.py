@@ -1,6 +1,6 @@
 """Dense regression: predict a number from a thousand columns with a small dense network.
 
-Teaches   when a network beats a linear model: the target is a curved function of a few hidden causes
+Teaches   when a network beats a linear model: the target is a nonlinear function of a few hidden variables
 Data      generated: 18,000 train, 2,000 validation, 5,000 test; known noise of variance 0.25
 Result    test mean squared error 0.4779 ± 0.0035 over 3 seeds, 28 s, 2 cores of AMD EPYC without bfloat16, stale
 Run       python recipes/dense_regression.py
@@ -34,14 +34,14 @@ CAUSES, COLUMNS, NOISE = 6, 1000, 0.5
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
     epochs: Count = 20  # passes over the training examples
-    batch_size: Count = 64  # examples per step, over all devices together
-    learning_rate: Positive = 0.0003  # highest step size of AdamW, which falls to zero along a cosine
-    weight_decay: float = 1.0  # pull of AdamW on the weights towards zero, times the learning rate
+    batch_size: Count = 64  # examples per step, summed over all devices
+    learning_rate: Positive = 0.0003  # peak learning rate of AdamW; cosine decay to zero
+    weight_decay: float = 1.0  # weight decay of AdamW
     target: str = "target"  # the column to predict, with --data FILE.csv
 
 
 def generate() -> Arrays:
-    """A thousand noisy measurements of six hidden causes, as in a spectrum; the target is a curve of them."""
+    """Noisy mixtures of six hidden variables, as in a spectrum; the target is a nonlinear function of these."""
     random = np.random.default_rng(42)
     mixing = random.normal(0, 1 / np.sqrt(CAUSES), (CAUSES, COLUMNS))
 
@@ -61,15 +61,15 @@ def load_data(config: Config) -> Data:
 
 def build_model(config: Config, data: Data) -> keras.Model:
     inputs = keras.Input(data.train.inputs.shape[1:], name="columns")
-    # In float32 whatever the precision of the rest: of 2001 and 2002, bfloat16 keeps no difference.
+    # Always float32: bfloat16 can't tell 2001 from 2002.
     normalize = keras.layers.Normalization(dtype="float32")
     normalize.adapt(np.asarray(data.train.inputs))
     x = normalize(inputs)
     x = keras.layers.Dense(500, activation="relu")(x)
     x = keras.layers.Dense(100, activation="relu")(x)
-    # In float32 whatever the precision of the rest: the prediction needs the digits.
+    # Always float32: predictions lose too much precision in 16 bits.
     x = keras.layers.Dense(1, dtype="float32")(x)
-    # From deviations around the mean to the units of the target, so that these can be any.
+    # From standardized values back to the units of the target.
     denormalize = keras.layers.Normalization(invert=True, dtype="float32")
     denormalize.adapt(np.asarray(data.train.targets))
     return keras.Model(inputs, denormalize(x), name="dense_regression")
@@ -85,8 +85,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         model.compile(
             optimizer=FusedAdam(learning_rate, weight_decay=config.weight_decay),
             loss="mse",
-            # The share of the variance that is left: whatever the unit of the target, gradients are of one size.
-            # It is what `loss` shows; `mse` is in the units of the target.
+            # The share of the variance that is not explained: gradients don't depend on the unit of the target.
+            # `loss` shows this share; `mse` is in the units of the target.
             loss_weights=1 / max(float(np.var(data.train.targets)), 1e-30),
             metrics=["mse", "mae"],
             steps_per_execution=steps_per_execution(model, data.train, config.batch_size, run.strategy, run.start_step),
@@ -94,7 +94,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     model.fit(
         training_batches(data.train, config.batch_size, config.seed, strategy=run.strategy, start_step=run.start_step),
         steps_per_epoch=steps,
-        shuffle=False,  # Shuffled already.
+        shuffle=False,  # The dataset is shuffled already.
         epochs=config.epochs,
         validation_data=evaluation_batches(data.validation, config.batch_size, run.strategy),
         validation_steps=evaluation_steps(data.validation, config.batch_size),

@@ -1,7 +1,7 @@
-"""Distillation: a large network teaches a small one more than the labels tell it.
+"""Distillation: train a small network on the predictions of a large one.
 
 Teaches   a teacher's soft answers as targets (Hinton et al. 2015), computed once and kept
-Data      CIFAR-10: 45,000 train, 5,000 validation, 10,000 test; drawn shapes where there is no network
+Data      CIFAR-10: 45,000 train, 5,000 validation, 10,000 test; offline, drawn shapes
 Result    test accuracy 83.38 ± 0.31 % over 3 seeds, 4.6 min, 2 cores of AMD EPYC, stale,
           with --precision mixed_bfloat16 --teacher runs/teacher/model.keras
 Run       python recipes/distillation.py
@@ -35,13 +35,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
-    epochs: Count = 8  # passes over the training images, of the teacher too; in many, a student needs it less
-    batch_size: Count = 256  # images per step, over all devices together
-    learning_rate: Positive = 0.015  # peak of the schedule
-    shift: int = 2  # pixels by which a training image may move along each axis
-    teacher: str = ""  # the model.keras of a run, to teach; empty: a network four times as wide
-    temperature: Positive = 2.0  # divides the logits, so that the second and third guess of the teacher count
-    label_weight: Share = 0.1  # what the true labels weigh in the loss; the teacher has the rest
+    epochs: Count = 8  # passes over the training images, also of the teacher; with many, distillation gains less
+    batch_size: Count = 256  # images per step, summed over all devices
+    learning_rate: Positive = 0.015  # peak of the learning rate schedule
+    shift: int = 2  # maximum random shift of a training image along each axis, in pixels
+    teacher: str = ""  # path of the teacher, a model.keras; if empty, a network four times as wide is trained
+    temperature: Positive = 2.0  # divides the logits; higher values give more weight to the less likely classes
+    label_weight: Share = 0.1  # weight of the true labels in the loss; the rest is that of the teacher
 
 
 def load_data(config: Config) -> Data:
@@ -59,14 +59,14 @@ def build_model(config: Config, data: Data, width: int = 1) -> keras.Model:
     x = keras.layers.Conv2D(64 * width, 3, activation="relu")(x)
     x = keras.layers.Flatten()(x)
     x = keras.layers.Dense(64 * width, activation="relu")(x)
-    # In float32 whatever the precision of the rest: probabilities need the digits.
+    # Always float32: softmax outputs lose too much precision in 16 bits.
     logits = keras.layers.Dense(len(data.class_names), dtype="float32", name="logits")(x)
     return keras.Model(images, keras.layers.Softmax(dtype="float32")(logits), name="distillation")
 
 
 def teacher_logits(path: pathlib.Path, data: Data) -> np.ndarray:
     """The teacher's logits for the training images, then for the validation images: [n, classes]; cached on disk."""
-    part = path.with_name(f"part-{os.getpid()}.npz")  # Renamed when whole.
+    part = path.with_name(f"part-{os.getpid()}.npz")  # Renamed when complete.
     try:
         origin = hashlib.sha256(f"{file_sha256(path)} {data.digest()}".encode()).hexdigest()[:16]
         kept = path.with_name(f"logits-{origin}.npz")
@@ -74,7 +74,7 @@ def teacher_logits(path: pathlib.Path, data: Data) -> np.ndarray:
             teacher = keras.models.load_model(path, compile=False)
             images = np.concatenate([data.train.inputs, data.validation.inputs])
             answers, names = teacher.predict(images, verbose=0), [*data.class_names]
-            if isinstance(answers, dict):  # A run saves its model with the names of the classes.
+            if isinstance(answers, dict):  # The saved model of a run also outputs class names.
                 answers, names = answers["probabilities"], teacher.get_layer("class_names").get_vocabulary()
             if answers.shape != (len(images), len(names)) or names != [*data.class_names] or not np.min(answers) >= 0:
                 raise ValueError("no probabilities of these classes")
@@ -90,19 +90,19 @@ def teacher_logits(path: pathlib.Path, data: Data) -> np.ndarray:
 class Distiller(keras.distillation.Distiller):
     @property
     def metrics(self):
-        # Without the parts of the loss, which Keras 3.15 divides by the number of replicas.
+        # Omits the parts of the loss: Keras 3.15 divides them by the number of replicas.
         return [metric for metric in super().metrics if not metric.name.endswith("_loss")]
 
 
 def with_teacher(student: keras.Model, config: Config) -> Distiller:
-    """The student as it learns; the teacher has spoken already, and what it said comes along with the image."""
+    """The student in training. Each image comes with the logits of the teacher, which were computed before."""
     logits = student.get_layer("logits").output
     said = keras.Input(logits.shape[1:], dtype=logits.dtype, name="teacher_logits")
     inputs = {"image": student.input, "teacher_logits": said}
     return Distiller(
         teacher=keras.Model(inputs, keras.layers.Identity(dtype=logits.dtype)(said)),
         student=keras.Model(inputs, logits),
-        # Given by name, as it is by default, Keras 3.15 takes the loss of the logits, not of probabilities.
+        # An object, since Keras 3.15 applies a loss given by name, the default, to logits.
         distillation_losses=keras.distillation.LogitsDistillation(config.temperature, keras.losses.KLDivergence()),
         student_loss_weight=config.label_weight,
     )
@@ -119,7 +119,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     def augment_taught(inputs, labels, random):
         return {**inputs, "image": augment(inputs["image"], labels, random)[0]}, labels
 
-    # Up from zero in a straight line, then down to zero along a cosine.
+    # Linear warmup from zero, then cosine decay to zero.
     total_steps = config.epochs * steps
     warmup_steps = int(0.3 * total_steps)
     schedule = keras.optimizers.schedules.CosineDecay(
@@ -130,7 +130,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         with run.strategy.scope():
             model = build()
             model.compile(
-                # The usual epsilon of 1e-7 would blow gradients of nearly zero up to full steps.
+                # With the default epsilon (1e-7), Adam turns gradients near zero into full-size steps.
                 optimizer=Muon(schedule, weight_decay=0.1, epsilon=1e-3),
                 loss=keras.losses.CategoricalCrossentropy(from_logits, label_smoothing=0.05),
                 metrics=["accuracy"],
@@ -139,7 +139,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         model.fit(
             training_batches(training, config.batch_size, config.seed, augment, run.strategy, start_step),
             steps_per_epoch=steps,
-            shuffle=False,  # Shuffled already.
+            shuffle=False,  # The dataset is shuffled already.
             epochs=config.epochs,
             validation_data=evaluation_batches(validation, config.batch_size, run.strategy),
             validation_steps=evaluation_steps(validation, config.batch_size),
@@ -151,16 +151,17 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     def evaluate(model):
         return evaluate_classifier(model, data.test, data.class_names, config.batch_size, run.strategy)
 
-    with run.strategy.scope():  # Before the teacher: both begin the same, whether that has to be trained or is there.
+    # Before the teacher, so that the initial weights don't depend on whether it is trained here.
+    with run.strategy.scope():
         student, alone = build_model(config, data), build_model(config, data)
         alone.set_weights(student.get_weights())
         student.compile(loss="categorical_crossentropy")
     path = pathlib.Path(config.teacher or run.directory / "teacher.keras")
-    if config.teacher:  # If it can't teach, there shall be no run.
+    if config.teacher:  # Checked before the run begins.
         logits = once(run, lambda: teacher_logits(path, data))
     callbacks = run.callbacks(data, augment)
     if not config.teacher:
-        if not once(run, lambda: any(path.parent.glob("logits-*"))):  # A resumed run may have them.
+        if not once(run, lambda: any(path.parent.glob("logits-*"))):  # A resumed run may have computed them.
             teacher = fit(lambda: build_model(config, data, width=4), data.train, data.validation, augment)
             once(run, lambda: teacher.save(path))
         logits = once(run, lambda: teacher_logits(path, data))

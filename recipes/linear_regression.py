@@ -1,15 +1,14 @@
 """Linear regression: find the two weights of a line through noisy points by gradient descent.
 
-Teaches   that training recovers what can be known, and that no model beats the noise
+Teaches   gradient descent finds the exact solution, and no model can predict the noise
 Data      100 examples of y = 3 x0 + 2 x1 + noise, x uniform in [0, 1), noise N(0, 0.1²): 90 train,
           10 validation; 10,000 fresh examples as test
 Result    test mean squared error 0.0103 ± 0.0001 over 3 seeds, 4 s, 2 cores of AMD EPYC without bfloat16, stale
 Run       python recipes/linear_regression.py
 
-The noise has a variance of 0.1² = 0.01, and nothing in x tells of it: 0.01 is the lowest mean squared
-error that any model can have on new points, the true line included. A figure of 0.00095 is often copied
-for this very set-up. It can't be: it is a tenth of that floor. An error that low comes from points
-without the noise, or from so few points that it is chance.
+The noise has a variance of 0.1² = 0.01 and does not depend on x. So 0.01 is the lowest expected mean squared
+error of any model on new points, even of the true line. Tutorials with this set-up often report 0.00095, a tenth
+of that. So low an error comes from points without noise, or by chance from very few points.
 """
 
 import dataclasses
@@ -36,8 +35,8 @@ WEIGHTS, NOISE = np.array([3.0, 2.0]), 0.1
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
     epochs: Count = 100  # passes over the training examples
-    batch_size: Count = 10  # examples per step, over all devices together
-    learning_rate: Positive = 0.01  # step size of plain gradient descent
+    batch_size: Count = 10  # examples per step, summed over all devices
+    learning_rate: Positive = 0.01  # learning rate of plain gradient descent
     target: str = "y"  # the column to predict, with --data FILE.csv
 
 
@@ -57,10 +56,10 @@ def load_data(config: Config) -> Data:
 
 def build_model(config: Config, data: Data) -> keras.Model:
     inputs = keras.Input(data.train.inputs.shape[1:], name="columns")
-    # One learning rate suits all columns when they are all spread alike.
+    # With columns of equal variance, one learning rate suits all.
     normalize = keras.layers.Normalization(dtype="float32", name="normalize")
     normalize.adapt(np.asarray(data.train.inputs))
-    # In float32 whatever the precision of the rest: the prediction needs the digits.
+    # Always float32: predictions lose too much precision in 16 bits.
     return keras.Model(inputs, keras.layers.Dense(1, dtype="float32", name="line")(normalize(inputs)))
 
 
@@ -79,7 +78,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     model.fit(
         training_batches(data.train, config.batch_size, config.seed, strategy=run.strategy, start_step=run.start_step),
         steps_per_epoch=steps,
-        shuffle=False,  # Shuffled already.
+        shuffle=False,  # The dataset is shuffled already.
         epochs=config.epochs,
         validation_data=evaluation_batches(data.validation, config.batch_size, run.strategy),
         validation_steps=evaluation_steps(data.validation, config.batch_size),
@@ -98,7 +97,7 @@ def compare_with_least_squares(model: keras.Model, data: Data) -> dict[str, floa
     kernel, bias = model.get_layer("line").get_weights()
     mean, variance, _ = model.get_layer("normalize").get_weights()
     weights = kernel[:, 0] / np.sqrt(variance)
-    learned = np.append(weights, bias - weights @ mean)  # Of the columns as they are.
+    learned = np.append(weights, bias - weights @ mean)  # In the units of the original columns.
 
     def with_ones(split):
         return np.c_[np.asarray(split.inputs), np.ones(len(split))]

@@ -1,7 +1,7 @@
-"""Quantization: a network in eight bits instead of thirty-two, and what that costs.
+"""Quantization: store a network in 8 bits instead of 32, and measure the accuracy that this costs.
 
-Teaches   three ways to fewer bits after training (dynamic, float16, int8), each measured on the test split with LiteRT
-Data      CIFAR-10: 45,000 train, 5,000 validation, 10,000 test; drawn shapes where there is no network
+Teaches   three kinds of post-training quantization (dynamic, float16, int8), measured on the test split with LiteRT
+Data      CIFAR-10: 45,000 train, 5,000 validation, 10,000 test; offline, drawn shapes
 Result    test accuracy 86.15 ± 0.27 % over 3 seeds, 4.2 min, 2 cores of Intel(R) Xeon(R) Processor, stale,
           with --precision mixed_bfloat16
 Run       python recipes/quantization.py
@@ -37,11 +37,11 @@ from ai_edge_litert.interpreter import Interpreter
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
     epochs: Count = 40  # passes over the training images
-    batch_size: Count = 256  # images per step, over all devices together
-    learning_rate: Positive = 0.015  # peak of the schedule
-    label_smoothing: Share = 0.05  # share of each label that is spread over all classes
-    shift: int = 2  # pixels by which a training image may move along each axis
-    representative_images: Count = 500  # training images that show int8 how large the activations become
+    batch_size: Count = 256  # images per step, summed over all devices
+    learning_rate: Positive = 0.015  # peak of the learning rate schedule
+    label_smoothing: Share = 0.05  # share of each label that is spread evenly over all classes
+    shift: int = 2  # maximum random shift of a training image along each axis, in pixels
+    representative_images: Count = 500  # training images that calibrate the int8 activation ranges
 
 
 def load_data(config: Config) -> Data:
@@ -59,7 +59,7 @@ def build_model(config: Config, data: Data) -> keras.Model:
     x = keras.layers.Conv2D(64, 3, activation="relu")(x)
     x = keras.layers.Flatten()(x)
     x = keras.layers.Dense(64, activation="relu")(x)
-    # In float32 whatever the precision of the rest: probabilities need the digits.
+    # Always float32: softmax outputs lose too much precision in 16 bits.
     probabilities = keras.layers.Dense(len(data.class_names), activation="softmax", dtype="float32")(x)
     return keras.Model(images, probabilities, name="quantization")
 
@@ -76,13 +76,13 @@ def quantized(model: keras.Model, kind: str, path: pathlib.Path, images: np.ndar
     if kind == "int8":
         settings["target_spec"] = {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]}
         settings["representative_dataset"] = lambda: ([image[None]] for image in images)
-    with contextlib.redirect_stdout(io.StringIO()):  # The converter tells of its progress.
+    with contextlib.redirect_stdout(io.StringIO()):  # The converter prints its progress.
         model.export(path, format="litert", verbose=False, **settings)
     return path
 
 
 def litert_accuracy(path: pathlib.Path, split: Split) -> float:
-    """The share of right answers that a LiteRT model gives."""
+    """Accuracy of a LiteRT model on a split."""
     interpreter = Interpreter(str(path))
     (taken,), (given,) = interpreter.get_input_details(), interpreter.get_output_details()
     images, labels, right = split.inputs.numpy(), split.targets.numpy().argmax(axis=1), 0
@@ -104,7 +104,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     def augment(images, labels, random):
         return random_shift(images, random, pixels=config.shift, mirrored=random.turns), labels
 
-    # Up from zero in a straight line, then down to zero along a cosine.
+    # Linear warmup from zero, then cosine decay to zero.
     total_steps = config.epochs * steps
     warmup_steps = int(0.3 * total_steps)
     schedule = keras.optimizers.schedules.CosineDecay(
@@ -116,8 +116,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     with run.strategy.scope():
         model = build_model(config, data)
         model.compile(
-            # The usual epsilon of 1e-7 would blow gradients of nearly zero, rounding errors among them, up to full
-            # steps.
+            # With the default epsilon (1e-7), Adam turns gradients near zero, mostly rounding noise,
+            # into full-size steps.
             optimizer=Muon(schedule, weight_decay=0.1, epsilon=1e-3),
             loss=keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing),
             metrics=["accuracy"],
@@ -126,7 +126,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     model.fit(
         training_batches(data.train, config.batch_size, config.seed, augment, run.strategy, run.start_step),
         steps_per_epoch=steps,
-        shuffle=False,  # Shuffled already.
+        shuffle=False,  # The dataset is shuffled already.
         epochs=config.epochs,
         validation_data=evaluation_batches(data.validation, config.batch_size, run.strategy),
         validation_steps=evaluation_steps(data.validation, config.batch_size),
@@ -136,8 +136,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     report = evaluate_classifier(model, data.test, data.class_names, config.batch_size, run.strategy)
 
     def quantize() -> dict[str, float]:
-        keras.config.set_dtype_policy("float32")  # Whatever the training was in.
-        network = build_model(config, data)  # On one device, wherever it was trained.
+        keras.config.set_dtype_policy("float32")  # Also if the training used another precision.
+        network = build_model(config, data)  # On one device, whatever strategy trained it.
         network.set_weights(model.get_weights())
         (images, _), extra_metrics, sizes = data.train.arrays(slice(config.representative_images)), {}, {}
         for kind in ("float32", "dynamic", "float16", "int8"):
@@ -146,7 +146,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             sizes[kind] = path.stat().st_size
         return extra_metrics | {"int8_share_of_bytes": sizes["int8"] / sizes["float32"]}
 
-    with quiet_native_stderr():  # The converter tells of its progress there too.
+    with quiet_native_stderr():  # The converter prints there too.
         extra_metrics = once(run, quantize)
     return run.finish(model, data, report, extra_metrics)
 
