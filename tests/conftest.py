@@ -55,6 +55,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem != "test_torture")
 
 
+def short_set(*names: str) -> pytest.MarkDecorator:
+    """Runs a test for all recipes; for those that are not named, only with `scripts/test.sh --all`."""
+    marks = {name: () if name in names else pytest.mark.long for name in RECIPES}
+    return pytest.mark.parametrize("recipe", [pytest.param(name, marks=marks[name]) for name in RECIPES], indirect=True)
+
+
+def pytest_report_header(config):
+    """Says what is run, and how long that takes about."""
+    if config.option.markexpr.startswith("not long"):
+        return "the short set: about five minutes on two cores; scripts/test.sh --all: about twenty"
+    return None
+
+
 @pytest.fixture(autouse=True)
 def signal_handlers():
     """What a recipe does on SIGINT and SIGTERM is not for the tests that follow."""

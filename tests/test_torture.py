@@ -7,6 +7,7 @@ import torture
 from programs import run_program
 from worker import SMALL
 
+pytestmark = pytest.mark.long
 SHORT = ("--", "--smoke", "--data", "sample", "--batch-size", "8", "--checkpoint-every", "2", "--no-baseline")
 
 
