@@ -250,7 +250,7 @@ def _cut(
             targets[split] = np.eye(len(class_names), dtype=np.float32)[np.searchsorted(class_names, targets[split])]
     elif task["output"] == "number":
         targets = {split: values[:, None].astype(np.float32) for split, values in targets.items()}
-    cut = {split: Split.of(inputs[split], targets[split]) for split in splits}
+    cut = {split: Split.from_arrays(inputs[split], targets[split]) for split in splits}
     data = Data(name, source, task, **cut, **about, seconds=time.perf_counter() - started)
     for cluster in joined:  # Before there are models, which TensorFlow can't bring together if their shapes differ.
         cluster.compare({"data": data.digest()})
