@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from common.batches import Arrays, Split
 from common.cli import SharedConfig, UserError
-from common.multiworker import joined
+from common.multiworker import current_cluster
 from common.samples import drawn_shapes, handwritten_digits, written_reviews
 from common.user_files import read_image_folders, read_labelled_texts, read_table
 
@@ -252,6 +252,6 @@ def _cut(
         targets = {split: values[:, None].astype(np.float32) for split, values in targets.items()}
     cut = {split: Split.from_arrays(inputs[split], targets[split]) for split in splits}
     data = Data(name, source, task, **cut, **about, seconds=time.perf_counter() - started)
-    for cluster in joined:  # Before there are models, which TensorFlow can't bring together if their shapes differ.
+    for cluster in current_cluster:  # Before models exist: TensorFlow fails if their shapes differ between workers.
         cluster.compare({"data": data.digest()})
     return data

@@ -22,8 +22,8 @@ EXIT_WORKER_LOST = 76
 SILENCE = 10  # seconds without a sign of life, after which a worker counts as lost
 # Why all end. TensorFlow writes this key itself when it gets a SIGTERM while it waits for the other workers.
 _END = "TF_DEFAULT_PREEMPTION_NOTICE_KEY"
-# The cluster that this process has joined, if any.
-joined: list["Cluster"] = []
+# The cluster that this process has joined; empty if none.
+current_cluster: list["Cluster"] = []
 
 
 class Cluster:
@@ -47,7 +47,7 @@ class Cluster:
         # What this worker asks for, and what all have agreed on: see common/upstream.py.
         self.strategy, strategy.flags = strategy, (tf.Variable([0.0, 0.0]), tf.Variable([0.0, 0.0]))
         self._set("here", True)
-        joined.append(self)
+        current_cluster.append(self)
         exit_hooks.append(self.leave)
         atexit.register(self.leave)
         sys.excepthook = self._report_exception

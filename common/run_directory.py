@@ -12,7 +12,7 @@ from common.cli import RUNTIME_FLAGS, AlreadyFinishedError, SharedConfig, UserEr
 from common.records import RESULT, file_sha256, read_json
 
 # What may be there before a run begins: its lock, and a file that was not finished.
-TRACES = {"lock", "config.json.part"}
+IGNORED_FILES = {"lock", "config.json.part"}
 _locks: dict[pathlib.Path, BinaryIO] = {}
 
 
@@ -38,7 +38,7 @@ def _recipe_of(directory: pathlib.Path) -> str:
 def is_used(directory: pathlib.Path, resume: bool) -> bool:
     """Whether there is a run in `directory`; a UserError if it may not be used."""
     try:
-        found = set(os.listdir(directory)) - TRACES
+        found = set(os.listdir(directory)) - IGNORED_FILES
     except FileNotFoundError:
         return False
     except OSError as error:
