@@ -119,7 +119,7 @@ class Cluster:
             raise UserError(f"{problem[0]}; start all workers with the same command, code and data")
 
     def _watch(self) -> None:
-        """Exits this process if all shall exit or a worker is lost, even while the main thread is blocked."""
+        """Exits this process if all workers must exit or one is lost, even while the main thread is blocked."""
         while not (end := self._poll()):
             if os.environ.get("LAUNCHER_PID", str(os.getppid())) != str(os.getppid()):  # The launcher was killed.
                 os.kill(os.getpid(), signal.SIGTERM)
