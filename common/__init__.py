@@ -1,6 +1,6 @@
-"""What every recipe shares: data, hardware, batches, runs and evaluation.
+"""Shared code of all recipes: data, hardware, batches, runs and evaluation.
 
-TensorFlow is imported here first, quietly, so that the order of imports in a recipe does not matter.
+Imports TensorFlow first, without its log messages, so that the import order in a recipe does not matter.
 """
 
 from common import startup as startup

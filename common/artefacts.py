@@ -1,4 +1,4 @@
-"""Reads trained models: runs, and what scripts/export.py makes of them for Keras, SavedModel, LiteRT and ONNX."""
+"""Loads trained models: runs, and exports by scripts/export.py for Keras, SavedModel, LiteRT and ONNX."""
 
 import base64
 import importlib
@@ -20,18 +20,18 @@ import numpy as np
 import tensorflow as tf
 
 BATCH = 512
-# What a file holds besides the model: in the zip archive of Keras, or one that follows LiteRT's own data; as properties
-# of ONNX; in the folder assets.extra of a SavedModel.
+# Files stored with an exported model: in the zip archive of Keras; in a zip archive appended to the LiteRT file; in the
+# metadata of ONNX; in the folder assets.extra of a SavedModel.
 DESCRIPTION, TOKENIZER = "description.json", "tokenizer.keras"
 
 
 class Artefact(NamedTuple):
-    """A model in a file.
+    """A loaded model.
 
-    `description` says what it takes and gives: `task`, as in `Data`; `shape` and `dtype` of one input, or of several
-    dictionaries; `class_names` (empty where there are none), `columns` and `text_column` of a CSV. `answer` turns
-    inputs [n, *shape] into outputs [n, ...], of which several are dictionaries: for a class probabilities
-    [n, classes], for a number values [n, 1].
+    `description` describes inputs and outputs: `task`, as in `Data`; `shape` and `dtype` of the input, or dictionaries
+    of them for several inputs; `class_names` (empty if there are none); `columns` and `text_column` of a CSV. `answer`
+    maps inputs [n, *shape] to outputs [n, ...]: probabilities [n, classes] for classes, values [n, 1] for numbers.
+    Several inputs or outputs are dictionaries.
     """
 
     description: dict[str, Any]
@@ -39,39 +39,39 @@ class Artefact(NamedTuple):
 
 
 def describe(result: dict[str, Any], model: keras.Model) -> dict[str, Any]:
-    """The description of a run's model, from the run's result."""
-    names, taken = ("recipe", "task", "class_names", "columns", "weights_sha256"), signature(model)
-    told = {name: result[name] for name in names}
-    told["shape"] = tf.nest.map_structure(lambda each: each.shape.as_list()[1:], taken)
-    told["dtype"] = tf.nest.map_structure(lambda each: each.dtype.name, taken)
-    return {**told, "text_column": result["config"].get("text_column", "")}
+    """Returns the description of a model from the result of its run."""
+    names, inputs = ("recipe", "task", "class_names", "columns", "weights_sha256"), signature(model)
+    description = {name: result[name] for name in names}
+    description["shape"] = tf.nest.map_structure(lambda spec: spec.shape.as_list()[1:], inputs)
+    description["dtype"] = tf.nest.map_structure(lambda spec: spec.dtype.name, inputs)
+    return {**description, "text_column": result["config"].get("text_column", "")}
 
 
 def without_class_names(model: keras.Model) -> keras.Model:
-    """The model, of a classifier with nothing but its probabilities as output: numbers are what all formats know."""
+    """Returns the model without the class names of a classifier, because some formats support only numbers."""
     return keras.Model(by_name(model.input), _numbers(model.output), name=model.name)
 
 
 def by_name(tensors: Any) -> Any:
-    """Several tensors as a dictionary, a single one by itself."""
-    named = tensors if isinstance(tensors, dict) else {each.name: each for each in tf.nest.flatten(tensors)}
+    """Returns several tensors as a dictionary by name, and a single tensor unchanged."""
+    named = tensors if isinstance(tensors, dict) else {tensor.name: tensor for tensor in tf.nest.flatten(tensors)}
     return named if len(named) > 1 else next(iter(named.values()))
 
 
 def _numbers(outputs: Any) -> Any:
-    """What a model gives, by name, but for the names of classes."""
+    """Returns the outputs of a model by name, without class names."""
     if isinstance(outputs, dict) and set(outputs) == {"class", "probabilities"}:
         return outputs["probabilities"]
     return by_name(outputs)
 
 
 def signature(model: keras.Model) -> Any:
-    """Shapes and types of what a model takes."""
-    return tf.nest.map_structure(lambda each: tf.TensorSpec(each.shape, each.dtype, each.name), by_name(model.input))
+    """Returns shapes and dtypes of the inputs of a model."""
+    return tf.nest.map_structure(lambda x: tf.TensorSpec(x.shape, x.dtype, x.name), by_name(model.input))
 
 
 def optional_package(name: str) -> Any:
-    """An optional package."""
+    """Imports an optional package. Raises a `UserError` if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -80,9 +80,9 @@ def optional_package(name: str) -> Any:
 
 
 def load(path: pathlib.Path, threads: int = 0) -> Artefact:
-    """Reads a run from its directory, or what scripts/export.py wrote; a `UserError` says what can't be read.
+    """Loads a model from a run directory or an export. Raises a `UserError` for a file that can't be read.
 
-    `threads` is for LiteRT and ONNX; 0: one per core.
+    `threads` applies to LiteRT and ONNX; 0: one per core.
     """
     readers = {".keras": _load_keras, ".tflite": _load_litert, ".onnx": _load_onnx}
     read = readers.get(path.suffix) if not path.is_dir() else None
@@ -104,32 +104,32 @@ def load(path: pathlib.Path, threads: int = 0) -> Artefact:
         return Artefact(description, lambda texts: answer(tokens(texts)))
     except UserError:
         raise
-    except Exception as error:  # Each reader has errors of its own, and refuses what could do harm with some of them.
+    except Exception as error:  # Readers raise errors of many types, also for files that could do harm.
         raise UserError(f"{path}: can't be read ({error}); export it again") from error
 
 
 def load_run(run_dir: pathlib.Path) -> tuple[dict[str, Any], keras.Model]:
-    """The result and the model of a finished run; a `UserError` if it is not the model that the training wrote."""
+    """Loads result and model of a finished run. Raises a `UserError` if the model has changed since training."""
     result, path = read_run(run_dir), run_dir / "model.keras"
     try:
         if file_sha256(path) != result["model_sha256"]:
             raise ValueError("it is not the file that the training wrote")
         return result, load_keras(path)
-    except Exception as error:  # Keras refuses what could do harm with errors of many types.
+    except Exception as error:  # Keras raises errors of many types, also for files that could do harm.
         raise UserError(f"{path}: can't be read ({error}); train again, or take another run") from error
 
 
 def load_keras(path: pathlib.Path) -> keras.Model:
-    """A model from its archive, which must be no trap."""
+    """Loads a model from its archive. Rejects zip bombs."""
     with zipfile.ZipFile(path) as archive:
-        # A whole model hardly shrinks: weights are noise to a packer.
+        # Weights are almost incompressible.
         if sum(entry.file_size for entry in archive.infolist()) > 100 * path.stat().st_size:
             raise ValueError("unpacked, it would fill memory and disk")
     return keras.models.load_model(path, compile=False)
 
 
 def keras_answer(model: keras.Model) -> Callable[[Any], Any]:
-    """What a model answers, in batches, as numbers."""
+    """Returns a function that computes the numeric outputs of a model in batches."""
     network = without_class_names(model)
     return _in_batches(lambda inputs: network(tf.nest.map_structure(tf.constant, inputs), training=False))
 
@@ -143,14 +143,14 @@ def _in_batches(answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return answer_all
 
 
-def _of_named(answer: Callable[..., dict[str, np.ndarray]], names: Iterable[str]) -> Callable[[Any], Any]:
-    """What a runtime answers that knows its inputs and outputs by name."""
+def _adapted(answer: Callable[..., dict[str, np.ndarray]], names: Iterable[str]) -> Callable[[Any], Any]:
+    """Adapts a runtime whose inputs and outputs have names. `names` are those of the inputs."""
     first, *_ = names
     return _in_batches(lambda inputs: _numbers(answer(**inputs if isinstance(inputs, dict) else {first: inputs})))
 
 
 def _zip_notes(path: pathlib.Path) -> dict[str, bytes]:
-    if not zipfile.is_zipfile(path):  # LiteRT alone writes no archive.
+    if not zipfile.is_zipfile(path):  # A LiteRT file that scripts/export.py did not write.
         return {}
     with zipfile.ZipFile(path) as archive:
         return {name: archive.read(name) for name in (DESCRIPTION, TOKENIZER) if name in archive.namelist()}
@@ -163,9 +163,9 @@ def _load_keras(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Cal
 def _load_saved_model(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Callable]:
     notes = {DESCRIPTION: (path / "assets.extra" / DESCRIPTION).read_bytes()}
     loaded = tf.saved_model.load(path)
-    taken = loaded.signatures["inputs"].structured_input_signature[1]
-    # By way of `loaded`: a signature alone would lose its variables.
-    answer = _of_named(lambda **named: loaded.signatures["inputs"](**tf.nest.map_structure(tf.constant, named)), taken)
+    inputs = loaded.signatures["inputs"].structured_input_signature[1]
+    # The lambda keeps a reference to `loaded`: a signature alone would lose its variables.
+    answer = _adapted(lambda **named: loaded.signatures["inputs"](**tf.nest.map_structure(tf.constant, named)), inputs)
     return notes, answer
 
 
@@ -173,9 +173,9 @@ def _load_litert(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Ca
     litert = optional_package("ai_edge_litert.interpreter")
     with quiet_native_stderr():
         interpreter = litert.Interpreter(str(path), num_threads=threads or os.cpu_count())
-        interpreter.allocate_tensors()  # It says once what it calculates with.
+        interpreter.allocate_tensors()  # Logs the delegate that it uses.
         runner = interpreter.get_signature_runner()
-    return _zip_notes(path), _of_named(runner, runner.get_input_details())
+    return _zip_notes(path), _adapted(runner, runner.get_input_details())
 
 
 def _load_onnx(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Callable]:
@@ -184,6 +184,6 @@ def _load_onnx(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Call
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     notes = session.get_modelmeta().custom_metadata_map
-    inputs, outputs = ([each.name for each in of] for of in (session.get_inputs(), session.get_outputs()))
-    answer = _of_named(lambda **named: dict(zip(outputs, session.run(outputs, named), strict=True)), inputs)
+    inputs, outputs = ([node.name for node in nodes] for nodes in (session.get_inputs(), session.get_outputs()))
+    answer = _adapted(lambda **named: dict(zip(outputs, session.run(outputs, named), strict=True)), inputs)
     return {key: base64.b64decode(note) for key, note in notes.items()}, answer

@@ -1,4 +1,4 @@
-"""Batch t as a pure function of (seed, t): exact resume, sharding and shuffling from one rule."""
+"""Input pipelines. Batch t depends only on (seed, t), so resumed and distributed runs see the same batches."""
 
 import dataclasses
 import itertools
@@ -14,26 +14,26 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-# Inputs and targets of each split, as they were read: arrays [n, ...], or dictionaries of them. Where the kind of
-# output is a class, a target is its name.
+# Inputs and targets of each split before conversion to tensors: arrays [n, ...], or dictionaries of arrays. For
+# classification, targets are class names.
 Arrays = dict[str, tuple[Any, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The examples of one split, in main memory.
+    """The examples of one split, in host memory.
 
-    `inputs` and `targets` are tensors [n, ...] of any shape and type, or dictionaries of them. In most recipes: inputs
-    uint8 [n, height, width, channels], string [n] or float32 [n, columns]; targets float32, one-hot [n, classes] or
-    numbers [n, 1].
+    `inputs` and `targets` are tensors [n, ...] of any shape and dtype, or dictionaries of tensors. Most recipes use
+    uint8 [n, height, width, channels], string [n] or float32 [n, columns] inputs, and float32 targets: one-hot
+    [n, classes] or values [n, 1].
     """
 
     inputs: Any
     targets: Any
 
     @classmethod
-    def of(cls, inputs: Any, targets: Any) -> "Split":
-        """Moves arrays into a split. Never onto a GPU: a data set need not fit there."""
+    def from_arrays(cls, inputs: Any, targets: Any) -> "Split":
+        """Converts arrays to a split. The tensors stay on the CPU, because a dataset may not fit in GPU memory."""
         with tf.device("CPU:0"):
             return cls(*tf.nest.map_structure(tf.convert_to_tensor, (inputs, targets)))
 
@@ -41,39 +41,39 @@ class Split:
         return int(tf.nest.flatten(self.targets)[0].shape[0])
 
     def arrays(self, rows: slice | np.ndarray = slice(None)) -> tuple[Any, Any]:
-        """Inputs and targets of these rows as NumPy arrays, taken in main memory even where there is a GPU."""
+        """Returns inputs and targets of the given rows as NumPy arrays. Slices on the CPU, even if there is a GPU."""
         with tf.device("CPU:0"):
             take = (lambda part: part[rows]) if isinstance(rows, slice) else (lambda part: tf.gather(part, rows))
             return tf.nest.map_structure(lambda part: np.asarray(take(part)), (self.inputs, self.targets))
 
 
-# Takes inputs, targets and the batch's random numbers; returns new inputs and targets.
+# An augmentation: takes inputs, targets and the random seeds of the batch; returns new inputs and targets.
 Augment = Callable[[tf.Tensor, tf.Tensor, "BatchRandom"], tuple[tf.Tensor, tf.Tensor]]
 
 
 def steps_per_epoch(split: Split, batch_size: int) -> int:
-    """The number of training batches in an epoch, all of `batch_size` examples; 1 where the split has fewer.
+    """Returns the number of training batches per epoch: full batches only, or 1 if the split is smaller than a batch.
 
-    Up to one in fifty is left out where the number then has a divisor from 8 to 32, see `steps_per_execution`.
+    Drops up to 2 % of the batches if the number then has a divisor from 8 to 32, which `steps_per_execution` can use.
     """
     most = max(1, len(split) // batch_size)
     return next((n for n in range(most, most - most // 50 - 1, -1) if any(n % d == 0 for d in range(8, 33))), most)
 
 
 def evaluation_steps(split: Split, batch_size: int) -> int:
-    """The number of batches of `evaluation_batches`, for `validation_steps`."""
+    """Returns the number of batches that `evaluation_batches` yields; pass it to `fit` as `validation_steps`."""
     return -(-len(split) // batch_size)
 
 
 def steps_per_execution(
     model: keras.Model, split: Split, batch_size: int, strategy: tf.distribute.Strategy, start_step: int = 0
 ) -> int:
-    """The number of training steps that Keras executes at once, for `model.compile`.
+    """Returns the `steps_per_execution` to pass to `model.compile`.
 
-    Several steps save Keras' work between steps, but only between executions does Python answer to a signal. So an
-    execution takes half a second at most, by the time of a forward pass of the built `model`, of which a step takes
-    about three. On several replicas it is one step: there, Keras 3.15's loop over steps fails ("You must feed a value
-    for placeholder tensor"). The number divides the steps per epoch, and those that remain from `start_step` on.
+    More steps per execution reduce Keras' overhead, but Python handles signals only between executions. An execution
+    therefore takes at most half a second. The estimate: a training step takes three times as long as a forward pass of
+    the built `model`. The result divides the steps per epoch, and the steps that remain in the epoch of `start_step`.
+    On several replicas it is 1, because Keras 3.15 fails there ("You must feed a value for placeholder tensor").
     """
     if strategy.num_replicas_in_sync > 1:
         return 1
@@ -89,12 +89,12 @@ def steps_per_execution(
 
 
 class BatchRandom(NamedTuple):
-    """The seed of the random numbers for one batch; an augmentation passes it to `uniform`.
+    """Seeds for augmenting one batch; an augmentation passes it to `uniform`.
 
-    `turns` is True for half of the examples, bool [batch], and in the next epoch for the other half: flipped by it,
-    two epochs show each image both ways, which random flips do for half of the images only (Jordan, "94% on CIFAR-10 in
-    3.29 Seconds on a Single GPU", https://arxiv.org/abs/2404.00498). `batch` is the size of the global batch; `calls`
-    counts the calls of `uniform`.
+    `turns`, bool [batch], marks the half of the examples to flip, and alternates every epoch. Two epochs then show each
+    image in both orientations; independent random flips do so for only half of the images (Jordan, "94% on CIFAR-10 in
+    3.29 Seconds on a Single GPU", https://arxiv.org/abs/2404.00498). `batch` is the global batch size; `calls` counts
+    the calls of `uniform`.
     """
 
     seed: tf.Tensor
@@ -106,21 +106,21 @@ class BatchRandom(NamedTuple):
 
 
 def uniform(random: BatchRandom, minimum: float, maximum: float, dtype: tf.DType = tf.float32) -> tf.Tensor:
-    """Uniform random numbers in [minimum, maximum), one for each example.
+    """Returns uniform random numbers in [minimum, maximum), one per example.
 
-    They are drawn for the whole global batch, from (seed, step, number of the call); a replica gets those of its own
-    examples, so two devices augment as one does.
+    They depend on (seed, step, number of the call) and are values for the global batch. Each replica takes the numbers
+    of its own examples, so augmentation does not depend on the number of devices.
     """
     seed = tf.random.experimental.stateless_fold_in(random.seed, next(random.calls))
-    drawn = tf.random.stateless_uniform([random.batch], seed, minimum, maximum, dtype)
-    return drawn[random.replica :: random.replicas]
+    values = tf.random.stateless_uniform([random.batch], seed, minimum, maximum, dtype)
+    return values[random.replica :: random.replicas]
 
 
 def random_shift(images: tf.Tensor, random: BatchRandom, pixels: int, mirrored: tf.Tensor | None = None) -> tf.Tensor:
-    """Moves each image by up to `pixels` along both axes; the edge is filled by reflection.
+    """Shifts each image [batch, height, width, channels] by up to `pixels` along both axes, with reflection padding.
 
-    Whole pixels, so images stay uint8; [batch, height, width, channels]. Those that are `mirrored`, bool [batch], are
-    flipped left to right as well.
+    Shifts are whole pixels, so images stay uint8. Also flips the images that `mirrored`, bool [batch], marks from left
+    to right.
     """
     for axis in (1, 2):
         size = images.shape[axis]
@@ -129,7 +129,7 @@ def random_shift(images: tf.Tensor, random: BatchRandom, pixels: int, mirrored: 
         offsets = uniform(random, -pixels, pixels + 1, dtype=tf.int32)
         positions = tf.abs(tf.range(size) + offsets[:, None])
         positions = size - 1 - tf.abs(size - 1 - positions)
-        if axis == 2 and mirrored is not None:  # Columns are picked once, as that takes most of the time.
+        if axis == 2 and mirrored is not None:  # Flip in the same gather, which takes most of the time.
             positions = tf.where(mirrored[:, None], positions[:, ::-1], positions)
         images = tf.gather(images, positions, axis=axis, batch_dims=1)
     return images
@@ -143,22 +143,22 @@ def training_batches(
     strategy: tf.distribute.Strategy | None = None,
     start_step: int = 0,
 ) -> Any:
-    """An endless stream of shuffled global batches of equal size, from step `start_step` on.
+    """Yields shuffled global batches of equal size without end, starting with step `start_step`.
 
-    The order of an epoch is a permutation of all examples that follows from (seed, epoch). Its batches are the first
-    `steps_per_epoch * batch_size` places; the examples that are left out differ from epoch to epoch. A split with fewer
-    examples than `batch_size` is one batch.
+    Each epoch is a permutation of all examples, determined by (seed, epoch). Its first `steps_per_epoch * batch_size`
+    examples form the batches; the dropped examples differ between epochs. A split with fewer than `batch_size` examples
+    is one batch.
 
     Args:
         split: the training examples.
-        batch_size: size of a global batch, over all devices together; a multiple of the number of replicas.
+        batch_size: global batch size, summed over all devices; a multiple of the number of replicas.
         seed: the seed of the run.
-        augment: called on each replica's slice inside the tf.data map; must be made of TensorFlow operations.
-        strategy: where the batches go; each replica computes only its own slice of them.
+        augment: called on each replica's slice inside `tf.data.Dataset.map`; must use TensorFlow operations only.
+        strategy: distributes the batches; each replica computes only its own slice.
         start_step: number of the first batch.
 
     Returns:
-        A `tf.data.Dataset` of (inputs, targets), on several replicas a `DistributedDataset`.
+        A `tf.data.Dataset` of (inputs, targets); a `DistributedDataset` if there are several replicas.
     """
     strategy = strategy or tf.distribute.get_strategy()
     replicas, steps = strategy.num_replicas_in_sync, steps_per_epoch(split, batch_size)
@@ -168,9 +168,9 @@ def training_batches(
     shuffle, fold_in = tf.random.experimental.index_shuffle, tf.random.experimental.stateless_fold_in
 
     def replica_batch(step: tf.Tensor, replica: tf.Tensor) -> tuple:
-        places = (step % steps * rows + tf.range(rows, dtype=tf.int64)) * replicas + replica
+        positions = (step % steps * rows + tf.range(rows, dtype=tf.int64)) * replicas + replica
         epoch_seed = fold_in(tf.constant([seed, 0], tf.int64), step // steps)
-        examples = shuffle(places, epoch_seed, tf.constant(len(split) - 1, tf.int64))
+        examples = shuffle(positions, epoch_seed, tf.constant(len(split) - 1, tf.int64))
         inputs, targets = _gather(split, examples)
         if augment is None:
             return inputs, targets
@@ -184,10 +184,10 @@ def training_batches(
 
 
 def evaluation_batches(split: Split, batch_size: int, strategy: tf.distribute.Strategy | None = None) -> Any:
-    """Every example once, in order, in batches of up to `batch_size` whose sizes differ by one at most.
+    """Yields every example once, in order. Batch sizes differ by at most one and never exceed `batch_size`.
 
-    None where the split is empty. The length is unknown to Keras, which makes a second iterator for each validation of
-    a known length: pass `evaluation_steps` as `validation_steps` or `steps`.
+    Returns None if the split is empty. The cardinality is unknown, because Keras creates a second iterator for each
+    validation if it is known: pass `evaluation_steps` as `validation_steps` or `steps`.
     """
     if not len(split):
         return None
@@ -198,7 +198,7 @@ def evaluation_batches(split: Split, batch_size: int, strategy: tf.distribute.St
         raise UserError(f"--devices {replicas}: {problem}; use fewer devices or larger batches")
 
     def replica_batch(step: tf.Tensor, replica: tf.Tensor) -> tuple:
-        # A replica's rows are contiguous, as Keras concatenates the predictions of the replicas in their order.
+        # Each replica takes contiguous rows, because Keras concatenates the predictions of the replicas in order.
         first, end = step * len(split) // steps, (step + 1) * len(split) // steps
         return _gather(split, tf.range(*(first + part * (end - first) // replicas for part in (replica, replica + 1))))
 
@@ -210,13 +210,13 @@ def _gather(split: Split, examples: tf.Tensor) -> tuple:
 
 
 def _stream(replica_batch: Callable, strategy: tf.distribute.Strategy, start: int, end: int | None = None) -> Any:
-    """The batches `replica_batch(step, replica)` of the steps from `start` to `end`, or without an end."""
+    """Returns a dataset of `replica_batch(step, replica)` for steps from `start` to `end`; endless if `end` is None."""
 
     def worker_dataset(context: tf.distribute.InputContext) -> tf.data.Dataset:
-        # A worker with several replicas yields their slices one after the other.
+        # A worker with several replicas yields their slices in turn.
         local = context.num_replicas_in_sync // context.num_input_pipelines
 
-        @tf.autograph.experimental.do_not_convert  # It would put its own traceback into the messages of errors.
+        @tf.autograph.experimental.do_not_convert  # AutoGraph would add its own traceback to error messages.
         def numbered_batch(number: tf.Tensor) -> tuple:
             return replica_batch(number // local, context.input_pipeline_id * local + number % local)
 
@@ -225,9 +225,9 @@ def _stream(replica_batch: Callable, strategy: tf.distribute.Strategy, start: in
         if end is not None:
             numbers = numbers.take_while(lambda number: number < end * local)
         options = tf.data.Options()
-        # The rewriting of the graph would copy the tensors it captures: the whole data set.
+        # Graph rewrites would copy the captured tensors, which hold the whole dataset.
         options.experimental_optimization.apply_default_optimizations = False
-        # The thread that tunes parallelism delays the deletion of an iterator by up to a minute in TensorFlow 2.21.
+        # The autotuning thread delays iterator deletion by up to a minute (TensorFlow 2.21).
         options.autotune.enabled = False
         batches = numbers.map(numbered_batch, num_parallel_calls=tf.data.AUTOTUNE)
         return batches.prefetch(tf.data.AUTOTUNE).with_options(options)

@@ -1,4 +1,4 @@
-"""Exact resume: checkpoints that hold all that the next step depends on, written whole or not at all."""
+"""Exact resume: atomic checkpoints that store everything the next training step depends on."""
 
 import inspect
 import itertools
@@ -21,20 +21,20 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-_SHARE = 0.01  # of the time, which checkpoints may take
-_GUESS = 0.05  # seconds that a checkpoint takes, until there was one
+_SHARE = 0.01  # maximum share of training time to spend on checkpoints
+_GUESS = 0.05  # estimated seconds per checkpoint, until the first one has been measured
 _STATE = ("epoch", "batch", "step", "stopped", "variables", "metrics", "callbacks")
-# The value of `model.stop_training` that ends an epoch, but not the training.
+# Value of `model.stop_training` that ends the current epoch, but not training.
 EPOCH_OVER = "the epoch is over"
 
 
 def _checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The checkpoints in a folder, the newest first."""
+    """Returns the checkpoints in a folder, newest first."""
     return sorted((path for path in folder.glob("epoch-??????-batch-?????????") if path.is_dir()), reverse=True)
 
 
 def newest_checkpoint(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]] | None:
-    """The newest undamaged checkpoint in `folder`, and its state; None without any. Warns of those that are damaged."""
+    """Returns the newest intact checkpoint in `folder` and its state, or None. Warns about damaged checkpoints."""
     for checkpoint in _checkpoints(folder):
         try:
             for name, digest in read_json(checkpoint / "files.json", "state.json").items():
@@ -48,7 +48,7 @@ def newest_checkpoint(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any
 
 
 def _encoded(value: Any, arrays: list[np.ndarray]) -> Any:
-    """A value as JSON, in which arrays are numbers of those appended to `arrays`; a TypeError if it can't be kept."""
+    """Encodes a value as JSON. Appends arrays to `arrays` and stores their index; TypeError for unsupported types."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufcSU":
@@ -62,7 +62,7 @@ def _encoded(value: Any, arrays: list[np.ndarray]) -> Any:
 
 
 def _decoded(content: Any, arrays: list[np.ndarray]) -> Any:
-    """The value that was given to `_encoded`."""
+    """Inverse of `_encoded`."""
     if not isinstance(content, dict):
         return content
     ((kind, parts),) = content.items()
@@ -75,28 +75,27 @@ def _decoded(content: Any, arrays: list[np.ndarray]) -> Any:
 
 
 class Checkpoints(keras.callbacks.Callback):
-    """Saves and restores a training, and stops it when asked to; the last in the list of callbacks.
+    """Saves checkpoints, restores one, and stops training on signals; must be the last callback in the list.
 
-    It stops on a loss that is not finite, and on SIGTERM and SIGINT: when the running execution is done and saved. A
-    validation that takes longer than a second is left; then the steps since the last checkpoint are repeated.
+    Stops on a loss that is not finite. On SIGTERM and SIGINT, saves and stops after the current execution. If a
+    validation takes longer than a second, aborts it; a resumed run then repeats the steps since the last checkpoint.
 
-    A checkpoint is a folder `epoch-E-batch-B`: all variables of model and optimizer, the seeds of dropout among them,
-    the metrics of the epoch so far, the state of other callbacks, and the number of the step. It is written at the end,
-    and before as often as takes a hundredth of the time. The last two are kept. Keras' own `BackupAndRestore` keeps
-    neither seeds nor metrics nor callbacks.
+    A checkpoint is a folder `epoch-E-batch-B`. It holds all variables of the model and the optimizer, including dropout
+    seeds, the metrics of the current epoch, the state of other callbacks, and the step number. Saves at the end of
+    training, and before that as often as costs 1 % of training time. Keeps the last two checkpoints. Keras'
+    `BackupAndRestore` saves neither seeds, metrics nor callbacks.
 
-    A training that is resumed within an epoch runs its remaining steps only: other callbacks see its batches numbered
-    from 0 again, and the progress bar counts the remaining ones.
+    A run resumed in the middle of an epoch trains only the remaining steps: other callbacks see batch numbers that
+    start at 0, and the progress bar counts the remaining steps.
 
     Args:
-        folder: where the checkpoints are.
-        every: steps from one checkpoint to the next; 0: as often as takes a hundredth of the time.
-        others: the callbacks whose state is kept: the attributes that neither begin with _ nor are named like a
-            parameter of the constructor, if they are numbers, texts or arrays, also in lists, tuples, sets and
-            dictionaries. A warning names others.
-        about: returns what else to store with each checkpoint.
-        resumed: the checkpoint to resume from and its state, by `newest_checkpoint`.
-        cluster: the workers of the training, of which only the chief writes.
+        folder: the folder of the checkpoints.
+        every: steps between checkpoints; 0: as often as costs 1 % of training time.
+        others: callbacks whose state to save. Saves public attributes that are not constructor arguments, if they are
+            numbers, strings or arrays, or lists, tuples, sets and dictionaries of them. Warns about other attributes.
+        about: returns additional data to store with each checkpoint.
+        resumed: the checkpoint to resume from and its state, from `newest_checkpoint`.
+        cluster: the workers; only the chief writes checkpoints.
     """
 
     def __init__(
@@ -112,24 +111,24 @@ class Checkpoints(keras.callbacks.Callback):
         self.folder, self.every, self.others, self.about, self.resumed = folder, every, others, about, resumed
         self.cluster, self.progress_bar = cluster, keras.callbacks.ProgbarLogger()
         self._signal, self._handlers, self._step, self._saved_step, self._due = math.inf, {}, 0, 0, False
-        self._failed, self._unkept, self._last_loss = False, set(), "none before it was finite"
-        self._offset = 0  # Of a resumed epoch, the batches before its first one.
+        self._failed, self._unsaved, self._last_loss = False, set(), "none before it was finite"
+        self._offset = 0  # Batches of a resumed epoch that were trained before.
 
     def on_train_begin(self, logs=None):
         if self.resumed:
             self._prepare(*self.resumed)
         self._saved, self._took = time.monotonic(), _GUESS
-        if threading.current_thread() is threading.main_thread():  # Only there, Python allows it.
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers in the main thread only.
             for number in STOPPING:
                 self._handlers[number] = signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: Any) -> None:
         self._signal, before = time.monotonic(), self._handlers[number]
-        # The first execution traces the graph, which can take long, and there is nothing to save yet.
+        # There is nothing to save yet. Stop at once: the first execution traces the graph, which can take minutes.
         if self._step == self._saved_step and callable(before) and len(self.cluster.workers) == 1:
             self._clean_up()
             before(number, frame)
-        elif number == signal.SIGINT:  # The second one ends the program at once; in a notebook, the cell.
+        elif number == signal.SIGINT:  # A second Ctrl-C ends the program (in a notebook, the cell) at once.
             signal.signal(number, before if before is signal.default_int_handler else signal.SIG_DFL)
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -150,14 +149,14 @@ class Checkpoints(keras.callbacks.Callback):
         time_due = not self.every and time.monotonic() - self._saved >= self._took / _SHARE
         self._due = self.cluster.chief and (steps_due or time_due)
         stop, save = self._agreed(self._due and done < steps)
-        self._due |= save  # Else it is lost at the end of an epoch.
+        self._due |= save  # Else `on_epoch_end` would ignore the request.
         if (stop or save) and done < steps and not self.model.stop_training:
             self._save(self._metrics())
             self._stop_if(stop)
 
     def on_test_batch_end(self, batch, logs=None):
-        stop, leave = self._agreed(time.monotonic() - self._signal >= 1)  # By the flag that saves in training.
-        self._stop_if(stop and leave)
+        stop, abort = self._agreed(time.monotonic() - self._signal >= 1)  # Reuses the `save` flag.
+        self._stop_if(stop and abort)
 
     def on_epoch_end(self, epoch, logs=None):
         self._offset = 0
@@ -169,11 +168,11 @@ class Checkpoints(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         self._clean_up()
-        # The last epoch is saved, but the signal came later.
+        # A signal may have arrived after the last epoch was saved.
         self._stop_if(self.cluster.agree_to_stop(self._signal < math.inf))
 
     def _clean_up(self) -> None:
-        self.model._initial_epoch = None  # Else the next `fit` of this model would begin there.
+        self.model._initial_epoch = None  # Else the next `fit` would start at this epoch.
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -197,37 +196,37 @@ class Checkpoints(keras.callbacks.Callback):
                 optimizer.build(self.model.trainable_variables)
         return [*self.model.variables, *optimizer.variables]
 
-    def _parts(self, variable: keras.Variable) -> Sequence[tf.Variable]:
-        """A metric's variable on each replica of this worker: their sum is its value."""
+    def _local_values(self, variable: keras.Variable) -> Sequence[tf.Variable]:
+        """Returns a metric's variable on each replica of this worker; the metric is the sum over replicas."""
         return self.model.distribute_strategy.experimental_local_results(variable.value)
 
     def _metrics(self) -> list[np.ndarray]:
-        """Of each variable of the metrics its parts on all replicas, [replicas, ...]; on the chief only."""
-        parts = [np.stack([part.numpy() for part in self._parts(each)]) for each in self.model.metrics_variables]
-        workers = zip(*self.cluster.gather(parts), strict=True)
-        return [np.concatenate(each, dtype=each[0].dtype, casting="unsafe") for each in workers]
+        """Returns the metric variables of all replicas, each [replicas, ...]; an empty list if not on the chief."""
+        local = [np.stack([v.numpy() for v in self._local_values(metric)]) for metric in self.model.metrics_variables]
+        by_metric = zip(*self.cluster.gather(local), strict=True)
+        return [np.concatenate(values, dtype=values[0].dtype, casting="unsafe") for values in by_metric]
 
     def _states(self, arrays: list[np.ndarray]) -> list[dict[str, Any]]:
-        """Class and state of each of the other callbacks, as JSON; its arrays are appended to `arrays`."""
+        """Returns class and state of the other callbacks as JSON. Appends their arrays to `arrays`."""
         states = []
         for callback in self.others:
             states.append({"class": type(callback).__name__, "state": {}})
-            # `EarlyStopping` negates the `min_delta` that it was given in each process.
-            given = {"params", *inspect.signature(type(callback).__init__).parameters}
+            # Not constructor arguments: `EarlyStopping` negates `min_delta` in each process, a restored one twice.
+            constructor_arguments = {"params", *inspect.signature(type(callback).__init__).parameters}
             for name, value in vars(callback).items():
-                if name.startswith("_") or name in given or callable(value):
+                if name.startswith("_") or name in constructor_arguments or callable(value):
                     continue
                 try:
                     states[-1]["state"][name] = _encoded(value, arrays)
                 except TypeError as error:
-                    place = f"{type(callback).__name__}.{name}"
-                    if place not in self._unkept:
-                        warn(f"{place}: holds a {error}, which no checkpoint keeps; --resume starts without it")
-                    self._unkept.add(place)
+                    attribute = f"{type(callback).__name__}.{name}"
+                    if attribute not in self._unsaved:
+                        warn(f"{attribute}: holds a {error}, which no checkpoint keeps; --resume starts without it")
+                    self._unsaved.add(attribute)
         return states
 
     def _save(self, metrics: list[np.ndarray]) -> None:
-        """Writes a checkpoint. Warns if it can't be written; then the one before stays."""
+        """Writes a checkpoint. If that fails, warns and keeps the previous one."""
         if not self.cluster.chief:
             return
         began, variables, (epoch, batch) = time.monotonic(), self._variables(), divmod(self._step, self.params["steps"])
@@ -246,11 +245,11 @@ class Checkpoints(keras.callbacks.Callback):
             (part / "state.json").write_text(json.dumps(state | self.about()))
             digests = {file.name: file_sha256(file) for file in part.iterdir()}
             (part / "files.json").write_text(json.dumps(digests))
-            shutil.rmtree(checkpoint, ignore_errors=True)  # A damaged one that was reached again.
+            shutil.rmtree(checkpoint, ignore_errors=True)  # A damaged checkpoint of the same step.
             rename(part, checkpoint)
-            before = [path for path in _checkpoints(self.folder) if path < checkpoint][:1]
+            previous = [path for path in _checkpoints(self.folder) if path < checkpoint][:1]
             for path in _checkpoints(self.folder):
-                if path not in (checkpoint, *before):
+                if path not in (checkpoint, *previous):
                     shutil.rmtree(path, ignore_errors=True)
             self._failed = False
         except OSError as error:
@@ -262,39 +261,39 @@ class Checkpoints(keras.callbacks.Callback):
         self._took = self._saved - began
 
     def _shapes(self) -> list[list]:
-        """Path, shape and type of each variable, without the numbers that Keras counts in a process, as in `muon_1`."""
-        return [[re.sub(r"_\d+/", "/", each.path), list(each.shape), str(each.dtype)] for each in self._variables()]
+        """Returns path, shape and dtype of all variables, without the suffixes of Keras' counters (`muon_1`)."""
+        return [[re.sub(r"_\d+/", "/", v.path), list(v.shape), str(v.dtype)] for v in self._variables()]
 
     def _prepare(self, checkpoint: pathlib.Path, state: dict[str, Any]) -> None:
-        """Reads a checkpoint, and restores it unless it is one within an epoch: see `on_epoch_begin`."""
-        was = [*state["variables"], *(each["class"] for each in state["callbacks"])]
-        now = [*self._shapes(), *(type(callback).__name__ for callback in self.others)]
-        for there, here in itertools.zip_longest(was, now):
-            if there != here:
-                raise UserError(f"{checkpoint}: holds {there} where this training has {here}; start a new run")
+        """Reads a checkpoint. Restores it, unless it is from the middle of an epoch: then `on_epoch_begin` does."""
+        saved = [*state["variables"], *(callback["class"] for callback in state["callbacks"])]
+        current = [*self._shapes(), *(type(callback).__name__ for callback in self.others)]
+        for old, new in itertools.zip_longest(saved, current):
+            if old != new:
+                raise UserError(f"{checkpoint}: holds {old} where this training has {new}; start a new run")
         arrays = []
         if self.cluster.chief:
             with np.load(checkpoint / "arrays.npz") as file:
                 arrays = [file[name] for name in file.files]
         count = self.cluster.from_chief(len(arrays))
         self._arrays = [self.cluster.from_chief(arrays[number] if arrays else None) for number in range(count)]
-        # Keras' own way to let a callback choose the first epoch; `BackupAndRestore` has no other.
+        # Keras lets a callback choose the first epoch only by this attribute; `BackupAndRestore` sets it too.
         self.model._initial_epoch = self.params["epochs"] if state["stopped"] else state["epoch"]
         self._offset, self._step, self._saved_step = state["batch"], state["step"], state["step"]
         if not self._offset:
             self._restore()
 
     def _restore(self) -> None:
-        """Restores variables, metrics and callbacks: after what `fit` and other callbacks do before the first batch."""
+        """Restores variables, metrics and callbacks, after `fit` and other callbacks have initialized them."""
         state, variables = self.resumed[1], self._variables()
-        # As the variables' types: NumPy's files do not know bfloat16.
+        # View as the dtype of the variable: NumPy files have no bfloat16.
         for variable, values in zip(variables, self._arrays, strict=False):
             variable.assign(values.view(tf.as_dtype(variable.dtype).as_numpy_dtype))
-        # Keras has built the metrics before the first step, see `common/upstream.py`.
+        # Keras has built the metrics before the first step: see `common/upstream.py`.
         metrics = self.model.metrics_variables if state["metrics"] else []
         for variable, values in zip(metrics, self._arrays[len(variables) :][: state["metrics"]], strict=True):
-            parts = self._parts(variable)
-            for replica, part in enumerate(parts, start=self.cluster.index * len(parts)):
-                part.assign(values[replica])
-        for callback, kept in zip(self.others, state["callbacks"], strict=True):
-            vars(callback).update({name: _decoded(value, self._arrays) for name, value in kept["state"].items()})
+            local = self._local_values(variable)
+            for replica, value in enumerate(local, start=self.cluster.index * len(local)):
+                value.assign(values[replica])
+        for callback, saved in zip(self.others, state["callbacks"], strict=True):
+            vars(callback).update({name: _decoded(value, self._arrays) for name, value in saved["state"].items()})

@@ -1,4 +1,4 @@
-"""Gets examples from TFDS, an embedded sample or the user's own files, and cuts them into splits."""
+"""Loads examples from TFDS, a built-in sample or the user's files, and splits them."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from common.batches import Arrays, Split
 from common.cli import SharedConfig, UserError
-from common.multiworker import joined
+from common.multiworker import current_cluster
 from common.samples import drawn_shapes, handwritten_digits, written_reviews
 from common.user_files import read_image_folders, read_labelled_texts, read_table
 
@@ -27,16 +27,16 @@ NETWORK_TIMEOUT_SECONDS = 4
 
 
 class DataUnavailableError(UserError):
-    """The real set is not on this machine and can't be fetched."""
+    """The dataset is not on this machine and can't be downloaded."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Disjoint train, validation and test splits, and where they come from.
+    """Disjoint train, validation and test splits, and their source.
 
-    `source` is tfds, sample, generated or files. `task` gives the kind of "input" (image, text, table, audio, series,
-    pair) and of "output" (class, number, mask, boxes, text, series, image, score, action). `class_names` is empty where
-    there are no classes, `columns` for anything but a CSV of numbers; `seconds` is the time it took to load.
+    `source` is tfds, sample, generated or files. `task` names the kind of "input" (image, text, table, audio, series,
+    pair) and "output" (class, number, mask, boxes, text, series, image, score, action). `class_names` is empty if there
+    are no classes; `columns` is empty except for a CSV of numbers. `seconds` is the loading time.
     """
 
     name: str
@@ -50,14 +50,14 @@ class Data:
     seconds: float = 0.0
 
     def counts(self) -> dict[str, int]:
-        """The number of examples in each split."""
+        """Returns the number of examples of each split."""
         return {split: len(getattr(self, split)) for split in ("train", "validation", "test")}
 
     def digest(self) -> str:
-        """SHA-256 over all examples in their order: equal digests, equal data."""
+        """Returns the SHA-256 of all examples in order."""
         sha256 = hashlib.sha256()
         for split in (self.train, self.validation, self.test):
-            for (_, *names), values in keras.tree.flatten_with_path(split.arrays()):  # Names are those in dictionaries.
+            for (_, *names), values in keras.tree.flatten_with_path(split.arrays()):  # `names` are dictionary keys.
                 sha256.update(f"{''.join(map(str, names))}{values.dtype}{values.shape}".encode())
                 texts = values if values.dtype == object else ()
                 sha256.update(b"".join(len(text).to_bytes(8, "little") + text for text in texts) or values.tobytes())
@@ -65,12 +65,12 @@ class Data:
 
 
 class Dataset(NamedTuple):
-    """A TFDS set and its stand-in for machines without network."""
+    """A TFDS dataset, and a sample to use offline."""
 
     title: str
-    folder: str  # TFDS's name of the set, and its folder below the data folder, without the version
+    folder: str  # TFDS name of the dataset; also its path below the data folder, without the version
     inputs: str
-    probe: str  # an address that must answer for a download to be worth trying
+    probe: str  # URL that must be reachable before a download is tried
     sample_title: str
     sample: Callable[[], Arrays]
 
@@ -91,26 +91,26 @@ IMDB = Dataset(
 
 
 def load_images(dataset: Dataset, config: SharedConfig, size: tuple[int, int]) -> Data:
-    """Loads labelled pictures as uint8, chosen by `config.data`.
+    """Loads labelled images as uint8 from the source that `config.data` names.
 
-    The user's own are brought to `size`, height and width. A `UserError` says what can't be used.
+    Resizes the user's own images to `size`, (height, width). Raises a `UserError` for unusable files.
     """
     return _load(dataset, "image", config, lambda path: read_image_folders(path, size))
 
 
 def load_texts(dataset: Dataset, config: SharedConfig, text_column: str, label_column: str) -> Data:
-    """Loads labelled texts as UTF-8 strings, chosen by `config.data`; see `load_images`.
+    """Loads labelled texts as UTF-8 strings from the source that `config.data` names; see `load_images`.
 
-    The user's own texts are a folder per class of .txt files, or a CSV with the two columns named.
+    The user's own texts are .txt files in a folder per class, or a CSV with the two named columns.
     """
     return _load(dataset, "text", config, lambda path: read_labelled_texts(path, text_column, label_column))
 
 
 def load_table(name: str, config: SharedConfig, generate: Callable[[], Arrays], target: str, classes: bool) -> Data:
-    """Loads rows of numbers as float32: from the user's CSV, or by `generate`, whose title is `name`.
+    """Loads rows of numbers as float32 from the user's CSV, or calls `generate`; its data is called `name`.
 
-    `generate` makes inputs and targets of "train", from which validation is cut, and of "test". `target` is the column
-    of a CSV to predict, a class or a number as `classes` says; all others are inputs and must hold numbers.
+    `generate` returns inputs and targets of "train" and "test"; validation is split from "train". `target` is the CSV
+    column to predict: a class if `classes`, else a number. All other columns are inputs and must contain numbers.
     """
     started, task = time.perf_counter(), {"input": "table", "output": "class" if classes else "number"}
     if config.data == "tfds":
@@ -143,19 +143,19 @@ def _existing(path: str) -> pathlib.Path:
 
 
 def tfds_folder(config: SharedConfig) -> pathlib.Path:
-    """Where prepared TFDS data is looked for: `--data-dir`, else TFDS_DATA_DIR, else TFDS's own default."""
+    """Returns the folder of prepared TFDS data: `--data-dir`, else TFDS_DATA_DIR, else the default of TFDS."""
     chosen = config.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return pathlib.Path(chosen).expanduser()
 
 
 def prepared_version(dataset: Dataset, config: SharedConfig) -> pathlib.Path | None:
-    """The newest prepared version: TFDS works in a folder `incomplete…`, and renames it when all is there."""
-    versions = [found.parent for found in (tfds_folder(config) / dataset.folder).glob("[0-9]*/dataset_info.json")]
+    """Returns the newest version that TFDS has prepared completely; unfinished ones are in a folder `incomplete…`."""
+    versions = [file.parent for file in (tfds_folder(config) / dataset.folder).glob("[0-9]*/dataset_info.json")]
     return max(versions, key=lambda version: [int(part) for part in re.findall("[0-9]+", version.name)], default=None)
 
 
 def _read_tfds(dataset: Dataset, config: SharedConfig) -> Arrays:
-    # Imported where it is used: with a sample or with own files, nobody waits for it.
+    # Imported here, because the import is slow and other sources do not need it.
     import tensorflow_datasets as tfds
 
     if not prepared_version(dataset, config):
@@ -168,12 +168,12 @@ def _read_tfds(dataset: Dataset, config: SharedConfig) -> Arrays:
             examples = builder.as_dataset(split=split, batch_size=-1)
             arrays[split] = (examples[dataset.inputs].numpy(), class_names[examples["label"].numpy()])
         return arrays
-    except Exception as error:  # TFDS lets through whatever TensorFlow, its own parsers and the disk raise.
+    except Exception as error:  # TFDS does not wrap errors of TensorFlow, its parsers or the disk.
         raise UserError(f"{prepared}: a file is missing or damaged; delete it all, to prepare it anew") from error
 
 
 def _download(dataset: Dataset, config: SharedConfig) -> None:
-    """Downloads and prepares with TFDS, if there is a network: TFDS alone would try for minutes."""
+    """Downloads and prepares a dataset with TFDS. Checks the network first: TFDS alone would retry for minutes."""
     import requests
     import tensorflow_datasets as tfds
 
@@ -182,8 +182,8 @@ def _download(dataset: Dataset, config: SharedConfig) -> None:
         if not reachable(dataset.probe):
             raise ConnectionError(f"{dataset.probe.split('/')[2]} is out of reach")
         tfds.builder(dataset.folder, data_dir=folder).download_and_prepare()
-    except Exception as error:  # TFDS lets through whatever its downloader, its parsers and the disk raise.
-        if prepared_version(dataset, config):  # Another process was at it too, and faster.
+    except Exception as error:  # TFDS does not wrap errors of its downloader, its parsers or the disk.
+        if prepared_version(dataset, config):  # Another process has prepared it at the same time.
             return
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         network = requests.RequestException | ConnectionError | TimeoutError
@@ -196,7 +196,7 @@ def _download(dataset: Dataset, config: SharedConfig) -> None:
 
 
 def reachable(address: str) -> bool:
-    """Whether `address` answers in seconds; in a thread, since a name look-up has no time limit."""
+    """Returns whether `address` answers within seconds. Uses a thread, because DNS lookups have no timeout."""
     import requests
 
     answers = []
@@ -214,16 +214,16 @@ def reachable(address: str) -> bool:
 def _cut(
     name: str, source: str, task: dict[str, str], arrays: Arrays, config: SharedConfig, started: float, **about: Any
 ) -> Data:
-    """Cuts the splits that are missing from the training examples, by seeded permutations.
+    """Splits missing validation and test sets from the training examples, by seeded permutations.
 
-    Targets become float32 where a class or a number is predicted, one-hot or [n, 1]; all others stay as they are.
-    `about` are further fields of `Data`.
+    Converts class targets to one-hot float32 [n, classes], and numbers to float32 [n, 1]; leaves other targets
+    unchanged. `about` holds further fields of `Data`.
     """
     splits, train = ("train", "validation", "test"), arrays["train"]
     order = {split: np.arange(len(tf.nest.flatten(arrays.get(split, train)[1])[0])) for split in splits}
     order["train"] = np.random.default_rng(config.seed).permutation(order["train"])
     if "test" not in arrays:
-        # The same test split whatever the seed of the run, so that several seeds can be compared.
+        # The test split does not depend on the seed of the run, so that runs with different seeds are comparable.
         order["test"] = np.random.default_rng(0).permutation(order["test"])[: max(1, len(order["test"]) // 10)]
         order["train"] = order["train"][~np.isin(order["train"], order["test"])]
     if config.smoke:
@@ -233,8 +233,8 @@ def _cut(
         count = round(len(order["train"]) * config.validation_size)
         order["validation"], order["train"] = np.split(order["train"], [count])
         if not len(order["train"]) or config.validation_size > 0 == count:
-            there = f"{len(order['train']) + count} to train and validate, {len(order['test'])} to test"
-            raise UserError(f"{name}: too few examples ({there}); add some, or give another --validation-size")
+            counts = f"{len(order['train']) + count} to train and validate, {len(order['test'])} to test"
+            raise UserError(f"{name}: too few examples ({counts}); add some, or give another --validation-size")
     inputs, targets = {}, {}
     for split, rows in order.items():
         inputs[split], targets[split] = tf.nest.map_structure(operator.itemgetter(rows), arrays.get(split, train))
@@ -250,8 +250,8 @@ def _cut(
             targets[split] = np.eye(len(class_names), dtype=np.float32)[np.searchsorted(class_names, targets[split])]
     elif task["output"] == "number":
         targets = {split: values[:, None].astype(np.float32) for split, values in targets.items()}
-    cut = {split: Split.of(inputs[split], targets[split]) for split in splits}
-    data = Data(name, source, task, **cut, **about, seconds=time.perf_counter() - started)
-    for cluster in joined:  # Before there are models, which TensorFlow can't bring together if their shapes differ.
+    converted = {split: Split.from_arrays(inputs[split], targets[split]) for split in splits}
+    data = Data(name, source, task, **converted, **about, seconds=time.perf_counter() - started)
+    for cluster in current_cluster:  # Before models exist: TensorFlow fails if their shapes differ between workers.
         cluster.compare({"data": data.digest()})
     return data

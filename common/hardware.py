@@ -1,4 +1,4 @@
-"""Chooses strategy, precision and threads for the machine at hand, and says why."""
+"""Chooses strategy, precision and threads for a machine, with reasons."""
 
 import contextlib
 import dataclasses
@@ -24,10 +24,10 @@ from tensorflow.python.eager import context
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What `choose` needs to know of a machine; a test can describe any.
+    """The hardware that `choose` decides by. Tests can describe any machine.
 
-    `gpus` holds the name of each graphics card and its CUDA compute capability, such as (8, 6); `tpus` is the
-    number of TPU cores; `bfloat16` is whether the processor has instructions for it, or nobody knows.
+    `gpus` holds name and CUDA compute capability, such as (8, 6), of each GPU; `tpus` is the number of TPU cores;
+    `bfloat16` is False if the CPU is known to have no bfloat16 instructions.
     """
 
     processor: str
@@ -39,27 +39,27 @@ class Machine:
 
 
 def describe_machine() -> Machine:
-    """The machine this process runs on. Touches no device that TensorFlow has not been told about yet."""
+    """Describes the machine that this process runs on, without initializing its devices."""
     gpus = map(tf.config.experimental.get_device_details, tf.config.get_visible_devices("GPU"))
     file = pathlib.Path("/proc/cpuinfo")
-    about = file.read_text("utf-8") if file.exists() else ""
-    named = re.search(r"model name\s*: (.*)", about)
+    details = file.read_text("utf-8") if file.exists() else ""
+    model_name = re.search(r"model name\s*: (.*)", details)
     return Machine(
-        named[1].strip() if named else platform.processor() or platform.machine(),
-        # The cores this process may use, which in a container can be fewer than the machine has.
+        model_name[1].strip() if model_name else platform.processor() or platform.machine(),
+        # The cores that this process may use; a container can have fewer than the machine.
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         tuple((gpu.get("device_name", "GPU"), gpu.get("compute_capability", (0, 0))) for gpu in gpus),
         len(tf.config.list_physical_devices("TPU")),
-        not about or bool(re.search(r"(avx512_|amx_|\b)bf16\b", about)),
+        not details or bool(re.search(r"(avx512_|amx_|\b)bf16\b", details)),
     )
 
 
 def choose(machine: Machine, config: SharedConfig, workers: int = 0) -> dict[str, tuple[Any, str]]:
-    """Decides strategy, devices, precision and threads, each with its reason: a pure function of its arguments.
+    """Chooses strategy, devices, precision and threads, each with a reason. A pure function.
 
-    `workers` is the number of workers of the cluster; 0 without one. A `UserError` says which flag asks for something
-    that this machine can't do.
+    `workers` is the number of workers in the cluster; 0 if there is none. Raises a `UserError` for a flag that this
+    machine does not support.
     """
     gpus, strategy, reason = len(machine.gpus), config.strategy, "by --strategy"
     local = 1 if strategy == "none" else config.devices or gpus or 1
@@ -85,7 +85,7 @@ def choose(machine: Machine, config: SharedConfig, workers: int = 0) -> dict[str
         nearest = max(1, round(config.batch_size / devices)) * devices
         problem = f"--batch-size {config.batch_size}: not a multiple of the {devices} devices; give {nearest}"
     elif config.precision == "mixed_float16" and devices > 1:
-        # Keras 3.15 skips a step by the gradients of the first replica only; an overflow in another one is kept.
+        # Keras 3.15 checks only the first replica for overflow; that of another replica would reach the weights.
         problem = "--precision mixed_float16: not on several devices; use float32, mixed_bfloat16, or --devices 1"
     elif config.precision == "mixed_float16" and not gpus:
         problem = "--precision mixed_float16: a CPU computes it many times slower; use float32 or mixed_bfloat16"
@@ -118,22 +118,22 @@ def choose(machine: Machine, config: SharedConfig, workers: int = 0) -> dict[str
 def apply(
     choices: dict[str, tuple[Any, str]], config: SharedConfig, cluster: Cluster | None = None
 ) -> tf.distribute.Strategy:
-    """Sets TensorFlow and Keras up as `choose` has chosen; with several workers, waits for all of them.
+    """Configures TensorFlow and Keras according to `choices`, from `choose`. Waits for all workers, if there are any.
 
-    In plain Keras: `keras.config.set_dtype_policy` and `tf.distribute.MirroredStrategy()`. A `UserError` says which
-    worker did not come, or that TensorFlow runs already with fewer logical CPU devices or other threads.
+    In plain Keras: `keras.config.set_dtype_policy` and `tf.distribute.MirroredStrategy()`. Raises a `UserError` if a
+    worker is missing, or if TensorFlow is initialized already with fewer logical CPU devices or other threads.
     """
     gpus, (cpu, *_) = tf.config.get_visible_devices("GPU"), tf.config.list_physical_devices("CPU")
     (strategy, _), (devices, _), threading = choices["strategy"], choices["devices"], tf.config.threading
     try:
-        # Without --threads, nothing to set: TensorFlow's own default is one per core too.
+        # Without --threads, there is nothing to set: TensorFlow's default is one thread per core too.
         if config.threads not in (0, threading.get_intra_op_parallelism_threads()):
             threading.set_intra_op_parallelism_threads(config.threads)
             threading.set_inter_op_parallelism_threads(config.threads)
         if strategy == "multi-worker" and 0 < config.devices < len(gpus):
             tf.config.set_visible_devices(gpus[: config.devices], "GPU")
-        parts = len(tf.config.get_logical_device_configuration(cpu) or [None])
-        if strategy == "mirrored" and not gpus and parts < devices:
+        logical = len(tf.config.get_logical_device_configuration(cpu) or [None])
+        if strategy == "mirrored" and not gpus and logical < devices:
             tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * devices)
     except RuntimeError as error:
         problem = "TensorFlow runs already in this process with other --threads or --devices"
@@ -157,12 +157,12 @@ def apply(
 
 @functools.cache
 def _mirrored(kind: str, devices: int) -> tf.distribute.Strategy:
-    # One for the whole process: the collective operations of a second one would take the keys of the first.
+    # Cached, because the collectives of a second strategy in a process would reuse the keys of the first.
     return tf.distribute.MirroredStrategy([f"/{kind}:{index}" for index in range(devices)])
 
 
 def _multi_worker(cluster: Cluster, gpus: bool, timeout: float) -> tf.distribute.Strategy:
-    """The strategy of all workers, which are waited for; one for the whole process."""
+    """Waits for all workers and returns the strategy; one per process."""
     if cluster.strategy:
         return cluster.strategy
     deadline, (host, port) = time.monotonic() + timeout, cluster.workers[0].rsplit(":", 1)
@@ -170,7 +170,7 @@ def _multi_worker(cluster: Cluster, gpus: bool, timeout: float) -> tf.distribute
     distribute, leader = tf.distribute.experimental, "/job:worker/replica:0/task:0"
     try:
         connected = cluster.chief
-        while not connected:  # Here, signals are answered, and a name may resolve late.
+        while not connected:  # Unlike TensorFlow, this loop handles signals and retries name resolution.
             time.sleep(0.2)
             with contextlib.suppress(OSError):
                 socket.create_connection((host, int(port)), timeout=2).close()
@@ -184,9 +184,9 @@ def _multi_worker(cluster: Cluster, gpus: bool, timeout: float) -> tf.distribute
             cluster_register_timeout_in_ms=int(1000 * max(1, deadline - time.monotonic())),
             heartbeat_timeout_in_ms=1000 * SILENCE,
         )
-        # Otherwise the chief waits for an hour, whatever the limit.
+        # Otherwise the chief waits for an hour and ignores the timeout.
         context.context().coordination_service.cluster_register_with_barrier = True
-        # TensorFlow holds the interpreter lock while it waits: no handler runs, and it replaces that of SIGTERM.
+        # While TensorFlow waits, it holds the GIL, so no Python handler runs. It replaces the SIGTERM handler itself.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         strategy = tf.distribute.MultiWorkerMirroredStrategy(
             tf.distribute.cluster_resolver.SimpleClusterResolver(
@@ -197,10 +197,10 @@ def _multi_worker(cluster: Cluster, gpus: bool, timeout: float) -> tf.distribute
             ),
         )
     except tf.errors.DeadlineExceededError as error:
-        absent = sorted({int(each) for each in re.findall(r"^/job:worker/replica:0/task:(\d+)$", str(error), re.M)})
-        names = ", ".join(map(cluster.name, absent or [0]))
+        missing = sorted({int(task) for task in re.findall(r"^/job:worker/replica:0/task:(\d+)$", str(error), re.M)})
+        names = ", ".join(map(cluster.name, missing or [0]))
         raise UserError(f"{names}: did not come within {timeout:.0f} s; start all workers") from error
-    except (RuntimeError, tf.errors.OpError) as error:  # Such as a port in use, or an index given twice.
+    except (RuntimeError, tf.errors.OpError) as error:  # Such as a port in use, or a duplicate index.
         raise UserError(f"{cluster.name(cluster.index)}: TensorFlow can't join the cluster ({error})") from error
     finally:
         for number, handler in handlers.items():

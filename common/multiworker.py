@@ -1,4 +1,4 @@
-"""Multi-worker training, on the coordination service and the collectives of `MultiWorkerMirroredStrategy`."""
+"""Multi-worker training: cluster membership, configuration checks and failure detection."""
 
 import atexit
 import contextlib
@@ -19,72 +19,72 @@ import tensorflow as tf
 from tensorflow.python.eager import context
 
 EXIT_WORKER_LOST = 76
-SILENCE = 10  # seconds without a sign of life, after which a worker counts as lost
-# Why all end. TensorFlow writes this key itself when it gets a SIGTERM while it waits for the other workers.
+SILENCE = 10  # seconds without a heartbeat after which a worker counts as lost
+# Key of the reason to exit. TensorFlow sets it too, if it receives SIGTERM while it waits for other workers.
 _END = "TF_DEFAULT_PREEMPTION_NOTICE_KEY"
-# The cluster that this process has joined, if any.
-joined: list["Cluster"] = []
+# The cluster that this process has joined; empty if none.
+current_cluster: list["Cluster"] = []
 
 
 class Cluster:
-    """The workers of a training, one of which is this process. Worker 0, the chief, decides and writes for all.
+    """The workers of a training run, including this process. Worker 0, the chief, decides and writes for all.
 
-    A cluster that was not joined is a process that trains alone: each method works, and waits for nobody.
+    `Cluster()`, without `join`, is a process that trains alone: all methods work, and none waits.
     """
 
     def __init__(self, workers: tuple[str, ...] = ("this process",), index: int = 0):
         self.workers, self.index, self.chief, self.strategy = workers, index, index == 0, None
         self._store, self._round, self._asked = context.context(), 0, (False, False)
-        # Whether all workers end by themselves, whether this one has, and what it has told the others.
-        self._all_end, self._left, self._told = False, False, None
+        # Whether all workers exit by themselves, whether this one has left, and the exit code and line it has sent.
+        self._all_end, self._left, self._sent = False, False, None
 
     def name(self, index: int) -> str:
-        """How a worker is called in messages."""
+        """Returns the name of a worker in messages."""
         return f"worker {index} at {self.workers[index]}"
 
     def join(self, strategy: tf.distribute.MultiWorkerMirroredStrategy) -> None:
-        """Begins the training as a worker of `strategy`, for which all workers have come together."""
-        # What this worker asks for, and what all have agreed on: see common/upstream.py.
+        """Joins the cluster of `strategy`, to which all workers are connected."""
+        # The requests of this worker, and the mean over all workers: see common/upstream.py.
         self.strategy, strategy.flags = strategy, (tf.Variable([0.0, 0.0]), tf.Variable([0.0, 0.0]))
         self._set("here", True)
-        joined.append(self)
+        current_cluster.append(self)
         exit_hooks.append(self.leave)
         atexit.register(self.leave)
         sys.excepthook = self._report_exception
         threading.Thread(target=self._watch, daemon=True).start()
 
     def ask(self, stop: bool, save: bool) -> None:
-        """Asks all workers to stop, and to save a checkpoint, after an execution of `fit` or `evaluate`."""
+        """Requests that all workers stop or save a checkpoint after an execution of `fit` or `evaluate`."""
         if self._asked != (stop, save):
             self._asked = stop, save
             if self.strategy:
                 self.strategy.flags[0].assign([stop, save])
 
     def agreed(self) -> tuple[bool, bool]:
-        """Whether to stop and to save: what any worker had asked for before the last execution, the same on all."""
+        """Returns whether to stop and to save: if any worker requested it before the last execution. Same on all."""
         stop, save = (self.strategy.flags[1].numpy() > 0).tolist() if self.strategy else self._asked
         self._all_end |= stop
-        if save:  # It is asked for once.
+        if save:  # A request to save is sent once.
             self.ask(self._asked[0], False)
         return stop, save
 
     def agree_to_stop(self, stop: bool) -> bool:
-        """Whether any worker asks to stop. All must call it."""
+        """Returns whether any worker requests to stop. All workers must call it."""
         self._all_end |= self.from_chief(any(self.gather(stop)))
         return self._all_end
 
     def _set(self, key: str, value: Any) -> None:
         text = json.dumps(value, default=lambda part: part.tolist() if isinstance(part, np.ndarray) else str(part))
-        with contextlib.suppress(tf.errors.OpError):  # Another worker was first, or the chief is gone: see `_watch`.
+        with contextlib.suppress(tf.errors.OpError):  # The key exists, or the chief is lost: see `_watch`.
             self._store.set_config_key_value(key, text)
 
     def _get(self, key: str) -> Any:
-        while True:  # Signals are answered in between.
+        while True:  # Short timeouts, because Python handles signals only in between.
             with contextlib.suppress(tf.errors.DeadlineExceededError):
                 return json.loads(self._store.get_config_key_value(key, 200))
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all workers, as JSON holds them, on the chief; elsewhere an empty list. All must call it."""
+        """Returns the JSON values of all workers on the chief, elsewhere an empty list. All workers must call it."""
         self._round += 1
         if self.chief:
             return [value, *(self._get(f"{self._round}/{index}") for index in range(1, len(self.workers)))]
@@ -92,7 +92,7 @@ class Cluster:
         return []
 
     def from_chief(self, value: Any = None) -> Any:
-        """The chief's value on all workers: an array, or what JSON can hold. All must call it."""
+        """Broadcasts the value of the chief, an array or a JSON value. All workers must call it."""
         if not self.strategy:
             return value
         self._round += 1
@@ -103,63 +103,63 @@ class Cluster:
         if not array:
             return value if self.chief else message
         array = value if self.chief else np.zeros(*array)
-        content = np.frombuffer(array.tobytes() + bytes(4 - array.nbytes % 4), np.float32)  # Whatever it holds.
-        with self.strategy.scope():  # Which broadcasts initial values.
+        content = np.frombuffer(array.tobytes() + bytes(4 - array.nbytes % 4), np.float32)  # Bytes of any dtype.
+        with self.strategy.scope():  # Broadcasts initial values.
             content = tf.Variable(content, trainable=False).numpy().tobytes()
         return np.frombuffer(content[: array.nbytes], array.dtype).reshape(array.shape).copy()
 
     def compare(self, values: dict[str, Any]) -> None:
-        """Raises a `UserError` on all workers if one has other values than the chief. All must call it."""
+        """Raises a `UserError` on all workers if values differ from those of the chief. All workers must call it."""
         problems = []
-        for index, theirs in enumerate(self.gather(values)):
-            for key in [key for key in values if theirs.get(key) != values[key]]:
-                problems.append(f"{self.name(index)}: {key} is {theirs.get(key)!r}, but {values[key]!r} on worker 0")
+        for index, other in enumerate(self.gather(values)):
+            for key in [key for key in values if other.get(key) != values[key]]:
+                problems.append(f"{self.name(index)}: {key} is {other.get(key)!r}, but {values[key]!r} on worker 0")
         if problem := self.from_chief(problems[:1]):
             self._all_end = True
             raise UserError(f"{problem[0]}; start all workers with the same command, code and data")
 
     def _watch(self) -> None:
-        """Ends this process when all are told to end or a worker is lost, whatever the main thread waits for."""
-        while not (end := self._news()):
+        """Exits this process if all workers must exit or one is lost, even while the main thread is blocked."""
+        while not (end := self._poll()):
             if os.environ.get("LAUNCHER_PID", str(os.getppid())) != str(os.getppid()):  # The launcher was killed.
                 os.kill(os.getpid(), signal.SIGTERM)
-        if not self._left and end != self._told:
-            time.sleep(2 if self.chief else 0)  # The service ends with the chief: all must have heard.
+        if not self._left and end != self._sent:
+            time.sleep(2 if self.chief else 0)  # The service ends with the chief, so wait until all have read.
             os.write(2, (" ".join(end[1].split()) + "\n").encode())
             os._exit(end[0])
 
-    def _news(self) -> tuple[int, str] | None:
-        """The exit code and the line to end with, if any; after a second."""
+    def _poll(self) -> tuple[int, str] | None:
+        """Waits a second, then returns the exit code and the last line if this process must exit, else None."""
         lost = 0
         try:
             with contextlib.suppress(tf.errors.DeadlineExceededError):
                 end = self._store.get_config_key_value(_END, 1000)
                 return tuple(json.loads(end)) if end.startswith("[") else (EXIT_INTERRUPTED, "interrupted: by SIGTERM")
-            self._store.get_config_key_value("here", 1000 * SILENCE)  # A chief that was stopped does not answer.
+            self._store.get_config_key_value("here", 1000 * SILENCE)  # A suspended chief does not answer.
             states = self._store.get_task_states([("worker", len(self.workers))])
             lost = next((index for index, error in enumerate(states) if error), None)
-        except tf.errors.OpError:  # Without a chief, there is no service.
+        except tf.errors.OpError:  # The service ends with the chief.
             pass
         line = f"error: {self.name(lost or 0)} is lost; continue by the same commands with --resume"
         return None if lost is None else (EXIT_WORKER_LOST, line)
 
     def leave(self, code: int = 0, line: str = "") -> None:
-        """Ends together with all after a training, an agreed stop or a failed comparison; else tells them to end."""
+        """Exits with all workers after training, an agreed stop or a failed comparison; else makes them exit."""
         if not self.strategy or self._left:
             return
         if (code == 0 and not line) or self._all_end:
             self.gather(True)
             self.from_chief(True)
-            self._left = not self.chief  # The chief waits until the others need it no longer.
+            self._left = not self.chief  # The chief stays until the others no longer need it.
             self.gather(True)
         else:
-            self._told = code, line
-            self._set(_END, self._told)
+            self._sent = code, line
+            self._set(_END, self._sent)
             time.sleep(2 if self.chief else 0)
         self._left = True
 
     def _report_exception(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if issubclass(kind, tf.errors.OpError):  # Most likely a worker is lost: `_watch` finds out which.
+        if issubclass(kind, tf.errors.OpError):  # Probably a worker is lost: wait until `_watch` finds out which.
             time.sleep(SILENCE + 5)
         sys.__excepthook__(kind, error, trace)
         self._all_end = False
@@ -168,10 +168,10 @@ class Cluster:
 
 
 def described_cluster(environment: Mapping[str, str]) -> tuple[tuple[str, ...], int]:
-    """The addresses of all workers as "host:port", the chief's first, and the index of this process among them.
+    """Returns the addresses "host:port" of all workers, chief first, and the index of this process.
 
-    They are in `TF_CONFIG`, as Kubernetes sets it, or in the variables of a Slurm step with several tasks. Without
-    either, there are none. A `UserError` says what is malformed.
+    Reads `TF_CONFIG`, which Kubernetes operators set, or the environment variables of a Slurm step with several tasks.
+    Without either, there are no addresses. Raises a `UserError` if they are malformed.
     """
     source, remedy = "TF_CONFIG", 'give {"cluster": {"worker": ["host:port"]}, "task": {"type": "worker", "index": 0}}'
     try:
@@ -195,17 +195,17 @@ def _from_tf_config(text: str) -> tuple[list[str], int]:
     jobs, task = map(json.loads(text).__getitem__, ("cluster", "task"))
     if "ps" in jobs or task["type"] in ("ps", "evaluator"):
         raise UserError("TF_CONFIG: names parameter servers or an evaluator; Keras 3 trains with workers alone")
-    workers = {(job, index): each for job in ("chief", "worker") for index, each in enumerate(jobs.get(job, []))}
+    workers = {(job, index): host for job in ("chief", "worker") for index, host in enumerate(jobs.get(job, []))}
     return list(workers.values()), list(workers).index((task["type"], int(task["index"])))
 
 
 def _from_slurm(environment: Mapping[str, str]) -> tuple[list[str], int]:
-    # Two jobs on one node take different ports. Slurm itself assigns the GPUs.
+    # Jobs on the same node need different ports. Slurm assigns the GPUs itself.
     first_port = 20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 10_000
     resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(
         port_base=first_port, gpus_per_node=10_000, gpus_per_task=1, auto_set_gpu=False
     )
     addresses = resolver.cluster_spec().job_tasks("worker")
-    # The resolver sorts the nodes by name, which need not be Slurm's order: each task looks for its own node.
+    # The resolver sorts nodes by name, which may differ from Slurm's order: each task looks up its own node.
     own = f"{environment['SLURMD_NODENAME']}:{first_port + int(environment['SLURM_LOCALID'])}"
     return addresses, addresses.index(own)

@@ -1,4 +1,4 @@
-"""Optimizers that Keras does not have."""
+"""Optimizers that Keras does not provide."""
 
 from typing import Any
 
@@ -7,25 +7,25 @@ import tensorflow as tf
 
 
 class FusedAdam(keras.optimizers.Adam):
-    """Adam, and with `weight_decay` AdamW, whose step is one TensorFlow operation for each variable.
+    """Adam, or AdamW if `weight_decay` is set, with one fused TensorFlow operation per variable.
 
-    In Keras 3.15 a step is a dozen operations, each through the whole variable. The gradient of an embedding has a row
-    for each word of the batch: where words repeat, Keras adds up the squares of their rows; here the rows are added
-    up first, as Adam is defined. The gradient becomes dense: for tables of millions of rows that a batch hardly
-    touches, `keras.optimizers.Adam` is faster.
+    Keras 3.15 uses a dozen operations, each a pass over the variable. An embedding gradient has one row per token of a
+    batch. For repeated tokens, Keras sums the squares of rows; this class sums the rows first, as Adam is defined.
+    Gradients become dense: `keras.optimizers.Adam` is faster for embeddings of millions of rows, most of which a batch
+    does not use.
     """
 
     def update_step(self, gradient: Any, variable: keras.Variable, learning_rate: Any) -> None:
-        """Updates one variable; Keras calls it for each."""
+        """Updates one variable. Keras calls it for each variable."""
         gradient = tf.cast(tf.convert_to_tensor(gradient), variable.dtype)
         if self.amsgrad:
             super().update_step(gradient, variable, learning_rate)
             return
         index, steps = self._get_variable_index(variable), tf.cast(self.iterations + 1, variable.dtype)
-        # On several replicas, what Keras passes here are TensorFlow's own variables.
+        # On several replicas, Keras passes TensorFlow variables.
         var, m, v = (
-            (each.value if isinstance(each, keras.Variable) else each).handle
-            for each in (variable, self._momentums[index], self._velocities[index])
+            (state.value if isinstance(state, keras.Variable) else state).handle
+            for state in (variable, self._momentums[index], self._velocities[index])
         )
         tf.raw_ops.ResourceApplyAdam(
             var=var,
@@ -42,11 +42,11 @@ class FusedAdam(keras.optimizers.Adam):
 
 
 class Muon(FusedAdam):
-    """AdamW for all variables but the kernels of convolutions, which learn by momentum with orthogonal steps.
+    """Muon (momentum with orthogonalized updates) for convolution kernels, AdamW for all other variables.
 
-    An orthogonal step moves a layer's filters equally far in all directions, not only in those of large gradients
-    (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). `keras.optimizers.Muon` does so for matrices only;
-    here a kernel counts as the matrix [height x width x channels, filters].
+    An orthogonal update moves filters equally far in all directions, not only in those of large gradients
+    (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). `keras.optimizers.Muon` supports matrices only;
+    this class reshapes a kernel to a matrix [height x width x channels, filters].
     """
 
     def __init__(
@@ -58,22 +58,22 @@ class Muon(FusedAdam):
         weight_decay=0.004,
         **settings: Any,
     ):
-        """Sets the optimizer up; `settings` are those of AdamW.
+        """Initializes the optimizer; `settings` are passed to AdamW.
 
         Args:
-            learning_rate: as of AdamW, for all variables but kernels.
-            kernel_speed: the learning rate of kernels as a multiple of `learning_rate`. A step changes a kernel by an
-                orthogonal matrix of that size.
-            kernel_momentum: the share of the past steps in a kernel's step.
-            unit_filters: bring filters back to length 1 (their mean square) before each step. Useful before
-                BatchNormalization, for which their length does not matter: the learning rate is then an angle.
-            weight_decay: as of AdamW, for kernels too.
+            learning_rate: learning rate of AdamW, for all variables except kernels.
+            kernel_speed: learning rate of kernels, as a multiple of `learning_rate`. It scales the orthogonal matrix
+                that a step subtracts from a kernel.
+            kernel_momentum: momentum of kernel updates.
+            unit_filters: normalize filters to mean square norm 1 before each step. Useful before BatchNormalization,
+                whose output does not depend on the norm: the learning rate then is an angle.
+            weight_decay: weight decay of AdamW; also applied to kernels.
         """
         super().__init__(learning_rate, weight_decay=weight_decay, **settings)
         self.kernel_speed, self.kernel_momentum, self.unit_filters = kernel_speed, kernel_momentum, unit_filters
 
     def update_step(self, gradient: Any, variable: keras.Variable, learning_rate: Any) -> None:
-        """Updates one variable; Keras calls it for each."""
+        """Updates one variable. Keras calls it for each variable."""
         if len(variable.shape) != 4:
             super().update_step(gradient, variable, learning_rate)
             return
@@ -87,16 +87,16 @@ class Muon(FusedAdam):
         self.assign(variable, keras.ops.reshape(filters, variable.shape))
 
     def get_config(self) -> dict[str, Any]:
-        """The settings to make the same optimizer again."""
+        """Returns the configuration of the optimizer."""
         own = ("kernel_speed", "kernel_momentum", "unit_filters")
         return {**super().get_config(), **{name: getattr(self, name) for name in own}}
 
 
 def orthogonal(matrix: Any) -> Any:
-    """Roughly the nearest matrix whose singular values are all 1, by three steps of the Newton-Schulz iteration.
+    """Approximates the nearest matrix whose singular values are all 1, by three Newton-Schulz iterations.
 
-    The coefficients are Jordan's: all but the smallest singular values end between 0.7 and 1.2. More steps would bring
-    the smallest there too, which are rounding errors for the most part.
+    With Jordan's coefficients, all but the smallest singular values end between 0.7 and 1.2. More iterations would also
+    raise the smallest ones, which are mostly rounding errors.
     """
     if matrix.shape[0] > matrix.shape[1]:
         return keras.ops.transpose(orthogonal(keras.ops.transpose(matrix)))

@@ -1,4 +1,4 @@
-"""The run directory: its choice, its lock, and whether the run in it may be resumed."""
+"""The run directory: selection, locking, and checks before a run is resumed."""
 
 import contextlib
 import datetime
@@ -11,13 +11,13 @@ from typing import Any, BinaryIO
 from common.cli import RUNTIME_FLAGS, AlreadyFinishedError, SharedConfig, UserError
 from common.records import RESULT, file_sha256, read_json
 
-# What may be there before a run begins: its lock, and a file that was not finished.
-TRACES = {"lock", "config.json.part"}
+# Files that may exist before a run begins: the lock, and an incomplete file.
+IGNORED_FILES = {"lock", "config.json.part"}
 _locks: dict[pathlib.Path, BinaryIO] = {}
 
 
 def choose_directory(recipe: str, config: SharedConfig) -> pathlib.Path:
-    """`--run-dir`, or with `--resume` alone the latest unfinished run, or a new one, named by the time."""
+    """Returns `--run-dir`; else, with `--resume`, the latest unfinished run; else a new folder named by the time."""
     if config.run_dir:
         return pathlib.Path(config.run_dir)
     runs = []
@@ -30,15 +30,15 @@ def choose_directory(recipe: str, config: SharedConfig) -> pathlib.Path:
 
 
 def _recipe_of(directory: pathlib.Path) -> str:
-    with contextlib.suppress(UserError):  # Damaged: `resumed_settings` reports it.
+    with contextlib.suppress(UserError):  # `resumed_settings` reports a damaged file.
         return read_json(directory / "config.json", "recipe")["recipe"]
     return directory.parent.name
 
 
 def is_used(directory: pathlib.Path, resume: bool) -> bool:
-    """Whether there is a run in `directory`; a UserError if it may not be used."""
+    """Returns whether `directory` contains a run. Raises a `UserError` if it can't be used."""
     try:
-        found = set(os.listdir(directory)) - TRACES
+        found = set(os.listdir(directory)) - IGNORED_FILES
     except FileNotFoundError:
         return False
     except OSError as error:
@@ -49,10 +49,10 @@ def is_used(directory: pathlib.Path, resume: bool) -> bool:
 
 
 def lock(directory: pathlib.Path) -> None:
-    """Keeps other processes out of a run directory until `unlock`, or until this process ends.
+    """Locks a run directory against other processes, until `unlock` or the end of this process.
 
-    The file stays: if it was deleted, two processes could each lock a file of that name. A `UserError` says which
-    process has locked it, or why it can't be written to.
+    The lock file is never deleted: otherwise two processes could lock different files of the same name. Raises a
+    `UserError` that names the process that holds the lock, or says why the file can't be written.
     """
     unlock(directory)  # An earlier run of this process may have locked it.
     path = (directory / "lock").resolve()
@@ -66,13 +66,13 @@ def lock(directory: pathlib.Path) -> None:
     except OSError as error:
         raise UserError(f"--run-dir {directory}: {error.strerror}; choose an empty or a new one") from error
     _locks[path] = file
-    with contextlib.suppress(OSError):  # A full disk: this is only for the message above.
+    with contextlib.suppress(OSError):  # Ignore a full disk: the content is only used in the error above.
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}".encode())
 
 
 def unlock(directory: pathlib.Path) -> bool:
-    """Unlocks a run directory; returns whether this process had locked it."""
+    """Unlocks a run directory. Returns whether this process held the lock."""
     file = _locks.pop((directory / "lock").resolve(), None)
     if file:
         file.close()
@@ -80,27 +80,27 @@ def unlock(directory: pathlib.Path) -> bool:
 
 
 def resumed_settings(directory: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Locks the run in `directory` and returns its settings, with `resumed` counted up.
+    """Locks the run in `directory` and returns its settings, with `resumed` incremented.
 
     Raises:
-        UserError: there is no run, it is damaged or in use, or it has other settings than `settings`.
-        AlreadyFinishedError: the run has its result.
+        UserError: there is no run, the run is damaged or in use, or its settings differ from `settings`.
+        AlreadyFinishedError: the run is finished.
     """
     if not (directory / "config.json").exists():
         raise UserError(f"--run-dir {directory}: holds no run; choose a new folder, or that of a run to resume")
-    before = read_json(directory / "config.json", "recipe", "config", "chosen", "files", "resumed")
-    if before["recipe"] != (recipe := settings["recipe"]):
-        raise UserError(f"--run-dir {directory}: a run of {before['recipe']}, not of {recipe}; choose another")
-    free = RUNTIME_FLAGS if settings["config"]["deterministic"] else {*RUNTIME_FLAGS, "threads"}
-    found = {}
-    for part, names in (("config", RUNTIME_FLAGS), ("chosen", free), ("files", ())):
-        for name in [name for name in {**before[part], **settings[part]} if name not in names]:
-            old, new = before[part].get(name), settings[part].get(name)
+    saved = read_json(directory / "config.json", "recipe", "config", "chosen", "files", "resumed")
+    if saved["recipe"] != (recipe := settings["recipe"]):
+        raise UserError(f"--run-dir {directory}: a run of {saved['recipe']}, not of {recipe}; choose another")
+    may_change = RUNTIME_FLAGS if settings["config"]["deterministic"] else {*RUNTIME_FLAGS, "threads"}
+    changes = {}
+    for section, ignored in (("config", RUNTIME_FLAGS), ("chosen", may_change), ("files", ())):
+        for name in [name for name in {**saved[section], **settings[section]} if name not in ignored]:
+            old, new = saved[section].get(name), settings[section].get(name)
             if old != new:
-                found[name] = f"{name} was {old!r} and is {new!r}"
-    if found:
+                changes[name] = f"{name} was {old!r} and is {new!r}"
+    if changes:
         run = f"{directory}{', a finished run' * (directory / 'result.json').exists()}"
-        raise UserError(f"--resume: in {run}, {'; '.join(found.values())}; give the same flags, or start a new run")
+        raise UserError(f"--resume: in {run}, {'; '.join(changes.values())}; give the same flags, or start a new run")
     lock(directory)
     if (directory / "result.json").exists():
         unlock(directory)
@@ -108,4 +108,4 @@ def resumed_settings(directory: pathlib.Path, settings: dict[str, Any]) -> dict[
         if not model.is_file() or file_sha256(model) != result["model_sha256"]:
             raise UserError(f"{model}: missing, or not what the training wrote; get it back, or start a new run")
         raise AlreadyFinishedError(f"{directory}: finished already; a new run needs another folder, and no --resume")
-    return {**before, "resumed": before["resumed"] + 1}
+    return {**saved, "resumed": saved["resumed"] + 1}

@@ -1,4 +1,4 @@
-"""One run: its setup, its callbacks, its clock, and the record of its result."""
+"""A training run: setup, callbacks, timing and results."""
 
 import dataclasses
 import math
@@ -19,9 +19,9 @@ from common.data import Data
 from common.evaluation import Report, curves_figure, figure_png
 from common.hardware import apply, choose, describe_machine
 from common.layers import with_stock_layers
-from common.multiworker import Cluster, described_cluster, joined
+from common.multiworker import Cluster, current_cluster, described_cluster
 from common.records import code_sha256, file_sha256, provenance, rename, weights_sha256, write_file, write_json
-from common.run_directory import TRACES, choose_directory, is_used, lock, resumed_settings, unlock
+from common.run_directory import IGNORED_FILES, choose_directory, is_used, lock, resumed_settings, unlock
 from common.tensorboard import Logs
 
 import keras
@@ -29,23 +29,23 @@ import tensorflow as tf
 
 
 def start_run(config: SharedConfig, **files: str) -> "Run":
-    """Sets up hardware and seeds as `config` says, and chooses the run directory.
+    """Sets up hardware and seeds according to `config`, and chooses the run directory.
 
-    Until training begins, a mistake in the data can still end the run, and that shall leave nothing behind:
-    so a new directory is only made then, by `Run.callbacks`.
+    Does not create the directory: a run that fails because of its data must leave no files. `Run.callbacks` creates it
+    when training begins.
 
     Args:
-        config: the whole configuration. The file its class stands in gives the recipe's name.
-        files: paths of files that the training reads besides its data, such as a teacher's model, by the names of
-            their flags; or empty.
+        config: the full configuration. The recipe is named after the file that defines the class.
+        files: paths of other files that training reads, such as a teacher model, by flag name. A path may be empty.
 
     Raises:
-        UserError: a flag does not fit the machine, or with `--resume` the configuration or the content of `files`.
-        AlreadyFinishedError: the run to resume has its result.
+        UserError: a flag does not fit the machine; with `--resume`, the configuration or the content of `files` differs
+            from that of the run.
+        AlreadyFinishedError: the run to resume is finished.
     """
     started = time.perf_counter()
     workers, index = described_cluster(os.environ) if config.strategy in ("auto", "multi-worker") else ((), 0)
-    # A class typed into a notebook stands in no file.
+    # A class defined in a notebook has no file.
     recipe = pathlib.Path(getattr(sys.modules[type(config).__module__], "__file__", "notebook")).stem
     machine = describe_machine()
     choices = choose(machine, config, len(workers))
@@ -56,23 +56,23 @@ def start_run(config: SharedConfig, **files: str) -> "Run":
             settings["files"][name] = path and file_sha256(pathlib.Path(path))
         except OSError as error:
             raise UserError(f"--{name} {path}: can't be read ({error.strerror}); give another file") from error
-    cluster = (joined or [Cluster(workers, index)])[0] if chosen["strategy"] == "multi-worker" else Cluster()
-    # The same layer names in the second run of a process as in the first; before `apply`, as it also
-    # forgets the precision.
+    cluster = (current_cluster or [Cluster(workers, index)])[0] if chosen["strategy"] == "multi-worker" else Cluster()
+    # Layer names must not depend on earlier runs in this process. Before `apply`, because it also resets the dtype
+    # policy.
     keras.utils.clear_session()
     strategy = apply(choices, config, cluster)
-    same = {"workers": list(workers), "tensorflow": tf.__version__, "keras": keras.__version__, "code": code_sha256()}
-    same |= {"recipe": recipe, **settings["config"], **chosen, **settings["files"]}
-    left_out = {*RUNTIME_FLAGS, "threads", "data"} - {"baseline"}
-    cluster.compare({key: value for key, value in same.items() if key not in left_out})
+    shared = {"workers": list(workers), "tensorflow": tf.__version__, "keras": keras.__version__, "code": code_sha256()}
+    shared |= {"recipe": recipe, **settings["config"], **chosen, **settings["files"]}
+    ignored = {*RUNTIME_FLAGS, "threads", "data"} - {"baseline"}
+    cluster.compare({key: value for key, value in shared.items() if key not in ignored})
 
-    def found() -> tuple:
+    def find_run() -> tuple:
         directory = choose_directory(recipe, config)
         if not is_used(directory, config.resume):
             return str(directory), settings, None
         return str(directory), resumed_settings(directory, settings), newest_checkpoint(directory / "checkpoints")
 
-    directory, settings, checkpoint = cluster.from_chief(found() if cluster.chief else None)
+    directory, settings, checkpoint = cluster.from_chief(find_run() if cluster.chief else None)
     keras.utils.set_random_seed(config.seed)
     if cluster.chief and not config.quiet:
         gpus = ", ".join(name for name, _ in machine.gpus) or "no GPU"
@@ -86,9 +86,9 @@ def start_run(config: SharedConfig, **files: str) -> "Run":
 class Run:
     """A training run, between `start_run` and `finish`.
 
-    `directory` holds everything that it writes; `strategy` is the one to build and compile the model under;
-    `settings` is what `config.json` holds; `checkpoint` is the one to resume from, with its state; `cluster` are
-    the workers, of which only the chief writes and prints.
+    The run writes all files to `directory`. Build and compile the model in the scope of `strategy`. `settings` is the
+    content of `config.json`; `checkpoint` is the checkpoint to resume from and its state, or None. Only the chief of
+    `cluster` writes and prints.
     """
 
     recipe: str
@@ -103,31 +103,31 @@ class Run:
 
     @property
     def verbose(self) -> int:
-        """The value for `fit`: a progress bar for people, a line per epoch for files."""
+        """The value to pass to `fit`: a progress bar in a terminal, otherwise a line per epoch."""
         return 0 if self.config.quiet or not self.cluster.chief else 1 if sys.stdout.isatty() else 2
 
     @property
     def start_step(self) -> int:
-        """The number of the first step: 0, or that of a resumed run."""
+        """The number of the first step; 0 unless the run is resumed."""
         return self.checkpoint[1]["step"] if self.checkpoint else 0
 
     def callbacks(
         self, data: Data, augment: Augment | None = None, more: Sequence[keras.callbacks.Callback] = ()
     ) -> list[keras.callbacks.Callback]:
-        """Makes the run directory and gives the callbacks for `fit`: watch, logs, `more`, checkpoints.
+        """Creates the run directory and returns the callbacks for `fit`: timing, logs, `more`, checkpoints.
 
         Args:
-            data: what the model is trained on.
-            augment: the augmentation of training batches, of which TensorBoard shows examples.
-            more: your own callbacks, such as `EarlyStopping`: here, their state survives an interruption.
+            data: the training data.
+            augment: the augmentation of training batches; TensorBoard shows augmented examples.
+            more: your own callbacks, such as `EarlyStopping`. Checkpoints save their state.
         """
         state = self.checkpoint[1] if self.checkpoint else {}
-        self.data_digest, before = data.digest(), state.get("seconds", {})
+        self.data_digest, earlier = data.digest(), state.get("seconds", {})
         self.cluster.compare({"data": self.data_digest})
-        self.seconds = {"data": data.seconds + before.get("data", 0.0), "total": before.get("total", 0.0)}
+        self.seconds = {"data": data.seconds + earlier.get("data", 0.0), "total": earlier.get("total", 0.0)}
         batch_size = min(self.config.batch_size, len(data.train))
         self.watch = _Watch(steps_per_epoch(data.train, batch_size) * batch_size)
-        kept = Checkpoints(
+        checkpoints = Checkpoints(
             self.directory / "checkpoints",
             self.config.checkpoint_every,
             [self.watch, *more],
@@ -136,7 +136,7 @@ class Run:
             self.cluster,
         )
         if not self.cluster.chief:
-            return [self.watch, *more, kept]
+            return [self.watch, *more, checkpoints]
         self._write_settings(data)
         if not self.config.quiet:
             counts = ", ".join(f"{count:,} {split}" for split, count in data.counts().items())
@@ -144,26 +144,26 @@ class Run:
             if self.settings["resumed"]:
                 print(f"resumed: {self.directory}, from step {self.start_step}", flush=True)
         self.logs = Logs(self.directory / "tensorboard", self.config, state.get("logs", {}))
-        made_by = provenance()  # Now: what is committed while it trains has no part in it.
+        code = provenance()  # Before training: later commits do not affect this run.
         if not state:
-            about = {"name": data.name, "source": data.source, **data.counts()}
-            card = {"recipe": self.recipe, "data": about, "config": dataclasses.asdict(self.config)}
-            card |= {"hardware": self.hardware, **made_by}
+            summary = {"name": data.name, "source": data.source, **data.counts()}
+            card = {"recipe": self.recipe, "data": summary, "config": dataclasses.asdict(self.config)}
+            card |= {"hardware": self.hardware, **code}
             self.logs.attempt(self.logs.begin, f"{self.recipe}/{self.directory.name}", card, data, augment)
-        return [self.watch, self.logs, *more, kept, kept.progress_bar]
+        return [self.watch, self.logs, *more, checkpoints, checkpoints.progress_bar]
 
     def _seconds(self) -> dict[str, float]:
         return {**self.seconds, "total": self.seconds["total"] + time.perf_counter() - self.started}
 
     def _write_settings(self, data: Data) -> None:
-        """Makes the directory and `config.json`, or nothing at all."""
+        """Creates the directory and `config.json`; leaves no new directory behind if that fails."""
         new = not self.directory.exists()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             lock(self.directory)
             if self.settings.setdefault("data_digest", self.data_digest) != self.data_digest:
                 raise UserError(f"{data.name}: not the data that this run began with; bring those back, or start anew")
-            if not self.settings["resumed"] and set(os.listdir(self.directory)) - TRACES:
+            if not self.settings["resumed"] and set(os.listdir(self.directory)) - IGNORED_FILES:
                 raise UserError(f"--run-dir {self.directory}: another process was faster; choose a new folder")
             write_json(self.directory / "config.json", self.settings)
             for name in ("plots", "checkpoints"):
@@ -180,11 +180,11 @@ class Run:
         """Saves the model, the plots and `result.json`, prints the result, and returns all metrics.
 
         Args:
-            model: the trained model, which takes what a user has. A classifier is saved with a second output, the name
-                of the likeliest class.
-            data: what it was trained on.
-            report: its test metrics.
-            extra: metrics to compare with, such as those of a baseline.
+            model: the trained model, with raw data as input. A classifier is saved with a second output: the name of
+                the most probable class.
+            data: the training data.
+            report: the test metrics.
+            extra: additional metrics, such as those of a baseline.
         """
         metrics, watch = {**report.metrics, **extra}, self.watch
         if not self.cluster.chief:
@@ -217,7 +217,7 @@ class Run:
             "history": watch.history,
             "evaluation": report.details,
         }
-        part = self.directory / "part.keras"  # Keras wants the suffix.
+        part = self.directory / "part.keras"  # Keras requires the suffix.
         try:
             saved = with_stock_layers(model)
             (with_class_names(saved, data.class_names) if data.task["output"] == "class" else saved).save(part)
@@ -239,46 +239,46 @@ class Run:
             print(f"{self.recipe}: test split of {data.name} ({data.source})")
             for name, value in shown.items():
                 print(f"  {name.replace('_', ' '):<32} {value:>12}")
-            watch_it = [sys.executable, "-m", "tensorboard.main", "--logdir", str(self.directory)]
-            print(f"run directory: {self.directory}\nwatch it: {shlex.join(watch_it)}")
+            tensorboard = [sys.executable, "-m", "tensorboard.main", "--logdir", str(self.directory)]
+            print(f"run directory: {self.directory}\nwatch it: {shlex.join(tensorboard)}")
         return metrics
 
     def _draw(self, report: Report) -> None:
-        """Writes pictures to `plots` and to TensorBoard; warns of those that fail."""
+        """Writes figures to `plots` and to TensorBoard. Warns about figures that fail."""
         for name in ("learning_curves", *report.figures):
             path = self.directory / "plots" / f"{name}.png"
             try:
                 png = figure_png(report.figures.get(name) or curves_figure(self.watch.history))
                 write_file(path, png)
                 self.logs.attempt(self.logs.show, self.watch.steps, name, png)
-            except Exception as error:  # Matplotlib has errors of many types.
+            except Exception as error:  # Matplotlib raises errors of many types.
                 warn(f"{path}: can't be written ({error})")
 
 
 def once(run: Run, make: Callable[[], Any]) -> Any:
-    """Calls `make` on the chief only, and returns its result on all workers."""
+    """Calls `make` on the chief only and broadcasts its result to all workers."""
     return run.cluster.from_chief(make() if run.cluster.chief else None)
 
 
 def with_class_names(model: keras.Model, class_names: tuple[str, ...]) -> keras.Model:
-    """The same model with the outputs `class`, the name of the likeliest class, and `probabilities`."""
-    name_of = keras.layers.StringLookup(
+    """Returns the model with outputs `class`, the name of the most probable class, and `probabilities`."""
+    class_name = keras.layers.StringLookup(
         vocabulary=list(class_names), num_oov_indices=0, oov_token="", mask_token=None, invert=True, name="class_names"
     )
-    likeliest = name_of(keras.ops.argmax(model.output, axis=-1))
-    return keras.Model(model.inputs, {"class": likeliest, "probabilities": model.output}, name=model.name)
+    predicted = class_name(keras.ops.argmax(model.output, axis=-1))
+    return keras.Model(model.inputs, {"class": predicted, "probabilities": model.output}, name=model.name)
 
 
 class _Watch(keras.callbacks.Callback):
-    """Measures the time of training and keeps the history: the logs of each epoch, and the seconds until its end.
+    """Measures training time and records the history: the logs of each epoch and the seconds until its end.
 
-    The first execution traces the graph, so it counts as compiling and not into the throughput, which is `examples` in
-    `seconds`. Validation counts as training, but not into the throughput either.
+    The first execution traces the graph, so it counts as compile time. The throughput, `examples` / `seconds`, excludes
+    it. It also excludes validation, which counts as training time.
     """
 
     def __init__(self, examples_per_epoch: int):
         super().__init__()
-        # What begins with _ is not part of a checkpoint.
+        # Checkpoints do not save attributes that begin with _.
         self._examples_per_epoch, self._traced = examples_per_epoch, False
         self.history: list[dict[str, float]] = []
         self.steps, self.elapsed, self.compile_seconds = 0, 0.0, 0.0
@@ -298,7 +298,7 @@ class _Watch(keras.callbacks.Callback):
         self._done = 0
 
     def on_train_batch_end(self, batch, logs=None):
-        # With several steps per execution, `batch` is the last one of them. A resumed epoch counts from 0 again.
+        # With several steps per execution, `batch` is the last of them. A resumed epoch counts from 0 again.
         took, batches, self._done = self._tick(), batch + 1 - self._done, batch + 1
         if self._traced:
             self.epoch_examples += batches * self._examples_per_epoch / self.params["steps"]
@@ -309,10 +309,10 @@ class _Watch(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self._tick()
-        if self.model.stop_training == EPOCH_OVER:  # Here, so that later callbacks can stop the training.
+        if self.model.stop_training == EPOCH_OVER:  # Reset here, so that later callbacks can stop training.
             self.model.stop_training = False
         examples, seconds = self.epoch_examples, self.epoch_seconds
-        # An epoch of one execution, which was traced, has nothing else to be measured by.
+        # If the only execution was the traced one, its time is the only measurement.
         rate = examples / seconds if examples else self._examples_per_epoch / self.compile_seconds
         logs["examples_per_second"] = rate
         self.examples, self.seconds = self.examples + examples, self.seconds + seconds

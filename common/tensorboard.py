@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run; a log that can't be written never stops a training."""
+"""TensorBoard logs of a run. A failure to write logs never stops training."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api as hparams
 from tensorboard.plugins.scalar.summary import scalar_pb
 
-# What TensorBoard's HParams tab shows of every run; the same in all runs, or it would show some runs only.
+# Columns of TensorBoard's HParams tab. They must be the same in all runs, or the tab hides some runs.
 _COLUMNS = hparams.hparams_config_pb(
     hparams=[hparams.HParam(name) for name in ("recipe", "data", "seed", "epochs", "learning_rate")],
     metrics=[hparams.Metric(f"test/{name}") for name in ("accuracy", "f1", "loss", "mse", "mae", "r2")],
@@ -29,13 +29,13 @@ _EVENT_FILES = "events.out.tfevents*"
 
 
 class Logs(keras.callbacks.TensorBoard):
-    """Keras' TensorBoard callback and what else a run writes; warns of its first failure, then is silent.
+    """Keras' TensorBoard callback, with additional logs of a run. Warns about the first failure, then stops logging.
 
     Args:
         folder: the log directory.
-        config: `histograms` and `profile` are used.
-        sizes: the bytes of each log file that count, from `Logs.sizes` at the checkpoint to resume from: what was
-            written later will be written again. Empty for a run that begins.
+        config: uses `histograms` and `profile`.
+        sizes: the size in bytes of each log file when the checkpoint to resume from was saved, from `Logs.sizes`. Files
+            are truncated to it, because a resumed run writes later logs again. Empty for a new run.
     """
 
     def __init__(self, folder: pathlib.Path, config: SharedConfig, sizes: dict[str, int]):
@@ -48,7 +48,7 @@ class Logs(keras.callbacks.TensorBoard):
         self.attempt(self._open, sizes)
 
     def attempt(self, write: Callable[..., None], *arguments: Any, **named: Any) -> None:
-        """Calls `write` unless logging has failed before; a failure is only warned of."""
+        """Calls `write` unless logging has failed before. Turns errors into a warning."""
         if not self.failed:
             try:
                 write(*arguments, **named)
@@ -66,15 +66,15 @@ class Logs(keras.callbacks.TensorBoard):
         self.writer = tf.summary.create_file_writer(str(self.folder))
 
     def set_model(self, model):
-        """Traces the learning rate, before the training: eagerly, that of a schedule takes milliseconds each time."""
+        """Traces the learning rate before training: eager evaluation of a schedule takes milliseconds each time."""
         super().set_model(model)
         self._learning_rate = tf.function(lambda: tf.convert_to_tensor(model.optimizer.learning_rate), autograph=False)
         self._learning_rate()
 
     def on_epoch_end(self, epoch, logs=None):
-        """Writes the metrics of an epoch in two operations, as Keras' one for each would take longer than short epochs.
+        """Writes all metrics of an epoch in two operations. Keras uses one per metric, which is slow in short epochs.
 
-        They are flushed to the disk at most once a second.
+        Flushes to disk at most once a second.
         """
         values = {"train": {"learning_rate": float(self._learning_rate())}, "validation": {}}
         for name, value in (logs or {}).items():
@@ -86,12 +86,12 @@ class Logs(keras.callbacks.TensorBoard):
             if metrics:
                 tf.raw_ops.WriteRawProtoSummary(
                     writer=(self._train_writer if run == "train" else self._val_writer)._resource,
-                    step=tf.constant(epoch, tf.int64),  # Of plain values, the operation takes ten times as long.
+                    step=tf.constant(epoch, tf.int64),  # Python values make the operation ten times slower.
                     tensor=tf.constant(summary.SerializeToString()),
                 )
         if time.monotonic() - self._flushed >= 1:
             self._flush()
-        super().on_epoch_end(epoch)  # The histograms.
+        super().on_epoch_end(epoch)  # Writes the histograms.
 
     def _flush(self) -> None:
         for writer in (self.writer, *self._writers.values()):
@@ -99,25 +99,25 @@ class Logs(keras.callbacks.TensorBoard):
         self._flushed = time.monotonic()
 
     def on_train_batch_end(self, batch, logs=None):
-        """Without the metrics so far: Keras makes a summary of each, and then writes none but those of epochs."""
+        """Omits `logs`: Keras would create a summary of each metric, but writes only those of epochs."""
         super().on_train_batch_end(batch)
 
     def on_test_end(self, logs=None):
-        """Nothing: Keras writes the metrics of validation once more here, by step."""
+        """Does nothing: Keras would write the validation metrics here again, by step."""
 
     def sizes(self) -> dict[str, int]:
-        """The size of each log file in bytes, with all that has been logged so far."""
+        """Flushes all logs and returns the size of each log file in bytes."""
         self.attempt(self._flush)
         files = self.folder.rglob(_EVENT_FILES)
         return {str(file.relative_to(self.folder)): file.stat().st_size for file in files}
 
     def begin(self, name: str, card: dict[str, Any], data: Data, augment: Augment | None) -> None:
-        """Writes what can be shown before training: the run card, the hyperparameters, and examples of the data."""
+        """Writes the run card, the hyperparameters and examples of the data, before training."""
         with self.writer.as_default(step=0):
             tf.summary.text("run_card", f"```\n{json.dumps(card, indent=2)}\n```")
             tf.summary.experimental.write_raw_pb(_COLUMNS.SerializeToString(), step=0)
-            chosen = {key: value for key, value in card["config"].items() if key not in RUNTIME_FLAGS}
-            hparams.hparams({**chosen, "recipe": card["recipe"], "data": data.name}, trial_id=name)
+            settings = {key: value for key, value in card["config"].items() if key not in RUNTIME_FLAGS}
+            hparams.hparams({**settings, "recipe": card["recipe"], "data": data.name}, trial_id=name)
             _show_examples(data, augment)
 
     def end(self, step: int, metrics: dict[str, float], texts: dict[str, str]) -> None:
@@ -129,23 +129,23 @@ class Logs(keras.callbacks.TensorBoard):
                 tf.summary.text(name, text)
 
     def show(self, step: int, name: str, png: bytes) -> None:
-        """Writes a picture, given as the bytes of a PNG file."""
+        """Writes an image, encoded as PNG."""
         with self.writer.as_default(step=step):
-            _write_picture(name, png)
+            _write_image(name, png)
 
 
 def _show_examples(data: Data, augment: Augment | None) -> None:
-    """Writes some training examples to TensorBoard: pictures before and after, texts as a table."""
-    changes = {"text": [None], "image": [None, augment] if augment else [None]}.get(data.task["input"], [])
-    for tag, change in zip(("examples", "examples_augmented"), changes, strict=False):
-        inputs, targets = next(iter(training_batches(data.train, min(25, len(data.train)), 0, change)))
+    """Writes training examples to TensorBoard: images before and after augmentation, or a table of texts."""
+    augmentations = {"text": [None], "image": [None, augment] if augment else [None]}.get(data.task["input"], [])
+    for tag, augmentation in zip(("examples", "examples_augmented"), augmentations, strict=False):
+        inputs, targets = next(iter(training_batches(data.train, min(25, len(data.train)), 0, augmentation)))
         labels = np.argmax(targets, axis=1) if data.task["output"] == "class" else []
         names = [data.class_names[label] for label in labels] or [""] * len(inputs)
         if data.task["input"] == "text":
             tf.summary.text(tag, text_table(inputs.numpy(), names))
         else:
-            _write_picture(tag, figure_png(picture_figure(inputs.numpy(), names)))
+            _write_image(tag, figure_png(picture_figure(inputs.numpy(), names)))
 
 
-def _write_picture(tag: str, png: bytes) -> None:
+def _write_image(tag: str, png: bytes) -> None:
     tf.summary.image(tag, tf.image.decode_png(png, channels=3)[None])

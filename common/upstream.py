@@ -1,6 +1,6 @@
-"""Patches of Keras and TensorFlow, for wrong results and crashes only, and workarounds that patch nothing.
+"""Patches of Keras and TensorFlow for wrong results and crashes, and workarounds that need no patch.
 
-Each patch names the versions that it is made for. `tests/test_upstream.py` fails when one is no longer needed.
+Each patch applies to specific versions only. `tests/test_upstream.py` fails when a patch is no longer needed.
 """
 
 import importlib.metadata
@@ -19,7 +19,7 @@ from tensorflow.python.distribute import input_lib, input_util
 
 
 class Patch(NamedTuple):
-    """A correction of a package: its versions, what fails without it, and the function that applies it."""
+    """A patch of a package: affected versions, the failure without it, and the function that applies it."""
 
     package: str
     versions: str
@@ -27,19 +27,19 @@ class Patch(NamedTuple):
     apply: Callable[[], None]
 
     def fits(self) -> bool:
-        """Whether the installed version is one that the patch is made for."""
+        """Returns whether the patch is made for the installed version."""
         return importlib.metadata.version(self.package) in SpecifierSet(self.versions)
 
 
-# The names of the patches that this process runs with.
+# Names of the patches that this process has applied.
 applied: list[str] = []
 
 
 def apply_patch(name: str, required: bool = False) -> None:
-    """Applies one of `PATCHES`, once. For other versions than it is made for, it is skipped with a warning.
+    """Applies one of `PATCHES`, once. Warns and skips it if it is made for other versions.
 
     Raises:
-        UserError: the patch is `required`, but made for other versions.
+        UserError: the patch is `required`, but is made for other versions.
     """
     patch = PATCHES[name]
     if name in applied:
@@ -56,43 +56,43 @@ def apply_patch(name: str, required: bool = False) -> None:
 
 
 def _patch_symbolic_build() -> None:
-    """Builds a model from the shape of one replica's slice.
+    """Builds a model from the shapes and dtypes of one replica's slice.
 
-    Keras 3.15 adds up the slices of all replicas to get a batch to build with. Shapes and types are enough: a
-    batch that is taken would be missing from a validation that continues with its iterator.
+    Keras 3.15 takes a batch from the iterator and adds up the slices of all replicas. Besides the failing sum, that
+    batch would be missing from a validation that continues with the iterator.
     """
     original = TensorFlowTrainer._maybe_symbolic_build
 
-    def from_one_slice(self: TensorFlowTrainer, iterator: Any = None, data_batch: Any = None) -> None:
+    def build_from_one_slice(self: TensorFlowTrainer, iterator: Any = None, data_batch: Any = None) -> None:
         if iterator is None:
             return original(self, data_batch=data_batch)
         batch = tree.map_structure(lambda leaf: tf.nest.flatten(leaf, True)[0], iterator._get_iterator().element_spec)
         with self.distribute_strategy.scope():
             return self._symbolic_build(data_batch=batch)
 
-    TensorFlowTrainer._maybe_symbolic_build = from_one_slice
+    TensorFlowTrainer._maybe_symbolic_build = build_from_one_slice
 
 
 def _patch_several_workers() -> None:
-    """Averages the logs of all workers, where Keras 3.15 averages along the first axis of single numbers.
+    """Averages logs over all workers. Keras 3.15 averages over the first axis, which scalars do not have.
 
-    One all-reduce takes all logs, and the flags by which the workers agree to stop and to save: see `Cluster.agreed`.
+    A single all-reduce handles all logs, and the flags by which workers agree to stop and save: see `Cluster.agreed`.
     """
     original = tensorflow_trainer.reduce_per_replica
 
-    def over_all_workers(values: Any, strategy: tf.distribute.Strategy, reduction: str) -> Any:
+    def reduce_over_workers(values: Any, strategy: tf.distribute.Strategy, reduction: str) -> Any:
         if reduction not in ("auto", "mean") or not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
             return original(values, strategy, reduction)
-        asked, agreed = strategy.flags
+        requested, agreed = strategy.flags
 
-        def packed(logs: Any) -> tf.Tensor:
-            return tf.stack([*(tf.cast(value, tf.float32) for value in tree.flatten(logs)), *tf.unstack(asked)])
+        def pack(logs: Any) -> tf.Tensor:
+            return tf.stack([*(tf.cast(value, tf.float32) for value in tree.flatten(logs)), *tf.unstack(requested)])
 
-        *means, stop, save = tf.unstack(strategy.reduce("MEAN", strategy.run(packed, args=(values,)), axis=None))
+        *means, stop, save = tf.unstack(strategy.reduce("MEAN", strategy.run(pack, args=(values,)), axis=None))
         agreed.assign([stop, save])
         return tree.pack_sequence_as(values, means)
 
-    tensorflow_trainer.reduce_per_replica = over_all_workers
+    tensorflow_trainer.reduce_per_replica = reduce_over_workers
 
 
 PATCHES = {
@@ -114,10 +114,10 @@ PATCHES = {
 def replica_datasets(
     worker_dataset: Callable[[tf.distribute.InputContext], tf.data.Dataset], strategy: tf.distribute.Strategy
 ) -> Any:
-    """`strategy.distribute_datasets_from_function`, with a pipeline for each replica.
+    """Equivalent of `strategy.distribute_datasets_from_function` with an input pipeline per replica.
 
-    In TensorFlow 2.21, one pipeline feeds all replicas of a worker ahead of time, by threads that may outlive it: one
-    deletion of an iterator in some hundred ends the process by a segmentation fault, and each validation deletes one.
+    In TensorFlow 2.21, one pipeline prefetches for all replicas of a worker, in threads that may outlive it. About one
+    in some hundred iterator deletions then ends in a segmentation fault, and each validation deletes an iterator.
     `MultiWorkerMirroredStrategy` has no option for a pipeline per replica.
     """
     if not isinstance(strategy, tf.distribute.MirroredStrategy | tf.distribute.MultiWorkerMirroredStrategy):
@@ -137,10 +137,10 @@ def replica_datasets(
 
 
 def with_vocabulary_in_config(layer: keras.layers.TextVectorization) -> keras.layers.TextVectorization:
-    """The same layer with its vocabulary in its configuration, so that any vocabulary can be saved.
+    """Returns the layer with its vocabulary as a constructor argument, so that any vocabulary can be saved.
 
-    Keras 3.15 saves a vocabulary that was learned by `adapt` as a file with a word per line, and reads it with
-    `str.splitlines`, which also splits at characters that words can hold, such as U+0085 ("The passed vocabulary has
-    at least one repeated term"). It saves a vocabulary that was given to the layer in its configuration.
+    Keras 3.15 saves a vocabulary from `adapt` as a file with one word per line and loads it with `str.splitlines`. That
+    also splits at characters inside words, such as U+0085 ("The passed vocabulary has at least one repeated term").
+    Keras saves a vocabulary that is a constructor argument in the configuration of the layer instead.
     """
     return keras.layers.TextVectorization.from_config({**layer.get_config(), "vocabulary": layer.get_vocabulary()})

@@ -1,4 +1,4 @@
-"""Reads the user's own pictures, texts and tables, and names the file or row that can't be used."""
+"""Reads the user's images, texts and tables. Errors name the file or row that can't be used."""
 
 import pathlib
 import re
@@ -13,15 +13,15 @@ from PIL import Image, ImageOps
 
 
 def read_image_folders(folder: pathlib.Path, size: tuple[int, int]) -> Arrays:
-    """Pictures in a folder per class, below `train`, `validation` and `test` where these exist, else all of "train".
+    """Reads images from a folder per class, below `train`, `validation` and `test` if these exist; else as "train".
 
     Returns:
-        uint8 [n, height, width, channels] by split, brought to `size` as by `read_image`. There is one channel if all
-        pictures of train are grey, else there are three.
+        uint8 [n, height, width, channels] per split, resized to `size` by `read_image`. There is one channel if all
+        training images are greyscale, else there are three.
     """
     files = _class_files(folder, "images", [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"])
     arrays, channels = {}, 3
-    for split, found in files.items():  # Train is the first.
+    for split, found in files.items():  # "train" comes first and sets the channels.
         images = np.stack([read_image(path, (*size, channels)) for path, _ in found])
         if split == "train" and (images == images[..., :1]).all():
             images, channels = images[..., :1], 1
@@ -30,7 +30,7 @@ def read_image_folders(folder: pathlib.Path, size: tuple[int, int]) -> Arrays:
 
 
 def read_labelled_texts(path: pathlib.Path, text_column: str, label_column: str) -> Arrays:
-    """Texts from a CSV with a text and a label column, or from a folder per class of .txt files."""
+    """Reads texts from a CSV with a text and a label column, or from .txt files in a folder per class."""
     if path.is_dir():
         return {
             split: (np.array([_read_text(file) for file, _ in found], object), np.array([name for _, name in found]))
@@ -44,7 +44,7 @@ def read_labelled_texts(path: pathlib.Path, text_column: str, label_column: str)
 
 
 def read_table(path: pathlib.Path, target: str, classes: bool) -> tuple[Arrays, tuple[str, ...]]:
-    """Rows of numbers from a CSV: column `target` to predict, all others as inputs, and their names."""
+    """Reads a CSV of numbers: `target` is the column to predict, all others are inputs. Also returns input names."""
     table = read_csv(path, [target], "name another with --target")
     inputs = table.drop(columns=target)
     if inputs.empty:
@@ -54,37 +54,37 @@ def read_table(path: pathlib.Path, target: str, classes: bool) -> tuple[Arrays, 
 
 
 def _class_files(folder: pathlib.Path, kind: str, suffixes: list[str]) -> dict[str, list[tuple[pathlib.Path, str]]]:
-    """The files of each split, each with its class."""
+    """Returns (file, class name) pairs for each split."""
     kind = f"{kind} ({', '.join(suffixes)})"
     if not folder.is_dir():
         raise UserError(f"--data {folder}: not a folder; give a folder that holds a folder per class")
-    below = {each.name.lower(): each for each in sorted(folder.glob("[!.]*/"))}  # Train as well as train.
-    splits = {name: below[name] for name in ("train", "validation", "test") if name in below}
+    folders = {path.name.lower(): path for path in sorted(folder.glob("[!.]*/"))}  # Ignores case.
+    splits = {name: folders[name] for name in ("train", "validation", "test") if name in folders}
     if splits and "train" not in splits:
         raise UserError(f"{folder}: has a folder {next(iter(splits.values())).name!r} but none called 'train'; add it")
-    for other in below.keys() - splits if splits else ():
-        raise UserError(f"{below[other]}: no folder of a split; those are train, validation and test")
+    for other in folders.keys() - splits if splits else ():
+        raise UserError(f"{folders[other]}: no folder of a split; those are train, validation and test")
     found = {}
     for split, place in (splits or {"train": folder}).items():
         found[split] = []
-        for of_class in sorted(place.glob("[!.]*/")):
-            if re.search("[\ud800-\udfff]", of_class.name):  # What Python puts in the place of bytes that are no UTF-8.
-                raise UserError(f"{str(of_class)!r}: no name for a class; rename the folder, in UTF-8")
-            files = [path for path in sorted(of_class.glob("[!.]*")) if path.suffix.lower() in suffixes]
+        for class_folder in sorted(place.glob("[!.]*/")):
+            if re.search("[\ud800-\udfff]", class_folder.name):  # Surrogates for bytes that are not UTF-8.
+                raise UserError(f"{str(class_folder)!r}: no name for a class; rename the folder, in UTF-8")
+            files = [path for path in sorted(class_folder.glob("[!.]*")) if path.suffix.lower() in suffixes]
             if not files:
-                raise UserError(f"{of_class}: no {kind} in this folder; add some or remove it")
-            for within in of_class.glob("[!.]*/"):
-                raise UserError(f"{within}: a folder within that of a class; move its files there, or remove it")
-            found[split] += [(file, of_class.name) for file in files]
+                raise UserError(f"{class_folder}: no {kind} in this folder; add some or remove it")
+            for subfolder in class_folder.glob("[!.]*/"):
+                raise UserError(f"{subfolder}: a folder within that of a class; move its files there, or remove it")
+            found[split] += [(file, class_folder.name) for file in files]
         if not found[split]:
             raise UserError(f"{place}: no folders of {kind}; make one for each class")
     return found
 
 
 def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """A picture file as uint8 of `shape`: height, width, and 1 channel or 3.
+    """Reads an image file as uint8 of `shape`, (height, width, channels), with 1 or 3 channels.
 
-    The aspect is kept, and what is left free is black; transparent parts become white, as on a page.
+    Keeps the aspect ratio and pads with black. Transparent areas become white.
     """
     height, width, channels = shape
     try:
@@ -92,13 +92,13 @@ def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> np.ndarray:
             warnings.simplefilter("ignore")
             with Image.open(path) as opened:
                 image = ImageOps.exif_transpose(opened)
-                if image.mode.startswith("I"):  # 16 bits of grey become 8.
+                if image.mode.startswith("I"):  # Converts 16-bit greyscale to 8 bits.
                     image = Image.fromarray((np.asarray(image).astype(int) // 257).clip(0, 255).astype(np.uint8))
                 if image.has_transparency_data:
                     layered = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layered)
                 image = image.convert("L" if channels == 1 else "RGB")
-    except Exception as error:  # Each of Pillow's decoders has errors of its own.
+    except Exception as error:  # Pillow's decoders raise errors of many types.
         raise UserError(f"{path}: not a readable image ({error}); repair or remove it") from error
     return np.asarray(ImageOps.pad(image, (width, height))).reshape(shape)
 
@@ -114,18 +114,18 @@ def _read_text(path: pathlib.Path) -> bytes:
 
 
 def read_texts(path: pathlib.Path, column: str) -> list[bytes]:
-    """The texts of a CSV's column, or the lines of any other file, blank ones left out."""
+    """Reads the texts of a CSV column, or the lines of any other file; skips blank lines."""
     if path.suffix.lower() == ".csv":
         return [text.encode() for text in _filled(path, read_csv(path, [column])[column])]
     return [line for line in _read_text(path).splitlines() if line.strip()]
 
 
 def read_csv(path: pathlib.Path, columns: list[str], remedy: str = "rename one") -> pd.DataFrame:
-    """A CSV as text, every value as it stands; `columns` must be among its columns, or `remedy` is what to do."""
+    """Reads a CSV with all values as strings. If one of `columns` is missing, the error message includes `remedy`."""
     options = {"dtype": str, "keep_default_na": False, "index_col": False, "skip_blank_lines": False}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # A row longer than the first line is only warned of.
+            warnings.simplefilter("error")  # Pandas only warns about rows that are too long.
             names = pd.read_csv(path, header=None, nrows=1, **options).iloc[0].str.strip()
             table = pd.read_csv(path, **options)
     except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
@@ -147,10 +147,10 @@ def read_csv(path: pathlib.Path, columns: list[str], remedy: str = "rename one")
 
 
 def numbers(path: pathlib.Path, columns: pd.DataFrame) -> np.ndarray:
-    """The columns as float32 [rows, columns]."""
+    """Converts columns to float32 [rows, columns]. Raises a `UserError` for values that are not numbers."""
     with np.errstate(over="ignore"):
         found = columns.apply(pd.to_numeric, errors="coerce").to_numpy(np.float32)
-    for row, column in np.argwhere(~(abs(found) < 1e15)):  # So that sums of their squares are finite.
+    for row, column in np.argwhere(~(abs(found) < 1e15)):  # Keeps sums of squares finite.
         cell, name = columns.iloc[row, column], columns.columns[column]
         problem = f"{cell!r} is {'no number' if np.isnan(found[row, column]) else 'not between -1e15 and 1e15'}"
         problem, remedy = (problem, "correct it (decimals have a point)") if cell.strip() else ("empty", "fill it")
@@ -159,7 +159,7 @@ def numbers(path: pathlib.Path, columns: pd.DataFrame) -> np.ndarray:
 
 
 def _filled(path: pathlib.Path, column: pd.Series) -> np.ndarray:
-    """The values of a column as an object array: as one of fixed width, each would take the room of the longest."""
+    """Returns a column as an object array: fixed-width strings would each use the memory of the longest."""
     values = column.str.strip().to_numpy(object)
     for row in np.flatnonzero(values == ""):
         raise UserError(f"{path}, row {row + 2}, column {column.name!r}: empty; fill it or remove the row")

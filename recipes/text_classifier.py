@@ -90,7 +90,7 @@ def tokenized(split: Split, tokenizer: keras.Model) -> Split:
     """Token ids of the texts of a split: [n, length]."""
     batches = tf.data.Dataset.from_tensor_slices(split.inputs).batch(500).map(tokenizer, tf.data.AUTOTUNE)
     nothing = np.zeros([0, *tokenizer.output_shape[1:]], tokenizer.output.dtype)
-    return Split.of(np.concatenate([nothing, *batches.as_numpy_iterator()]), split.targets)
+    return Split.from_arrays(np.concatenate([nothing, *batches.as_numpy_iterator()]), split.targets)
 
 
 def log_count_ratios(tokens: Split) -> np.ndarray:

@@ -72,7 +72,7 @@ def test_a_batch_does_not_depend_on_where_the_stream_was_started(stream):
 
 
 def test_an_epoch_has_each_example_once_at_most_and_the_next_epoch_others(stream):
-    numbered = Split.of(np.arange(len(stream["split"])), np.asarray(stream["split"].targets))
+    numbered = Split.from_arrays(np.arange(len(stream["split"])), np.asarray(stream["split"].targets))
     steps, size = steps_per_epoch(numbered, 37), min(37, len(numbered))
     seen = [numbers for numbers, _ in first(training_batches(numbered, 37, stream["seed"]), 2 * steps)]
     assert {len(batch) for batch in seen} == {size}
@@ -91,7 +91,7 @@ def test_all_batches_have_one_static_shape(stream):
 
 
 def test_targets_stay_with_their_inputs():
-    numbered = Split.of(np.arange(100), np.arange(100)[:, None])
+    numbered = Split.from_arrays(np.arange(100), np.arange(100)[:, None])
     for inputs, targets in first(training_batches(numbered, 9, seed=3), 24):
         np.testing.assert_array_equal(inputs, targets[:, 0])
 
@@ -118,13 +118,13 @@ def test_the_slices_of_workers_join_to_the_global_batch(stream, workers, replica
 
 @pytest.mark.parametrize("size", [1, 36, 37, 38, 100])
 def test_evaluation_sees_every_example_once_in_order(size):
-    numbered = Split.of(np.arange(size), np.zeros((size, 1), np.float32))
+    numbered = Split.from_arrays(np.arange(size), np.zeros((size, 1), np.float32))
     seen = np.concatenate([inputs for inputs, _ in first(evaluation_batches(numbered, 37), -1)])
     np.testing.assert_array_equal(seen, np.arange(size))
 
 
 def test_evaluation_on_two_workers_sees_every_example_once():
-    numbered = Split.of(np.arange(100), np.zeros((100, 1), np.float32))
+    numbered = Split.from_arrays(np.arange(100), np.zeros((100, 1), np.float32))
     steps = evaluation_steps(numbered, 33)
     parts = [first(each, steps) for each in evaluation_batches(numbered, 33, Workers(2, 2))]
     seen = [part[step][0] for step in range(steps) for part in parts]
@@ -133,7 +133,7 @@ def test_evaluation_on_two_workers_sees_every_example_once():
 
 def test_a_validation_makes_one_iterator(monkeypatch):
     """Keras makes a second one where it knows the length; each takes as long as a short epoch."""
-    numbered, made = Split.of(np.zeros((40, 1), np.float32), np.zeros((40, 1), np.float32)), []
+    numbered, made = Split.from_arrays(np.zeros((40, 1), np.float32), np.zeros((40, 1), np.float32)), []
     make = tf.data.Dataset.__iter__
     monkeypatch.setattr(tf.data.Dataset, "__iter__", lambda dataset: made.append(dataset) or make(dataset))
     model = keras.Sequential([keras.Input([1]), keras.layers.Dense(1)])
@@ -146,7 +146,7 @@ def test_a_validation_makes_one_iterator(monkeypatch):
 
 
 def test_an_empty_split_gives_no_batches():
-    assert evaluation_batches(Split.of(np.zeros((0, 2)), np.zeros((0, 1))), 8) is None
+    assert evaluation_batches(Split.from_arrays(np.zeros((0, 2)), np.zeros((0, 1))), 8) is None
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def executions(monkeypatch):
 
     def of_epoch(steps: int, start_step: int = 0, strategy=None, seconds: float = 0.001) -> int:
         monkeypatch.setattr(time, "perf_counter", itertools.count(0.0, seconds).__next__)
-        split = Split.of(np.zeros((steps, 1), np.float32), np.zeros((steps, 1), np.float32))
+        split = Split.from_arrays(np.zeros((steps, 1), np.float32), np.zeros((steps, 1), np.float32))
         strategy = strategy or tf.distribute.get_strategy()
         return steps_per_execution(lambda inputs, training: inputs, split, 1, strategy, start_step)
 
@@ -175,14 +175,14 @@ def test_an_execution_is_over_in_half_a_second(executions):
 
 def test_an_epoch_can_be_executed_in_groups_of_steps_whatever_the_number_of_examples():
     for size in range(1, 6000, 13):
-        steps = steps_per_epoch(Split.of(np.zeros((size, 1)), np.zeros((size, 1))), 10)
+        steps = steps_per_epoch(Split.from_arrays(np.zeros((size, 1)), np.zeros((size, 1))), 10)
         assert 0.98 * (size // 10) <= steps <= max(1, size // 10)
         if steps >= 400:
             assert any(steps % group == 0 for group in range(8, 33))
 
 
 def test_a_split_smaller_than_a_batch_is_one_batch():
-    split = Split.of(np.arange(7), np.zeros((7, 1)))
+    split = Split.from_arrays(np.arange(7), np.zeros((7, 1)))
     ((inputs, _),) = first(training_batches(split, 10, seed=0), 1)
     assert (steps_per_epoch(split, 10), sorted(inputs)) == (1, [*range(7)])
     ((inputs, _),) = first(training_batches(split, 10, 0, strategy=Workers(1, 2))[0].batch(2), 1)
@@ -192,7 +192,7 @@ def test_a_split_smaller_than_a_batch_is_one_batch():
 
 
 def test_batches_of_one_are_as_many_as_examples():
-    split = Split.of(np.arange(49.0)[:, None], np.zeros((49, 1)))
+    split = Split.from_arrays(np.arange(49.0)[:, None], np.zeros((49, 1)))
     assert steps_per_epoch(split, 1) == 49
     dealt = [inputs.numpy().item() for inputs, _ in training_batches(split, 1, seed=0).take(49)]
     assert sorted(dealt) == [*range(49)]
@@ -233,7 +233,9 @@ def test_each_example_has_its_turn_once_in_any_two_epochs():
         return random.turns, targets
 
     had = np.zeros([4, 50], bool)
-    for step, (turns, targets) in enumerate(training_batches(Split.of(numbers, numbers), 10, 3, turned).take(4 * 5)):
+    for step, (turns, targets) in enumerate(
+        training_batches(Split.from_arrays(numbers, numbers), 10, 3, turned).take(4 * 5)
+    ):
         had[step // 5, targets.numpy()[:, 0].astype(int)] = turns
     assert had[0].sum() == 25
     np.testing.assert_array_equal(had[:-1], ~had[1:])
@@ -246,7 +248,7 @@ import tensorflow as tf
 from common.batches import training_batches
 from common.batches import Split
 
-split = Split.of(tf.ones([400, 1000, 1000], tf.uint8), np.ones((400, 1), np.float32))
+split = Split.from_arrays(tf.ones([400, 1000, 1000], tf.uint8), np.ones((400, 1), np.float32))
 
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for batch in training_batches(split, 1, seed=0).take(30):
@@ -261,4 +263,4 @@ def test_the_stream_does_not_copy_the_data():
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 100e6
     images = tf.zeros([4, 8, 8, 3], tf.uint8)
-    assert Split.of(images, np.zeros((4, 1), np.float32)).inputs is images
+    assert Split.from_arrays(images, np.zeros((4, 1), np.float32)).inputs is images

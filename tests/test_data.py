@@ -447,6 +447,9 @@ def test_recipes_train_on_the_real_set(tmp_path, name):
     recipe = load_recipe(name)
     config = smoke_config(recipe, tmp_path, data="tfds", smoke=False, epochs=3)
     data = recipe.load_data(config)
-    few = {split: Split.of(getattr(data, split).inputs[:4000], getattr(data, split).targets[:4000]) for split in SPLITS}
+    few = {
+        split: Split.from_arrays(getattr(data, split).inputs[:4000], getattr(data, split).targets[:4000])
+        for split in SPLITS
+    }
     metrics = recipe.train(config, dataclasses.replace(data, **few))
     assert metrics["accuracy"] > {"mnist_cnn": 0.8, "cifar10_cnn": 0.25, "text_classifier": 0.6}[name]

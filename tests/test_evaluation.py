@@ -20,7 +20,7 @@ def report():
     inputs = keras.Input([3])
     model = keras.Model(inputs, keras.layers.Activation("linear")(inputs))
     model.compile(loss="categorical_crossentropy", steps_per_execution=7)
-    split = Split.of(probabilities, np.eye(3, dtype=np.float32)[labels])
+    split = Split.from_arrays(probabilities, np.eye(3, dtype=np.float32)[labels])
     return evaluate_classifier(model, split, NAMES, 16, STRATEGY), probabilities, labels
 
 
@@ -70,7 +70,7 @@ def test_mistakes_are_shown_with_the_texts_they_were_made_on():
     inputs = keras.Input([2])
     model = keras.Model(inputs, keras.layers.Activation("linear")(inputs))
     model.compile(loss="categorical_crossentropy")
-    split = Split.of(np.float32([[0.9, 0.1], [0.8, 0.2]]), np.float32([[0, 1], [1, 0]]))
+    split = Split.from_arrays(np.float32([[0.9, 0.1], [0.8, 0.2]]), np.float32([[0, 1], [1, 0]]))
     report = evaluate_classifier(model, split, ("no", "yes"), 8, STRATEGY, tf.constant(["first | one", "second"]))
     assert "| yes, not no | first   one |" in report.texts["worst_mistakes"]
     assert "second" not in report.texts["worst_mistakes"]
@@ -81,7 +81,7 @@ def test_a_classifier_may_take_several_inputs():
     model = keras.Model({"first": first, "second": second}, keras.layers.Average()([first, second]))
     model.compile(loss="categorical_crossentropy")
     probabilities = np.float32([[0.9, 0.1], [0.8, 0.2]])
-    split = Split.of({"first": probabilities, "second": probabilities}, np.float32([[0, 1], [1, 0]]))
+    split = Split.from_arrays({"first": probabilities, "second": probabilities}, np.float32([[0, 1], [1, 0]]))
     report = evaluate_classifier(model, split, ("no", "yes"), 8, STRATEGY)
     assert (report.metrics["accuracy"], len(report.details["worst_mistakes"])) == (0.5, 1)
 
@@ -92,7 +92,7 @@ def test_regression_metrics_equal_those_counted_by_hand():
     inputs = keras.Input([1])
     model = keras.Model(inputs, keras.layers.Activation("linear")(inputs))
     model.compile(loss="mse")
-    metrics = evaluate_regressor(model, Split.of(predicted, truth), 16, STRATEGY).metrics
+    metrics = evaluate_regressor(model, Split.from_arrays(predicted, truth), 16, STRATEGY).metrics
     assert metrics["mse"] == pytest.approx(np.mean((predicted - truth) ** 2), rel=1e-5)
     assert metrics["mae"] == pytest.approx(np.mean(np.abs(predicted - truth)), rel=1e-5)
     assert metrics["r2"] == pytest.approx(1 - np.sum((predicted - truth) ** 2) / np.sum((truth - truth.mean()) ** 2))

@@ -56,7 +56,7 @@ def test_memory_grows_with_what_is_used():
     program = (
         "import subprocess, tensorflow as tf\n"
         "from common.batches import Split\n"
-        "split = Split.of(tf.zeros([1000, 100, 1000], tf.uint8).numpy(), tf.zeros([1000, 1]).numpy())\n"
+        "split = Split.from_arrays(tf.zeros([1000, 100, 1000], tf.uint8).numpy(), tf.zeros([1000, 1]).numpy())\n"
         "split.arrays(slice(25))\n"
         "tf.linalg.matmul(tf.ones([100, 100]), tf.ones([100, 100])).numpy()\n"
         "print(tf.config.experimental.get_memory_info('GPU:0')['peak'])\n"

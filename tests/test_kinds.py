@@ -98,7 +98,7 @@ def train(config: Config, name: str) -> tuple[Data, keras.Model, dict[str, float
     if name == "texts":  # Tokenized once, not in every epoch.
         tokenizer, network = model.layers[1:]
         network.compile(keras.optimizers.Adam(config.learning_rate), loss)
-        examples = Split.of(tokenizer(examples.inputs), examples.targets)
+        examples = Split.from_arrays(tokenizer(examples.inputs), examples.targets)
     network.fit(
         training_batches(examples, config.batch_size, config.seed, augment, run.strategy, run.start_step),
         steps_per_epoch=steps_per_epoch(examples, config.batch_size),
@@ -302,7 +302,7 @@ def test_rows_are_taken_in_main_memory(monkeypatch):
     with tf.device("CPU:1"):
         first, _ = split.arrays(slice(2))
         chosen, targets = split.arrays(as_array([1, 0, 1]))
-        made = Split.of({"a": first}, targets[:2])
+        made = Split.from_arrays({"a": first}, targets[:2])
     assert {device.rpartition(":")[0][-3:] + device[-1] for device in devices} == {"CPU0"}
     assert made.inputs["a"].device.endswith("CPU:0")
     np.testing.assert_array_equal(chosen[:2], first[::-1])
@@ -311,7 +311,7 @@ def test_rows_are_taken_in_main_memory(monkeypatch):
 
 def test_the_digest_is_of_all_parts_and_their_names():
     def digest(inputs):
-        split = Split.of(inputs, np.zeros([2, 1], np.float32))
+        split = Split.from_arrays(inputs, np.zeros([2, 1], np.float32))
         return Data("x", "files", {"input": "pair", "output": "score"}, split, split, split).digest()
 
     a, b = np.float32([1, 2]), np.float32([3, 4])

@@ -230,7 +230,7 @@ def test_short_and_empty_texts_are_no_trouble(tmp_path):
     recipe = load_recipe("text_classifier")
     texts = np.array([b"fine", b"poor"] * 50, dtype=object)
     targets = np.eye(2, dtype=np.float32)[[0, 1] * 50]
-    split = Split.of(texts, targets)
+    split = Split.from_arrays(texts, targets)
     data = Data("short texts", "files", {"input": "text", "output": "class"}, split, split, split, ("good", "bad"))
     metrics = recipe.train(smoke_config(recipe, tmp_path, epochs=20, batch_size=10), data)
     assert metrics["accuracy"] == 1
@@ -243,7 +243,9 @@ def test_words_pairs_and_triples_are_told_apart_and_counted_once():
     """Against n-grams as words, counted in Python."""
     recipe = load_recipe("text_classifier")
     texts = ["not good, not good", "Not a good film!", "good good film", "a good film", "alone\x85here"]
-    split = Split.of(np.array([text.encode() for text in texts], dtype=object), np.eye(2, dtype=np.float32)[[0] * 5])
+    split = Split.from_arrays(
+        np.array([text.encode() for text in texts], dtype=object), np.eye(2, dtype=np.float32)[[0] * 5]
+    )
     data = Data("a few texts", "files", {"input": "text", "output": "class"}, split, split, split, ("good", "bad"))
     tokenizer = recipe.build_tokenizer(recipe.Config(length=7), data)
 
@@ -268,7 +270,7 @@ def test_words_pairs_and_triples_are_told_apart_and_counted_once():
 
 
 def test_log_count_ratios_are_those_of_naive_bayes():
-    tokens = Split.of(np.array([[3, 1], [1, 0], [2, 0]], np.int32), np.eye(3, dtype=np.float32))
+    tokens = Split.from_arrays(np.array([[3, 1], [1, 0], [2, 0]], np.int32), np.eye(3, dtype=np.float32))
     ratios = load_recipe("text_classifier").log_count_ratios(tokens)
     counts = np.array([[1, 0, 1], [1, 0, 0], [0, 1, 0]]).T + 1  # Of tokens 1, 2, 3 in each class, and one more.
     for label in range(3):
@@ -349,7 +351,7 @@ def test_columns_keep_their_digits_in_bfloat16(name):
     """Years differ by less than a bfloat16 of their size can say: they are normalized before they are rounded."""
     recipe, data = load_recipe(name), smoke_data(name)
     columns = np.random.default_rng(0).integers(1990, 2030, data.train.inputs.shape).astype(np.float32)
-    data = dataclasses.replace(data, train=Split.of(columns, data.train.targets.numpy()))
+    data = dataclasses.replace(data, train=Split.from_arrays(columns, data.train.targets.numpy()))
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:

@@ -116,7 +116,10 @@ def splits():
     parts = {"train": slice(0, 90), "validation": slice(90, 110), "test": slice(110, 130)}
     task = {"input": "table", "output": "number"}
     return Data(
-        "noise", "generated", task, **{name: Split.of(inputs[part], targets[part]) for name, part in parts.items()}
+        "noise",
+        "generated",
+        task,
+        **{name: Split.from_arrays(inputs[part], targets[part]) for name, part in parts.items()},
     )
 
 

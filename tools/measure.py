@@ -112,8 +112,8 @@ def measure(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[str, An
     config = recipe.Config(**shared, quiet=True, baseline=False, run_dir=str(folder / "run"))
     config = dataclasses.replace(config, epochs=2 if arguments.smoke else MEASURED_EPOCHS.get(name, config.epochs))
     whole = recipe.load_data(config)
-    nothing = Split.of(*whole.validation.arrays(slice(0)))
-    train = Split.of(*whole.train.arrays(slice(MEASURED_EXAMPLES.get(name))))
+    nothing = Split.from_arrays(*whole.validation.arrays(slice(0)))
+    train = Split.from_arrays(*whole.train.arrays(slice(MEASURED_EXAMPLES.get(name))))
     data = dataclasses.replace(whole, train=train, validation=nothing)
     batches_of, begin, trained_on = recipe.training_batches, recipe.start_run, []
     clock = Clock(min(config.batch_size, len(train)))
