@@ -27,7 +27,7 @@ KNOWN_BAD = {
 
 
 class Finding(NamedTuple):
-    """The result of one check. `remedy` says how to fix the problem; a note has none."""
+    """The result of one check. `remedy` says how to fix a problem, and is optional."""
 
     subject: str
     found: str
