@@ -1,5 +1,5 @@
-# Sourced by run.sh and test.sh: makes .venv, or brings it up to date when the requirements have changed.
-# Usage: source scripts/setup.sh run|test; sets $root, and $python to the interpreter of .venv.
+# Sourced by run.sh and test.sh: creates .venv, or updates it if the requirements have changed.
+# Usage: source scripts/setup.sh run|test; sets $root, and sets $python to the interpreter of .venv.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 purpose=$1
@@ -22,7 +22,7 @@ if ! "$python" -c '' 2>/dev/null; then
     "$found" -m venv --clear "$root/.venv" || fail "$found can't make a virtual environment; on Debian: apt install python3-venv"
 fi
 
-# What is installed is noted last, so that an interrupted installation is done again.
+# Record the checksum only after pip succeeds, so that an interrupted installation is repeated.
 files=(requirements.txt)
 if nvidia-smi --list-gpus >/dev/null 2>&1; then files+=(requirements-gpu.txt); fi
 if [ "$purpose" = test ]; then files+=(requirements-dev.txt); fi
