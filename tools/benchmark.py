@@ -55,7 +55,7 @@ from common.records import provenance
 
 from measure import TARGET
 from publish import publish
-from published import benchmark_name, code_sha256, read_records, recipe_paths, without_places, write_record
+from published import benchmark_name, code_sha256, read_records, recipe_paths, without_data_dir, write_record
 
 ROOT = pathlib.Path(__file__).parent.parent
 # The compared variants; the first one is the baseline.
@@ -256,7 +256,7 @@ def main() -> None:
         hardware = dataclasses.asdict(describe_machine())
         record |= {"recipe": record.get("recipe", "cifar10_cnn"), **made_by, "hardware": hardware}
         del record["peak_memory_bytes"]  # Meaningless here: this process does not train.
-        record["command"] = shlex.join(["python", "tools/benchmark.py", *without_places(sys.argv[1:])])
+        record["command"] = shlex.join(["python", "tools/benchmark.py", *without_data_dir(sys.argv[1:])])
         write_record(arguments.what if arguments.what in kinds else benchmark_name(record), record)
         publish()
 

@@ -22,7 +22,7 @@ from common.cli import EXIT_INTERRUPTED, Parser, UserError, run_script
 
 import published
 from publish import publish
-from published import code_sha256, recipe_paths, without_places, write_record
+from published import code_sha256, recipe_paths, without_data_dir, write_record
 
 
 def main() -> None:
@@ -69,7 +69,9 @@ def reproduce(recipe: str, seeds: list[int], flags: list[str], variant: str = ""
             raise UserError(f"seed {seed}: the code was changed while it trained; the same command trains it anew")
         result = json.loads((directory / "result.json").read_text())
         # As anybody would type it: where this machine keeps its data says nothing about the result.
-        result["command"] = shlex.join(["python", f"recipes/{recipe}.py", *without_places(flags), "--seed", str(seed)])
+        result["command"] = shlex.join(
+            ["python", f"recipes/{recipe}.py", *without_data_dir(flags), "--seed", str(seed)]
+        )
         runs.append(result)
     record = {"recipe": recipe, "code_sha256": begun[0], "runs": runs}
     write_record(f"{recipe}-{variant}" if variant else recipe, record)

@@ -32,7 +32,7 @@ from common.records import load_program, provenance
 import keras
 import numpy as np
 from publish import publish
-from published import without, without_places, write_record
+from published import without, without_data_dir, write_record
 from rich.console import Console
 from rich.table import Table
 from tables import shipped_rows
@@ -96,7 +96,7 @@ def ship(run_dir: pathlib.Path, data_dir: str, rounds: int) -> dict[str, Any]:
         "variants": variants,
         "hardware": dataclasses.asdict(describe_machine()),
         **provenance(),
-        "command": shlex.join(["python", "tools/ship.py", *without_places(sys.argv[1:])]),
+        "command": shlex.join(["python", "tools/ship.py", *without_data_dir(sys.argv[1:])]),
     }
 
 

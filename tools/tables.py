@@ -5,17 +5,17 @@ import statistics
 
 from published import (
     benchmarks,
-    in_bfloat16,
     load_runs,
     machine_of,
     main_metric,
     marks,
     mean,
+    precision_suffix,
     pruned,
     read_record,
     read_records,
+    recipe_flags,
     recipe_paths,
-    set_flags,
     stale,
     uncommitted,
     variant_records,
@@ -90,7 +90,7 @@ def result_line(recipe: str) -> str:
         name = "accuracy" if main_metric(runs) == "accuracy" else "mean squared error"
         found = figure(runs, main_metric(runs))
         line = f"test {name} {found} over {len(runs)} seeds, {minutes(runs)}, {machine_of(runs[0])}{stale(record)}"
-        flags = set_flags(runs[0]["command"])
+        flags = recipe_flags(runs[0]["command"])
         lines += [f"{line},", f"with {flags}"] if flags else [line]
     return f"\n{' ' * 10}".join(lines)
 
@@ -108,7 +108,7 @@ def results_table() -> str:
             lines.append(f"| {link} | | not yet measured | | | |")
             continue
         runs = record["runs"]
-        flags = set_flags(runs[0]["command"])
+        flags = recipe_flags(runs[0]["command"])
         link += f"<br>`{flags}`" if flags else ""
         metric = main_metric(runs)
         label = "accuracy" if metric == "accuracy" else "mean squared error"
@@ -204,7 +204,8 @@ def benchmark_row(record: dict) -> str:
     percent = f"{100 * record['share_of_peak']:.0f} %" if record["share_of_peak"] >= 0.005 else "under 1 %"
     share = f"{percent} of {record['peak_flops'] / 1e9:,.0f} GFLOPS"
     return (
-        f"| `{record['recipe']}`{in_bfloat16(record)}{marks(record)} | {record['examples_per_second']['recipe']:,.0f} "
+        f"| `{record['recipe']}`{precision_suffix(record)}{marks(record)} "
+        f"| {record['examples_per_second']['recipe']:,.0f} "
         f"| {marked('to_naive', spread(record['to_naive']))} | {torch} | {marked('share_of_peak', share)} "
         f"| {record['first_step_seconds']['recipe']:.1f} s "
         f"| {marked('to_no_callbacks', percent_lost(record['to_no_callbacks']))} |"
@@ -270,7 +271,7 @@ def shipped_tables() -> str:
         header, *rows = shipped_rows(record)
         data = record["data"]
         lines += [
-            f"`{' '.join([record['recipe'], set_flags(record['trained_by'])]).strip()}`, "
+            f"`{' '.join([record['recipe'], recipe_flags(record['trained_by'])]).strip()}`, "
             f"seed {record['seed']}, {data['test']:,} test examples of {data['name']} "
             f"({data['source']}), {machine_of(record)}{marks(record)}:",
             "",
