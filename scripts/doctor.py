@@ -30,7 +30,7 @@ class Finding(NamedTuple):
     """The result of one check. `remedy` says how to fix a problem, and is optional."""
 
     subject: str
-    found: str
+    message: str
     remedy: str = ""
     trouble: bool = False
 
@@ -50,7 +50,7 @@ def main() -> None:
     else:
         findings += look_at_machine()
     for finding in findings:
-        print(f"{'TROUBLE' if finding.trouble else 'ok     '} {finding.subject}: {finding.found}")
+        print(f"{'TROUBLE' if finding.trouble else 'ok     '} {finding.subject}: {finding.message}")
         if finding.remedy:
             print(f"        remedy: {finding.remedy}")
     sys.exit(2 if any(finding.trouble for finding in findings) else 0)
@@ -94,11 +94,11 @@ def installed_versions() -> dict[str, str]:
 
 def check_python(version: tuple[int, int]) -> Finding:
     """Checks that the recipes support this version of Python."""
-    found = ".".join(map(str, version))
+    message = ".".join(map(str, version))
     if (3, 11) <= version <= (3, 13):
-        return Finding("Python", found)
+        return Finding("Python", message)
     remedy = "install Python 3.11, 3.12 or 3.13, then: rm -r .venv; PYTHON=/path/to/it scripts/run.sh linear_regression"
-    return Finding("Python", f"{found}; the recipes need 3.11 to 3.13", remedy, trouble=True)
+    return Finding("Python", f"{message}; the recipes need 3.11 to 3.13", remedy, trouble=True)
 
 
 def check_packages(requirements: Iterable[str], installed: dict[str, str]) -> Iterable[Finding]:
@@ -163,27 +163,27 @@ def measure_peak(precision: str, size: int = 2048, tries: int = 10) -> float:
 def check_precision(float32: float, bfloat16: float) -> Finding:
     """Recommends a precision, given operations per second of matrix products in float32 and bfloat16."""
     if bfloat16 > 1.3 * float32:
-        found = f"bfloat16 multiplies matrices {bfloat16 / float32:.1f} times as fast as float32"
-        return Finding("precision", found, "train the large networks with --precision mixed_bfloat16")
+        message = f"bfloat16 multiplies matrices {bfloat16 / float32:.1f} times as fast as float32"
+        return Finding("precision", message, "train the large networks with --precision mixed_bfloat16")
     return Finding("precision", f"float32; bfloat16 multiplies matrices {bfloat16 / float32:.1f} times as fast")
 
 
 def check_patch(item: tuple[str, Any]) -> Finding:
     """Checks that a patch supports the installed Keras or TensorFlow. Without it, runs print a warning or fail."""
     name, patch = item
-    found = f"{patch.package} {importlib.metadata.version(patch.package)}, made for {patch.versions}"
+    message = f"{patch.package} {importlib.metadata.version(patch.package)}, made for {patch.versions}"
     if patch.fits():
-        return Finding(f"patch {name!r}", found)
+        return Finding(f"patch {name!r}", message)
     remedy = f"{sys.executable} -m pip install '{patch.package}{patch.versions}'"
-    return Finding(f"patch {name!r}", f"{found}: {patch.reason}", remedy, trouble=True)
+    return Finding(f"patch {name!r}", f"{message}: {patch.reason}", remedy, trouble=True)
 
 
 def check_threads(cores: int, environment: dict[str, str]) -> Finding:
     """Checks that no environment variable limits TensorFlow to fewer threads than cores."""
     for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
         if environment.get(name, str(cores)).isdigit() and int(environment.get(name, cores)) < cores:
-            found = f"{name}={environment[name]} holds it to fewer than the {cores} cores"
-            return Finding("threads", found, f"unset {name}", trouble=True)
+            message = f"{name}={environment[name]} holds it to fewer than the {cores} cores"
+            return Finding("threads", message, f"unset {name}", trouble=True)
     return Finding("threads", f"{cores}, one per core")
 
 

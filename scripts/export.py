@@ -113,8 +113,8 @@ def export(
             description = artefacts.describe(result, model)
             save(model, description, form, temporary, quantization, examples)
             parity = {"format": form, "quantization": quantization, "weights_sha256": result["weights_sha256"]}
-            answers = artefacts.keras_answer(model), artefacts.load(temporary).answer
-            parity |= compare(*answers, inputs, tolerance, description["task"]["output"])
+            models = artefacts.keras_answer(model), artefacts.load(temporary).answer
+            parity |= compare(*models, inputs, tolerance, description["task"]["output"])
             if parity["passed"]:
                 report = path.with_name(path.name + ".parity.json")
                 write_file(pathlib.Path(folder, report.name), json.dumps(parity, indent=2) + "\n")
@@ -298,21 +298,21 @@ def is_saved_model(folder: pathlib.Path) -> bool:
     return {"saved_model.pb"} <= names <= {"saved_model.pb", "fingerprint.pb", "variables", "assets", "assets.extra"}
 
 
-def compare(expected: Callable, answer: Callable, inputs: Any, tolerance: float, output: str) -> dict[str, Any]:
+def compare(reference: Callable, exported: Callable, inputs: Any, tolerance: float, output: str) -> dict[str, Any]:
     """Compares the predictions of two models. `output` is the kind of output, such as "class" or "mask".
 
     Differences are relative to the largest expected value if that exceeds 1. For classes and masks, the share of equal
     classes must also reach a threshold: 0.9, or less if the expected classes vary, namely halfway between the share of
     the most frequent class and 1.
     """
-    pairs = list(zip(tf.nest.flatten(expected(inputs)), tf.nest.flatten(answer(inputs)), strict=True))
+    pairs = list(zip(tf.nest.flatten(reference(inputs)), tf.nest.flatten(exported(inputs)), strict=True))
     difference, equal, threshold = float(np.max([_difference(*pair) for pair in pairs])), [], 0.0
-    for wanted, actual in pairs:
+    for expected, actual in pairs:
         if output in ("class", "mask"):
-            wanted, actual = np.argmax(wanted, axis=-1), np.argmax(actual, axis=-1)
+            expected, actual = np.argmax(expected, axis=-1), np.argmax(actual, axis=-1)
             # An uncertain model has small differences throughout, and a constant prediction must not pass.
-            threshold = min(0.9, (1 + np.bincount(wanted.ravel()).max() / wanted.size) / 2)
-        equal.append(np.mean(actual == wanted if wanted.dtype.kind == "O" else np.isclose(actual, wanted)))
+            threshold = min(0.9, (1 + np.bincount(expected.ravel()).max() / expected.size) / 2)
+        equal.append(np.mean(actual == expected if expected.dtype.kind == "O" else np.isclose(actual, expected)))
     return {
         "inputs": len(pairs[0][0]),
         "largest_difference": difference,
@@ -322,11 +322,11 @@ def compare(expected: Callable, answer: Callable, inputs: Any, tolerance: float,
     }
 
 
-def _difference(wanted: np.ndarray, actual: np.ndarray) -> float:
-    if wanted.dtype == object:  # Strings.
-        return float(np.any(actual != wanted))
-    difference = np.subtract(actual, wanted, dtype=np.result_type(wanted, np.float32))
-    return float(np.max(np.abs(difference)) / max(1.0, np.abs(wanted).max()))
+def _difference(expected: np.ndarray, actual: np.ndarray) -> float:
+    if expected.dtype == object:  # Strings.
+        return float(np.any(actual != expected))
+    difference = np.subtract(actual, expected, dtype=np.result_type(expected, np.float32))
+    return float(np.max(np.abs(difference)) / max(1.0, np.abs(expected).max()))
 
 
 def run_data(result: dict[str, Any], data_dir: str = "") -> Data:

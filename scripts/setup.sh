@@ -28,13 +28,13 @@ if nvidia-smi --list-gpus >/dev/null 2>&1; then files+=(requirements-gpu.txt); f
 if [ "$purpose" = test ]; then files+=(requirements-dev.txt); fi
 installed=$root/.venv/installed
 for file in "${files[@]}"; do
-    wanted=$(cd "$root" && cat "$file" requirements.txt constraints.txt pyproject.toml | cksum)
-    if [ "$(cat "$installed/$file" 2>/dev/null)" != "$wanted" ]; then
+    checksum=$(cd "$root" && cat "$file" requirements.txt constraints.txt pyproject.toml | cksum)
+    if [ "$(cat "$installed/$file" 2>/dev/null)" != "$checksum" ]; then
         echo "installing $file" >&2
         (cd "$root" && "$python" -m pip install --quiet --disable-pip-version-check \
             --requirement "$file" --constraint constraints.txt >&2) ||
             fail "pip could not install $file; see its lines above"
         mkdir -p "$installed"
-        echo "$wanted" >"$installed/$file"
+        echo "$checksum" >"$installed/$file"
     fi
 done
