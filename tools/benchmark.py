@@ -60,51 +60,51 @@ from published import benchmark_name, code_sha256, read_records, recipe_paths, w
 ROOT = pathlib.Path(__file__).parent.parent
 # The compared variants; the first one is the baseline.
 DISTRIBUTED = {"workers": ["strategy none", "2 workers"], "strategy": ["strategy none", "strategy mirrored"]}
-KERAS_WAYS = ("naive", "recipe")
-TORCH_WAYS = {"PyTorch": [], "PyTorch compiled": ["--compile"]}
-Way = Callable[[int], dict[str, Any]]
+KERAS_VARIANTS = ("naive", "recipe")
+TORCH_VARIANTS = {"PyTorch": [], "PyTorch compiled": ["--compile"]}
+Variant = Callable[[int], dict[str, Any]]
 
 
 def compare_speed(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
     """Runs the rounds for a recipe, and returns the record."""
     name = arguments.what
 
-    def in_keras(way: str, *flags: str) -> Way:
-        words = (name, way, *data_flags(arguments), "--precision", arguments.precision, *flags)
+    def in_keras(variant: str, *flags: str) -> Variant:
+        words = (name, variant, *data_flags(arguments), "--precision", arguments.precision, *flags)
         return lambda seed: run_measurement(
-            ROOT / "tools" / "measure.py", *words, "--seed", str(seed), naive=way == "naive"
+            ROOT / "tools" / "measure.py", *words, "--seed", str(seed), naive=variant == "naive"
         )
 
     in_keras("describe", "--folder", str(folder))(0)
     described = json.loads((folder / "network.json").read_text())
-    ways = {way: in_keras(way) for way in KERAS_WAYS}
+    variants = {variant: in_keras(variant) for variant in KERAS_VARIANTS}
     if importlib.util.find_spec("torch"):
-        for way, flags in TORCH_WAYS.items():
-            ways[way] = lambda seed, flags=flags: run_measurement(
+        for variant, flags in TORCH_VARIANTS.items():
+            variants[variant] = lambda seed, flags=flags: run_measurement(
                 ROOT / "tools" / "pytorch_twin.py", str(folder), *flags, "--seed", str(seed)
             )
     else:
         print("no PyTorch: its twins are left out; pip install -r requirements-benchmark.txt")
-    rounds = alternate({"peak": in_keras("peak"), **ways}, arguments.rounds, "examples_per_second")
+    rounds = alternate({"peak": in_keras("peak"), **variants}, arguments.rounds, "examples_per_second")
     flops, peak = described["training_flops_per_example"], statistics.median(run["peak"]["flops"] for run in rounds)
 
-    def ratio_to(way: str) -> dict[str, float] | None:
-        if way not in ways:
+    def ratio_to(variant: str) -> dict[str, float] | None:
+        if variant not in variants:
             return None
-        return interval([run["recipe"]["examples_per_second"] / run[way]["examples_per_second"] for run in rounds])
+        return interval([run["recipe"]["examples_per_second"] / run[variant]["examples_per_second"] for run in rounds])
 
-    speeds = {way: statistics.median(run[way]["examples_per_second"] for run in rounds) for way in ways}
-    best_torch = max(TORCH_WAYS, key=lambda way: speeds.get(way, 0))
+    speeds = {variant: statistics.median(run[variant]["examples_per_second"] for run in rounds) for variant in variants}
+    best_torch = max(TORCH_VARIANTS, key=lambda variant: speeds.get(variant, 0))
     return {
         "recipe": name,
         "data": described["data"],
         "examples_per_second": speeds,
         "to_naive": ratio_to("naive"),
         "to_pytorch": ratio_to(best_torch),
-        "better_pytorch": best_torch if best_torch in ways else None,
+        "better_pytorch": best_torch if best_torch in variants else None,
         "to_no_callbacks": interval([1 - run["recipe"]["callbacks"] for run in rounds]),
         "first_step_seconds": {
-            way: statistics.median(run[way]["first_step_seconds"] for run in rounds) for way in ways
+            variant: statistics.median(run[variant]["first_step_seconds"] for run in rounds) for variant in variants
         },
         "precision": described["precision"],
         "batch_size": described["batch_size"],
@@ -136,14 +136,16 @@ def run_program(*words: str, **options: Any) -> subprocess.CompletedProcess:
     return run
 
 
-def alternate(ways: dict[str, Way], rounds: int, metric: str) -> list[dict[str, dict[str, Any]]]:
+def alternate(variants: dict[str, Variant], rounds: int, metric: str) -> list[dict[str, dict[str, Any]]]:
     """Runs all variants `rounds` times, in reverse order every other time. Prints `metric` and returns all figures."""
     results = []
     for number in range(rounds):
-        order = list(ways) if number % 2 == 0 else list(reversed(ways))
-        figures = {way: ways[way](number) for way in order}
-        results.append({way: figures[way] for way in ways})
-        lines = [f"{way} {results[-1][way][metric]:,.1f}" for way in ways if metric in results[-1][way]]
+        order = list(variants) if number % 2 == 0 else list(reversed(variants))
+        figures = {variant: variants[variant](number) for variant in order}
+        results.append({variant: figures[variant] for variant in variants})
+        lines = [
+            f"{variant} {results[-1][variant][metric]:,.1f}" for variant in variants if metric in results[-1][variant]
+        ]
         print(f"round {number + 1}, {metric.replace('_', ' ')}: {', '.join(lines)}", flush=True)
     return results
 
@@ -197,9 +199,9 @@ def compare_target(arguments: argparse.Namespace, _: pathlib.Path) -> dict[str, 
 def compare_distributed(arguments: argparse.Namespace, _: pathlib.Path) -> dict[str, Any]:
     """Runs the rounds of `workers` or `strategy`."""
 
-    def training(way: str) -> Way:
-        launcher = ("scripts/launch.py", "--workers", way.split()[0]) if "workers" in way else ()
-        flags = () if launcher else ("--strategy", way.split()[-1])
+    def training(variant: str) -> Variant:
+        launcher = ("scripts/launch.py", "--workers", variant.split()[0]) if "workers" in variant else ()
+        flags = () if launcher else ("--strategy", variant.split()[-1])
 
         def train(seed: int) -> dict[str, Any]:
             result = run_recipe(arguments, *flags, "--epochs", "2", "--seed", str(seed), launcher=launcher)

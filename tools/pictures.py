@@ -48,10 +48,10 @@ def speeds() -> Figure | None:
 def draw_speeds(axes: Axes, records: list[dict]) -> None:
     """Draws the panel of one machine: a dot at the median over the rounds, and a line from minimum to maximum."""
     labels = {"recipe": "recipe", "PyTorch": "PyTorch, its better form"}
-    for offset, (way, label) in zip((0.15, -0.15), labels.items(), strict=True):
+    for offset, (variant, label) in zip((0.15, -0.15), labels.items(), strict=True):
         positions, samples = [], []
         for position, record in enumerate(reversed(records)):
-            measured = record["better_pytorch"] if way == "PyTorch" else way
+            measured = record["better_pytorch"] if variant == "PyTorch" else variant
             if measured:
                 positions.append(position + offset)
                 samples.append(sorted(ratios(record["rounds"], measured)))
@@ -72,9 +72,9 @@ def draw_speeds(axes: Axes, records: list[dict]) -> None:
     axes.grid(axis="x", linewidth=0.3)
 
 
-def ratios(rounds: list[dict], way: str) -> list[float]:
+def ratios(rounds: list[dict], variant: str) -> list[float]:
     """Returns the speed of one variant relative to the naive baseline, for each round."""
-    return [run[way]["examples_per_second"] / run["naive"]["examples_per_second"] for run in rounds]
+    return [run[variant]["examples_per_second"] / run["naive"]["examples_per_second"] for run in rounds]
 
 
 def pruning_curve() -> Figure | None:
