@@ -1,9 +1,9 @@
-"""Compares finished runs in a table and a picture of their curves, without a browser.
+"""Compares finished runs: prints a table and plots their learning curves to a file.
 
     python scripts/compare.py runs/mnist_cnn/one runs/mnist_cnn/two -o curves.png
     python scripts/compare.py
 
-Without folders, all runs below runs/. The table shows what differs between them: settings, data, metrics, time.
+Without arguments, compares all runs below runs/. The table shows data, metrics, time, and the settings that differ.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ def main() -> None:
     if not folders:
         raise UserError("runs: no finished runs below this folder; train a recipe, or name run directories")
     runs = {str(folder): read_run(folder) for folder in folders}
-    part = arguments.output.with_name(f"{arguments.output.name}.part")  # Renamed when whole.
+    part = arguments.output.with_name(f"{arguments.output.name}.part")  # Renamed when complete.
     try:
         part.write_bytes(figure_png(curves(runs)))
         os.replace(part, arguments.output)
@@ -45,15 +45,15 @@ def main() -> None:
 
 
 def rows(runs: dict[str, dict]) -> dict[str, dict[str, object]]:
-    """What is compared, by run: recipe and data, the settings that differ, all metrics, time and size."""
-    compared = {}
+    """Returns the compared values of each run: recipe, data, differing settings, metrics, size and time."""
+    values = {}
     configs = [{k: v for k, v in run["config"].items() if k not in RUNTIME_FLAGS} for run in runs.values()]
     settings = [
         name for name in dict.fromkeys(key for config in configs for key in config)
         if len({repr(config.get(name)) for config in configs}) > 1
     ]  # fmt: skip
     for (folder, run), config in zip(runs.items(), configs, strict=True):
-        compared[folder] = {
+        values[folder] = {
             "recipe": run["recipe"],
             "data": f"{run['data']['name']} ({run['data']['source']})",
             **{f"--{name.replace('_', '-')}": config.get(name, "") for name in settings if name != "data"},
@@ -62,32 +62,32 @@ def rows(runs: dict[str, dict]) -> dict[str, dict[str, object]]:
             "training seconds": run["seconds"]["train"],
             "examples per second": run["examples_per_second"],
         }
-    return compared
+    return values
 
 
 def table(runs: dict[str, dict]) -> Table:
-    """A column for each run, since there are more things to compare than runs."""
-    compared = rows(runs)
-    shown = Table("run", *compared)
-    for name in dict.fromkeys(key for row in compared.values() for key in row):
-        shown.add_row(name.replace("_", " "), *(cell(row.get(name)) for row in compared.values()))
-    return shown
+    """Builds a table with one column per run, since there are usually more values to compare than runs."""
+    values = rows(runs)
+    result = Table("run", *values)
+    for name in dict.fromkeys(key for row in values.values() for key in row):
+        result.add_row(name.replace("_", " "), *(cell(row.get(name)) for row in values.values()))
+    return result
 
 
 def cell(value: object) -> str:
-    """A value for people."""
+    """Formats a value for the table."""
     if isinstance(value, float):
         return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
     return "" if value is None else str(value)
 
 
 def curves(runs: dict[str, dict]) -> Figure:
-    """A chart for each metric that is both trained and validated; validation solid, train dashed."""
+    """Plots each metric that has training (dashed) and validation (solid) values; only the loss if there is none."""
     logged = dict.fromkeys(name for run in runs.values() for name in run["history"][0])
     names = [name for name in logged if f"val_{name}" in logged] or ["loss"]
     figure = Figure(figsize=(6 * len(names), 4.5), layout="constrained")
-    for place, name in enumerate(names, start=1):
-        axes = figure.add_subplot(1, len(names), place, title=name, xlabel="epoch")
+    for position, name in enumerate(names, start=1):
+        axes = figure.add_subplot(1, len(names), position, title=name, xlabel="epoch")
         for number, (folder, run) in enumerate(runs.items()):
             for key, style, label in ((name, "--", None), (f"val_{name}", "-", folder)):
                 if key in run["history"][0]:

@@ -1,9 +1,9 @@
-"""Looks this machine over and names what would stand in the way of a training, each with its remedy.
+"""Checks this machine for anything that would prevent training, and prints a remedy for each problem.
 
     python scripts/doctor.py
 
-Exit code 0 if all is well, 2 if there is trouble. Where a real data set can't be had, that is worth a note but no
-trouble: the recipes then train on their samples.
+The exit code is 0 if there is no problem, otherwise 2. A dataset that is not available is reported, but is not a
+problem: the recipes then train on their samples.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).parent.parent
 GIB = 1 << 30
-# Releases that install and import but are known to go wrong, with the reason.
+# Releases that can be installed and imported but have a known defect, with the reason.
 KNOWN_BAD = {
     ("keras", "3.15.0"): "lacks a security fix of 3.15.1",
     ("protobuf", "3."): "TensorFlow 2.21 needs protobuf 5 or newer",
@@ -27,10 +27,10 @@ KNOWN_BAD = {
 
 
 class Finding(NamedTuple):
-    """What was looked at, what was found, and what to do if that is trouble; a note needs no remedy."""
+    """The result of one check. `remedy` says how to fix a problem, and is optional."""
 
     subject: str
-    found: str
+    message: str
     remedy: str = ""
     trouble: bool = False
 
@@ -50,14 +50,14 @@ def main() -> None:
     else:
         findings += look_at_machine()
     for finding in findings:
-        print(f"{'TROUBLE' if finding.trouble else 'ok     '} {finding.subject}: {finding.found}")
+        print(f"{'TROUBLE' if finding.trouble else 'ok     '} {finding.subject}: {finding.message}")
         if finding.remedy:
             print(f"        remedy: {finding.remedy}")
     sys.exit(2 if any(finding.trouble for finding in findings) else 0)
 
 
 def look_at_machine() -> Iterable[Finding]:
-    """The checks that need TensorFlow, with what they need to know of this machine."""
+    """Yields the findings that need TensorFlow, which may not be installed yet."""
     from common.cli import SharedConfig
     from common.data import CIFAR10, IMDB, MNIST, prepared_version, reachable, tfds_folder
     from common.hardware import describe_machine
@@ -66,17 +66,17 @@ def look_at_machine() -> Iterable[Finding]:
     machine = describe_machine()
     yield check_gpu(driver_sees_gpus(), [name for name, _ in machine.gpus])
     if not machine.gpus:
-        # Matrices so small that it does not take long where bfloat16 is only acted; in turns, as there may be other
-        # work on the machine at one moment and not at the next.
+        # Small matrices, because emulated bfloat16 is slow. The precisions alternate, because other programs may use
+        # the machine at any moment.
         peaks = [[measure_peak(name, 512, 5) for name in ("float32", "mixed_bfloat16")] for _ in range(5)]
         yield check_precision(*map(max, zip(*peaks, strict=True)))
     yield from map(check_patch, PATCHES.items())
     yield check_threads(machine.cores, os.environ)
     yield check_memory(machine.memory_bytes)
     folder = tfds_folder(SharedConfig())
-    for place in (pathlib.Path.cwd(), folder):
-        there = next(parent for parent in (place, *place.absolute().parents) if parent.exists())
-        yield check_disk(place, shutil.disk_usage(there).free, os.access(there, os.W_OK))
+    for path in (pathlib.Path.cwd(), folder):
+        existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        yield check_disk(path, shutil.disk_usage(existing).free, os.access(existing, os.W_OK))
     for dataset in (MNIST, CIFAR10, IMDB):
         prepared = prepared_version(dataset, SharedConfig())
         yield check_data(
@@ -85,7 +85,7 @@ def look_at_machine() -> Iterable[Finding]:
 
 
 def installed_versions() -> dict[str, str]:
-    """Every package of this interpreter by its name in small letters, with `-` for `_`."""
+    """Returns the version of every installed package by its normalized name: lowercase, with `-` for `_`."""
     return {
         distribution.metadata["Name"].lower().replace("_", "-"): distribution.version
         for distribution in importlib.metadata.distributions()
@@ -93,16 +93,16 @@ def installed_versions() -> dict[str, str]:
 
 
 def check_python(version: tuple[int, int]) -> Finding:
-    """Whether the recipes run on this Python."""
-    found = ".".join(map(str, version))
+    """Checks that the recipes support this version of Python."""
+    message = ".".join(map(str, version))
     if (3, 11) <= version <= (3, 13):
-        return Finding("Python", found)
+        return Finding("Python", message)
     remedy = "install Python 3.11, 3.12 or 3.13, then: rm -r .venv; PYTHON=/path/to/it scripts/run.sh linear_regression"
-    return Finding("Python", f"{found}; the recipes need 3.11 to 3.13", remedy, trouble=True)
+    return Finding("Python", f"{message}; the recipes need 3.11 to 3.13", remedy, trouble=True)
 
 
 def check_packages(requirements: Iterable[str], installed: dict[str, str]) -> Iterable[Finding]:
-    """Whether each required package is there, in a version that is known to work."""
+    """Checks that each required package is installed in a supported version."""
     from packaging.requirements import Requirement
 
     remedy = f"{sys.executable} -m pip install -r requirements.txt -c constraints.txt"
@@ -126,7 +126,7 @@ def check_packages(requirements: Iterable[str], installed: dict[str, str]) -> It
 
 
 def driver_sees_gpus() -> bool:
-    """Whether the NVIDIA driver lists a graphics card."""
+    """Returns True if the NVIDIA driver lists a GPU."""
     try:
         return bool(subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, check=True).stdout)
     except (OSError, subprocess.CalledProcessError):
@@ -134,7 +134,7 @@ def driver_sees_gpus() -> bool:
 
 
 def check_gpu(driver: bool, seen: list[str]) -> Finding:
-    """Whether TensorFlow sees the graphics cards that the driver sees."""
+    """Checks that TensorFlow sees the GPUs that the driver lists."""
     if seen:
         return Finding("GPU", ", ".join(seen))
     if not driver:
@@ -146,49 +146,49 @@ def check_gpu(driver: bool, seen: list[str]) -> Finding:
 
 
 def measure_peak(precision: str, size: int = 2048, tries: int = 10) -> float:
-    """Operations per second of the product of two matrices of `size` rows: the fastest of `tries`."""
+    """Measures floating-point operations per second of a `size` x `size` matrix product: the fastest of `tries`."""
     import keras
     import tensorflow as tf
 
-    took = []
-    one = tf.cast(tf.random.normal([size, size]), keras.DTypePolicy(precision).compute_dtype)
-    product = tf.function(lambda: tf.reduce_sum(tf.matmul(one, one)))
+    durations = []
+    matrix = tf.cast(tf.random.normal([size, size]), keras.DTypePolicy(precision).compute_dtype)
+    product = tf.function(lambda: tf.reduce_sum(tf.matmul(matrix, matrix)))
     for _ in range(1 + tries):  # The first call traces the graph.
-        began = time.perf_counter()
+        start = time.perf_counter()
         product().numpy()
-        took.append(time.perf_counter() - began)
-    return 2 * size**3 / min(took[1:])
+        durations.append(time.perf_counter() - start)
+    return 2 * size**3 / min(durations[1:])
 
 
 def check_precision(float32: float, bfloat16: float) -> Finding:
-    """Which precision this processor is quicker in, from the operations per second of products of matrices."""
+    """Recommends a precision, given operations per second of matrix products in float32 and bfloat16."""
     if bfloat16 > 1.3 * float32:
-        found = f"bfloat16 multiplies matrices {bfloat16 / float32:.1f} times as fast as float32"
-        return Finding("precision", found, "train the large networks with --precision mixed_bfloat16")
+        message = f"bfloat16 multiplies matrices {bfloat16 / float32:.1f} times as fast as float32"
+        return Finding("precision", message, "train the large networks with --precision mixed_bfloat16")
     return Finding("precision", f"float32; bfloat16 multiplies matrices {bfloat16 / float32:.1f} times as fast")
 
 
-def check_patch(named: tuple[str, Any]) -> Finding:
-    """Whether a patch of Keras or TensorFlow is made for the installed version; without it, runs say so or refuse."""
-    name, patch = named
-    found = f"{patch.package} {importlib.metadata.version(patch.package)}, made for {patch.versions}"
+def check_patch(item: tuple[str, Any]) -> Finding:
+    """Checks that a patch supports the installed Keras or TensorFlow. Without it, runs print a warning or fail."""
+    name, patch = item
+    message = f"{patch.package} {importlib.metadata.version(patch.package)}, made for {patch.versions}"
     if patch.fits():
-        return Finding(f"patch {name!r}", found)
+        return Finding(f"patch {name!r}", message)
     remedy = f"{sys.executable} -m pip install '{patch.package}{patch.versions}'"
-    return Finding(f"patch {name!r}", f"{found}: {patch.reason}", remedy, trouble=True)
+    return Finding(f"patch {name!r}", f"{message}: {patch.reason}", remedy, trouble=True)
 
 
 def check_threads(cores: int, environment: dict[str, str]) -> Finding:
-    """Whether something keeps TensorFlow from using all cores."""
+    """Checks that no environment variable limits TensorFlow to fewer threads than cores."""
     for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
         if environment.get(name, str(cores)).isdigit() and int(environment.get(name, cores)) < cores:
-            found = f"{name}={environment[name]} holds it to fewer than the {cores} cores"
-            return Finding("threads", found, f"unset {name}", trouble=True)
+            message = f"{name}={environment[name]} holds it to fewer than the {cores} cores"
+            return Finding("threads", message, f"unset {name}", trouble=True)
     return Finding("threads", f"{cores}, one per core")
 
 
 def check_memory(total: int) -> Finding:
-    """Whether the largest recipe fits: text_classifier peaks at about 3 GiB."""
+    """Checks that the largest recipe fits into memory: text_classifier peaks at about 3 GiB."""
     if total >= 4 * GIB:
         return Finding("memory", f"{total / GIB:.0f} GiB")
     remedy = "train with --data sample, and text_classifier with --vocabulary 20000"
@@ -196,7 +196,7 @@ def check_memory(total: int) -> Finding:
 
 
 def check_disk(folder: pathlib.Path, free: int, writable: bool) -> Finding:
-    """Whether runs or data sets can be written."""
+    """Checks that runs or datasets can be written to a folder."""
     if not writable:
         return Finding(
             "disk", f"{folder} may not be written to", f"chmod u+w {folder}, or use another folder", trouble=True
@@ -210,7 +210,7 @@ def check_disk(folder: pathlib.Path, free: int, writable: bool) -> Finding:
 
 
 def check_data(title: str, folder: pathlib.Path, prepared: pathlib.Path | None, network: bool) -> Finding:
-    """Whether a data set is there or can be fetched; a note if not, since there is a sample."""
+    """Checks that a dataset is on disk or can be downloaded. Otherwise adds a note, since the sample remains."""
     if prepared:
         return Finding(title, f"prepared in {prepared}")
     if network:

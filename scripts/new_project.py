@@ -1,9 +1,9 @@
-"""Makes a project of your own from a recipe: a folder that needs nothing of this one.
+"""Creates a stand-alone project from a recipe.
 
     python scripts/new_project.py mnist_cnn ../my_project
     python scripts/new_project.py recipes/mnist_cnn.py ../my_project --notebook
 
-The folder must be new or empty. It gets the recipe as train.py, the modules of common/ that the recipe imports,
+The folder must be new or empty. The script writes the recipe as train.py, the modules of common/ that it imports,
 requirements.txt, README.md, a test and the licence; with --notebook also train.ipynb.
 """
 
@@ -23,7 +23,7 @@ import nbformat
 from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# What a package imports without declaring it.
+# Packages that another package imports without declaring the dependency.
 UNDECLARED = {"keras": "tensorboard", "tensorflow-datasets": "importlib-resources"}
 TRAINING = """## Training
 
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def find_recipe(name: str) -> pathlib.Path:
-    """The file of a recipe, given by its name or path."""
+    """Finds the file of a recipe by name or path."""
     file = pathlib.Path(name.removesuffix(".py") + ".py")
     for path in (file, ROOT / file, ROOT / "recipes" / file):
         if os.path.isfile(path):
@@ -55,7 +55,7 @@ def find_recipe(name: str) -> pathlib.Path:
 
 
 def parse(path: pathlib.Path) -> ast.Module:
-    """The syntax tree of a Python file."""
+    """Returns the syntax tree of a Python file."""
     try:
         return ast.parse(path.read_text("utf-8"))
     except (OSError, ValueError, SyntaxError) as error:
@@ -63,33 +63,33 @@ def parse(path: pathlib.Path) -> ast.Module:
 
 
 def imported_names(path: pathlib.Path) -> set[str]:
-    """What a file imports anywhere, in dotted names: both `a.b` and `a.b.c` for `from a.b import c`."""
+    """Returns the dotted names that a file imports: both `a.b` and `a.b.c` for `from a.b import c`."""
     names = set()
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
-            names |= {each.name for each in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             module = importlib.util.resolve_name("." * node.level + (node.module or ""), "common")
-            names |= {module, *(f"{module}.{each.name}" for each in node.names)}
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
     return names
 
 
 def needed_files(recipe: pathlib.Path) -> list[pathlib.Path]:
-    """The recipe, then the files of common/ that it needs."""
-    found = []
-    wanted = [recipe]
-    while wanted:
-        path = wanted.pop(0)
-        if path not in found:
-            found.append(path)
+    """Returns the recipe, followed by all files of common/ that it imports directly or indirectly."""
+    files = []
+    pending = [recipe]
+    while pending:
+        path = pending.pop(0)
+        if path not in files:
+            files.append(path)
             for parts in (name.split(".") for name in sorted(imported_names(path)) if name.startswith("common")):
-                for place in (ROOT.joinpath(*parts[:end]) for end in range(1, len(parts) + 1)):
-                    wanted += filter(pathlib.Path.is_file, (place / "__init__.py", place.with_suffix(".py")))
-    return found
+                for prefix in (ROOT.joinpath(*parts[:end]) for end in range(1, len(parts) + 1)):
+                    pending += filter(pathlib.Path.is_file, (prefix / "__init__.py", prefix.with_suffix(".py")))
+    return files
 
 
 def requirements(files: list[pathlib.Path], notebook: bool) -> list[str]:
-    """The packages that the files import, in the versions that this project allows."""
+    """Returns the packages that the files import, with the version ranges of this project."""
     text = "\n".join((ROOT / name).read_text() for name in ("requirements-dev.txt", "requirements.txt"))
     lines = re.findall(r"^([\w.-]+)([<>=~!][^\s#]*)", text, flags=re.MULTILINE)
     known = {canonicalize_name(name): name + versions for name, versions in lines}
@@ -100,16 +100,16 @@ def requirements(files: list[pathlib.Path], notebook: bool) -> list[str]:
             if module not in distributions:
                 raise UserError(f"{path}: imports {module}, which is not installed; install it, or put it into common/")
             needed |= set(map(canonicalize_name, distributions[module]))
-        # Modules that are named in a call: `importlib.import_module("ai_edge_litert.interpreter")`.
+        # Modules imported by name: `importlib.import_module("ai_edge_litert.interpreter")`.
         calls = (node for node in ast.walk(parse(path)) if isinstance(node, ast.Call) and node.args)
-        words = {str(node.args[0].value) for node in calls if isinstance(node.args[0], ast.Constant)}
-        needed |= {canonicalize_name(word.partition(".")[0]) for word in words} & known.keys()
+        arguments = {str(node.args[0].value) for node in calls if isinstance(node.args[0], ast.Constant)}
+        needed |= {canonicalize_name(name.partition(".")[0]) for name in arguments} & known.keys()
     needed |= {UNDECLARED[name] for name in needed & UNDECLARED.keys()}
     return sorted(known.get(name) or f"{name}>={importlib.metadata.version(name)}" for name in needed)
 
 
 def project_files(recipe: pathlib.Path, notebook: bool) -> dict[str, bytes]:
-    """The content of each file of the project."""
+    """Returns the content of each project file by its path."""
     needed, templates = needed_files(recipe), ROOT / "scripts" / "project"
     files = {str(path.relative_to(ROOT)): path.read_bytes() for path in (*needed[1:], ROOT / "LICENSE")}
     for path in filter(pathlib.Path.is_file, templates.rglob("*")):
@@ -137,47 +137,47 @@ def project_files(recipe: pathlib.Path, notebook: bool) -> dict[str, bytes]:
 
 
 def as_notebook(source: str) -> str:
-    """A recipe cut into cells, without `main`; the last cell trains."""
-    tree, lines, cells, end, before = ast.parse(source), source.splitlines(), [], 0, None
+    """Splits a recipe into notebook cells, without `main`, and appends a cell that trains."""
+    tree, lines, cells, end, previous = ast.parse(source), source.splitlines(), [], 0, None
     for node in tree.body:
         text, end = "\n".join(lines[end : node.end_lineno]), node.end_lineno
         if node is tree.body[0] and ast.get_docstring(tree):
             title, _, rest = ast.get_docstring(tree).partition("\n")
             cells.append(nbformat.v4.new_markdown_cell(f"# {title}\n\n```\n{rest.strip()}\n```"))
-        elif isinstance(before, ast.Import | ast.ImportFrom) and isinstance(node, ast.Import | ast.ImportFrom):
-            cells[-1].source += f"\n{text}"  # With the empty lines between groups of imports.
+        elif isinstance(previous, ast.Import | ast.ImportFrom) and isinstance(node, ast.Import | ast.ImportFrom):
+            cells[-1].source += f"\n{text}"  # `text` includes blank lines between import groups.
         elif getattr(node, "name", "") != "main" and not text.strip().startswith("if __name__"):
             cells.append(nbformat.v4.new_code_cell(text.strip()))
-        before = node
+        previous = node
     cells.append(nbformat.v4.new_markdown_cell(TRAINING))
     cells.append(nbformat.v4.new_code_cell('metrics = train(Config(data="sample", smoke=True, epochs=2))\nmetrics'))
     for number, cell in enumerate(cells):
-        cell.id = f"cell-{number}"  # The same file for the same recipe.
+        cell.id = f"cell-{number}"  # Random ids would make the output differ between calls.
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     return nbformat.writes(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})) + "\n"
 
 
 def write(folder: pathlib.Path, files: dict[str, bytes]) -> None:
-    """Writes all files or none: under another name first, then renamed.
+    """Writes all files or none: writes to a temporary folder, then renames it.
 
     Raises:
-        UserError: the folder has something in it, or can't be written.
+        UserError: the folder is not empty, or can't be written.
     """
     try:
-        there = folder.is_dir()
-        if there and any(folder.iterdir()):
+        exists = folder.is_dir()
+        if exists and any(folder.iterdir()):
             raise UserError(f"{folder}: is not empty; name a new folder")
-        if not there and os.path.lexists(folder):
+        if not exists and os.path.lexists(folder):
             raise UserError(f"{folder}: is no folder; name a new one")
         if not folder.parent.is_dir():
             raise UserError(f"{folder}: there is no folder {folder.parent}; create it first")
-        # Inside a folder that is there, as its parent may be read-only and a shell may stand in it.
-        part = (folder if there else folder.parent) / f".new-project-{os.getpid()}"
+        # An existing folder is kept: its parent may be read-only, and a shell may use it as working directory.
+        part = (folder if exists else folder.parent) / f".new-project-{os.getpid()}"
         try:
             for name, content in files.items():
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
                 (part / name).write_bytes(content)
-            if there:
+            if exists:
                 for path in part.iterdir():
                     path.rename(folder / path.name)
             else:

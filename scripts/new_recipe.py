@@ -1,8 +1,8 @@
-"""Starts a new recipe as a copy of another one, with a test of its own.
+"""Creates a new recipe as a copy of an existing one, together with a test.
 
     python scripts/new_recipe.py my_task --from mnist_cnn
 
-All other tests find a recipe by listing recipes/. tools/reproduce.py measures it and adds its row to README.md.
+The other tests find the new recipe in recipes/. tools/reproduce.py measures it and adds its row to README.md.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ import re
 
 from common.cli import Parser, UserError, run_script
 
-RESULT = r"^Result    .*(?:\n {10}.*)*$"  # In the docstring of a recipe, with the lines that belong to it.
+RESULT = r"^Result    .*(?:\n {10}.*)*$"  # The Result entry of a docstring, with its continuation lines.
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -27,8 +27,8 @@ def main() -> None:
 
 
 def new_recipe(root: pathlib.Path, name: str, original: str) -> None:
-    """Copies the recipe under its new name and writes its test."""
-    source, target = (root / "recipes" / f"{each}.py" for each in (original, name))
+    """Copies a recipe to a new name and writes a test for it."""
+    source, target = (root / "recipes" / f"{stem}.py" for stem in (original, name))
     test = root / "tests" / f"test_{name}.py"
     if not re.fullmatch(r"\w+", original) or not source.exists():
         names = ", ".join(sorted(path.stem for path in target.parent.glob("*.py")))
@@ -38,13 +38,13 @@ def new_recipe(root: pathlib.Path, name: str, original: str) -> None:
     for path in (target, test):
         if path.exists():
             raise UserError(f"{path.relative_to(root)}: exists already; choose another name")
-    # A program's own folder comes first on the import path: recipes/json.py would hide Python's json.
+    # The folder of a script comes first on the import path, so recipes/json.py would shadow Python's json module.
     if keyword.iskeyword(name) or importlib.util.find_spec(name):
         raise UserError(f"{name}: Python has a use of its own for this name; choose another")
-    # Only where it is the recipe's name: there is a keras.distillation, and who prunes speaks of pruning.
+    # Replace only the name of the recipe, not the same word elsewhere, as in keras.distillation.
     own_name = rf'(?<=recipes/){original}(?=\.py)|(?<="){original}(?=")'
     text = re.sub(own_name, name, source.read_text(encoding="utf-8"))
-    # What was measured was the original.
+    # The measured result belongs to the original recipe.
     target.write_text(re.sub(RESULT, "Result    not yet measured", text, count=1, flags=re.MULTILINE), "utf-8")
     test.write_text(TEST.format(name=name), encoding="utf-8")
 

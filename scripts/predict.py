@@ -1,12 +1,12 @@
-"""Says what a trained model makes of new pictures, texts or rows.
+"""Predicts new images, texts or table rows with a trained model.
 
     python scripts/predict.py runs/my_run cat.png dog.jpg
     python scripts/predict.py digits.tflite scan.png
     echo "a film to remember" | python scripts/predict.py runs/my_run - --json
 
-What the files hold follows from the model: pictures, of any size and each a file; texts, one to a line, or in a .csv
-with the text column of the training; or a CSV with the columns that the model was trained on, in any order. `-` reads
-standard input: a picture, lines or a CSV of numbers.
+The model determines the kind of input. Images: one per file, of any size. Texts: one per line, or a .csv file with the
+text column used in training. Tables: a CSV file with the columns used in training, in any order. `-` reads standard
+input: an image, lines of text or a CSV of numbers.
 """
 
 import json
@@ -33,22 +33,22 @@ def main() -> None:
     parser.add_argument("files", nargs="+", help="what to predict; - for standard input")
     parser.add_argument("--json", action="store_true", help="one JSON object to a line")
     arguments = parser.parse_args()
-    answers = predict(arguments.model, arguments.files)
+    predictions = predict(arguments.model, arguments.files)
     try:
         if arguments.json:
-            print("\n".join(map(json.dumps, answers)))
+            print("\n".join(map(json.dumps, predictions)))
         else:
-            rich.print(as_table(answers))
+            rich.print(as_table(predictions))
         sys.stdout.flush()
     except OSError as error:
-        if not isinstance(error, BrokenPipeError):  # A reader such as `head` has seen enough.
+        if not isinstance(error, BrokenPipeError):  # The reader, such as `head`, closed the pipe.
             print(f"error: standard output: {error.strerror}; write to another place", file=sys.stderr)
-        os._exit(2)  # Python's own farewell would try to write once more.
+        os._exit(2)  # A normal exit would flush standard output and fail again.
 
 
 def predict(path: pathlib.Path, files: list[str]) -> list[dict]:
-    """One answer for each picture, line or row: `input`, and what the writer of the model's kind of output gives."""
-    description, answer = artefacts.load(path)
+    """Returns one dict per image, line or row: `input`, plus the fields of the writer for this kind of output."""
+    description, model = artefacts.load(path)
     functions = []
     for side, known in (("input", READERS), ("output", WRITERS)):
         if (kind := description["task"][side]) not in known:
@@ -71,13 +71,13 @@ def predict(path: pathlib.Path, files: list[str]) -> list[dict]:
         except UserError as error:
             line = str(error).replace(str(pathlib.Path(folder, "standard_input")), "standard input")
             raise UserError(line) from error
-    outputs = answer(inputs)
+    outputs = model(inputs)
     rows = (tf.nest.map_structure(operator.itemgetter(row), outputs) for row in range(len(titles)))
     return [{"input": title, **write(description, row)} for title, row in zip(titles, rows, strict=True)]
 
 
 def standard_input(folder: pathlib.Path) -> pathlib.Path:
-    """What comes in through standard input, as a file."""
+    """Saves standard input to a file in `folder`."""
     path = folder / "standard_input"
     if sys.stdin is None:
         raise UserError("-: there is no standard input; give files")
@@ -85,35 +85,35 @@ def standard_input(folder: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def read_pictures(description: dict, sources: list[tuple[str, pathlib.Path]]) -> tuple[list[str], np.ndarray]:
-    """A picture from each file."""
+def read_images(description: dict, sources: list[tuple[str, pathlib.Path]]) -> tuple[list[str], np.ndarray]:
+    """Reads one image per file."""
     return [title for title, _ in sources], np.stack([read_image(path, description["shape"]) for _, path in sources])
 
 
 def read_lines(description: dict, sources: list[tuple[str, pathlib.Path]]) -> tuple[list[str], np.ndarray]:
-    """The texts of the files."""
+    """Reads the texts of all files."""
     texts = [text for _, path in sources for text in read_texts(path, description["text_column"])]
     return [text.decode() for text in texts], np.array(texts, object)
 
 
 def read_rows(description: dict, sources: list[tuple[str, pathlib.Path]]) -> tuple[list[str], np.ndarray]:
-    """The rows of the files, with the columns of the training."""
+    """Reads the rows of all files, with the columns used in training."""
     shape, titles, rows = description["shape"], [], []
     for title, path in sources:
         table = read_csv(path, [])
         columns = description["columns"] or list(table.columns)  # Generated columns have no names.
         missing = [column for column in columns if column not in table]
         if missing or len(columns) != shape[0]:
-            wanted = ", ".join(description["columns"]) or f"{shape[0]} columns"
-            has = ", ".join(table.columns)
-            raise UserError(f"{title}: the model takes {wanted}, and the file has {has}; rename or add columns")
+            expected = ", ".join(description["columns"]) or f"{shape[0]} columns"
+            actual = ", ".join(table.columns)
+            raise UserError(f"{title}: the model takes {expected}, and the file has {actual}; rename or add columns")
         rows.append(numbers(path, table[columns]))
         titles += [f"{title}, row {number}" for number in range(2, len(table) + 2)]
     return titles, np.concatenate(rows)
 
 
 def write_class(description: dict, probabilities: np.ndarray) -> dict:
-    """The likeliest class, and the probabilities of all by name."""
+    """Returns the most likely class, and the probability of each class by name."""
     class_names, probabilities = description["class_names"], probabilities.tolist()
     return {
         "class": class_names[np.argmax(probabilities)],
@@ -123,24 +123,24 @@ def write_class(description: dict, probabilities: np.ndarray) -> dict:
 
 
 def write_number(description: dict, values: np.ndarray) -> dict:
-    """The predicted number."""
+    """Returns the predicted number."""
     (value,) = values.tolist()
     return {"value": value}
 
 
-# A recipe of another kind adds its functions here. A reader takes the model's description and (title, path) of each
-# file, and gives a title for each example and the model's inputs [n, ...]. A writer takes the description and the
-# model's output for one example, and gives what JSON can hold.
-READERS = {"image": read_pictures, "text": read_lines, "table": read_rows}
+# Add functions here for recipes with other kinds of inputs or outputs. A reader takes the model's description and the
+# (title, path) pairs of the files. It returns a title per example and the model's inputs [n, ...]. A writer takes the
+# description and the output for one example, and returns a JSON-serializable dict.
+READERS = {"image": read_images, "text": read_lines, "table": read_rows}
 WRITERS = {"class": write_class, "number": write_number}
 
 
-def as_table(answers: list[dict]) -> Table:
-    """The answers for people, without the probabilities of the other classes."""
-    columns = [name for name in answers[0] if name != "probabilities"]
+def as_table(predictions: list[dict]) -> Table:
+    """Formats the predictions as a table, without the probabilities of the other classes."""
+    columns = [name for name in predictions[0] if name != "probabilities"]
     table = Table(*columns)
-    for answer in answers:
-        cells = (answer[name] for name in columns)
+    for prediction in predictions:
+        cells = (prediction[name] for name in columns)
         table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else escape(str(cell)) for cell in cells))
     return table
 

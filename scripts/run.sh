@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up and runs a recipe: scripts/run.sh NAME [FLAGS]
+# Sets up the environment and runs a recipe: scripts/run.sh NAME [FLAGS]
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 recipe=${1:-}

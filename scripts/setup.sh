@@ -1,5 +1,5 @@
-# Sourced by run.sh and test.sh: makes .venv, or brings it up to date when the requirements have changed.
-# Usage: source scripts/setup.sh run|test; sets $root, and $python to the interpreter of .venv.
+# Sourced by run.sh and test.sh: creates .venv, or updates it if the requirements have changed.
+# Usage: source scripts/setup.sh run|test; sets $root, and sets $python to the interpreter of .venv.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 purpose=$1
@@ -22,19 +22,19 @@ if ! "$python" -c '' 2>/dev/null; then
     "$found" -m venv --clear "$root/.venv" || fail "$found can't make a virtual environment; on Debian: apt install python3-venv"
 fi
 
-# What is installed is noted last, so that an interrupted installation is done again.
+# Record the checksum only after pip succeeds, so that an interrupted installation is repeated.
 files=(requirements.txt)
 if nvidia-smi --list-gpus >/dev/null 2>&1; then files+=(requirements-gpu.txt); fi
 if [ "$purpose" = test ]; then files+=(requirements-dev.txt); fi
 installed=$root/.venv/installed
 for file in "${files[@]}"; do
-    wanted=$(cd "$root" && cat "$file" requirements.txt constraints.txt pyproject.toml | cksum)
-    if [ "$(cat "$installed/$file" 2>/dev/null)" != "$wanted" ]; then
+    checksum=$(cd "$root" && cat "$file" requirements.txt constraints.txt pyproject.toml | cksum)
+    if [ "$(cat "$installed/$file" 2>/dev/null)" != "$checksum" ]; then
         echo "installing $file" >&2
         (cd "$root" && "$python" -m pip install --quiet --disable-pip-version-check \
             --requirement "$file" --constraint constraints.txt >&2) ||
             fail "pip could not install $file; see its lines above"
         mkdir -p "$installed"
-        echo "$wanted" >"$installed/$file"
+        echo "$checksum" >"$installed/$file"
     fi
 done

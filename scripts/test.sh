@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up and runs the tests: scripts/test.sh [--all] [PYTEST FLAGS]
-# Without --all, those of a few minutes, which check each promise once.
+# Sets up the environment and runs the tests: scripts/test.sh [--all] [PYTEST FLAGS]
+# Without --all, only the tests that are not marked long, slow or gpu run.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test
 cd "$root"

@@ -1,8 +1,8 @@
-"""Image classifier in plain Keras: from pictures in a folder per class to a saved model.
+"""Image classifier in plain Keras: trains on one folder of images per class and saves the model.
 
 Install   pip install keras tensorflow tensorboard pandas scikit-learn pillow
-Run       python image_classifier.py FOLDER    FOLDER/CLASS/picture.png, or below train, validation and test
-          python image_classifier.py           the handwritten digits of scikit-learn
+Run       python image_classifier.py FOLDER    FOLDER/CLASS/image.png, or FOLDER/{train,validation,test}/CLASS/image.png
+          python image_classifier.py           trains on the handwritten digits of scikit-learn
 Watch     tensorboard --logdir runs
 Use       keras.models.load_model("runs/.../model.keras").predict(pixels)    [n, height, width, channels], 0 to 255
 """
@@ -18,18 +18,18 @@ import sklearn.datasets
 from keras import callbacks, layers
 from PIL import Image, ImageOps
 
-IMAGE_SIZE = (28, 28)  # width and height that all pictures are padded to; 64 or 96 suits photos
-SHIFT, FLIP = 0.07, False  # training pictures move by up to this share of their size; are mirrored or not
+IMAGE_SIZE = (28, 28)  # width and height; images are resized and padded; use 64 or 96 for photos
+SHIFT, FLIP = 0.07, False  # augmentation: maximum translation as a fraction of the image size; horizontal flips
 EPOCHS, BATCH_SIZE, SEED, LEARNING_RATE, WARMUP, WEIGHT_DECAY, LABEL_SMOOTHING = 15, 128, 0, 0.006, 0.15, 0.02, 0.05
 PARTS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
 
 
 def read(path):
-    """A picture as uint8 [height, width, 3], turned as the camera noted, on white; None if it can't be read."""
+    """Reads an image as uint8 [height, width, 3], EXIF rotation applied, on white; None if it can't be read."""
     try:
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode.startswith(("I", "F")):
-            return None  # More than 8 bits.
+            return None  # More than 8 bits per channel.
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return np.asarray(ImageOps.pad(image.convert("RGB"), IMAGE_SIZE, color="white"))
     except (OSError, ValueError, SyntaxError):
@@ -44,27 +44,27 @@ if root := parser.parse_args().folder:
     used = [path for path in files if path.suffix.lower() in Image.registered_extensions() and len(path.parts) > depth]
     used = [path for path in used if depth == 1 or path.parts[0].lower() in PARTS]
     print("unused:", pd.Series([f"{x.parts[0]}/*{x.suffix}" for x in set(files) - set(used)]).value_counts().to_dict())
-    pictures = [read(root / path) for path in used]
-    broken = [str(path) for path, picture in zip(used, pictures, strict=True) if picture is None]
+    images = [read(root / path) for path in used]
+    broken = [str(path) for path, image in zip(used, images, strict=True) if image is None]
     if broken or not used:
         parser.error(f"{root}: {len(used)} pictures in folders of classes, not readable in 8 bits are {broken[:10]}")
     names = np.array([path.parts[depth - 1] for path in used])
     parts = np.array([PARTS[path.parts[0].lower()] if depth == 2 else "train" for path in used], object)
 else:
     digits, names = sklearn.datasets.load_digits(return_X_y=True)
-    images = [Image.fromarray(digit) for digit in (digits.reshape(-1, 8, 8) * 15.9).astype("uint8")]
-    pictures = [np.asarray(image.convert("RGB").resize(IMAGE_SIZE)) for image in images]
-    parts = np.full(len(images), "train", object)
-pixels = np.stack(pictures)
-pixels = pixels[..., :1] if (pixels == pixels[..., :1]).all() else pixels  # One channel if all are grey.
-# A missing test or validation part is cut from train: a tenth of each class, equal pictures on the same side.
-place = pd.Series([zlib.crc32(picture) for picture in pictures]).groupby([names, parts]).rank("dense") % 10
+    digit_images = [Image.fromarray(digit) for digit in (digits.reshape(-1, 8, 8) * 15.9).astype("uint8")]
+    images = [np.asarray(image.convert("RGB").resize(IMAGE_SIZE)) for image in digit_images]
+    parts = np.full(len(digit_images), "train", object)
+pixels = np.stack(images)
+pixels = pixels[..., :1] if (pixels == pixels[..., :1]).all() else pixels  # Grayscale needs one channel.
+# If there is no test or validation split, take 10 % of each class from train; duplicates stay in the same split.
+rank = pd.Series([zlib.crc32(image) for image in images]).groupby([names, parts]).rank("dense") % 10
 for number, part in enumerate(["test", "validation"], start=1):
-    parts[(part not in parts) & (parts == "train") & (place == number)] = part
+    parts[(part not in parts) & (parts == "train") & (rank == number)] = part
 print(counts := pd.crosstab(names, parts).reindex(columns=["train", "validation", "test"], fill_value=0))
-if (lacking := counts.index[counts.min(axis=1) == 0].tolist()) or len(counts) < 2:
-    parser.error(f"at least 2 classes are needed, of each 3 different pictures: {lacking[:10] or list(counts.index)}")
-targets = (names[:, None] == counts.index.to_numpy()).astype("float32")  # One-hot.
+if (missing := counts.index[counts.min(axis=1) == 0].tolist()) or len(counts) < 2:
+    parser.error(f"at least 2 classes are needed, of each 3 different pictures: {missing[:10] or list(counts.index)}")
+targets = (names[:, None] == counts.index.to_numpy()).astype("float32")  # one-hot
 data = {part: (pixels[parts == part], targets[parts == part]) for part in counts}
 
 keras.utils.set_random_seed(SEED)
@@ -77,14 +77,14 @@ for filters in (32, 64, 128, 256):
 x = layers.Dense(128, activation="relu")(layers.Flatten()(x))
 model = keras.Model(inputs, layers.Dense(len(counts), activation="softmax")(x))
 
-batch_size = min(BATCH_SIZE, len(data["train"][0]) // 30 + 1)  # At least 30 steps in an epoch.
+batch_size = min(BATCH_SIZE, len(data["train"][0]) // 30 + 1)  # At least 30 steps per epoch.
 warmup = int(WARMUP * (steps := EPOCHS * -(-len(data["train"][0]) // batch_size)))
 schedule = keras.optimizers.schedules.CosineDecay(0.0, steps - warmup, warmup_target=LEARNING_RATE, warmup_steps=warmup)
 optimizer = keras.optimizers.AdamW(schedule, weight_decay=WEIGHT_DECAY, epsilon=1e-3)
 model.compile(optimizer, keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING), metrics=["accuracy"])
 folder = f"runs/{pd.Timestamp.now():%Y%m%d-%H%M%S}"
-keep = [callbacks.TensorBoard(folder), callbacks.EarlyStopping(patience=EPOCHS, restore_best_weights=True)]
-model.fit(*data["train"], batch_size, EPOCHS, callbacks=keep, validation_data=data["validation"], verbose=2)
+fit_callbacks = [callbacks.TensorBoard(folder), callbacks.EarlyStopping(patience=EPOCHS, restore_best_weights=True)]
+model.fit(*data["train"], batch_size, EPOCHS, callbacks=fit_callbacks, validation_data=data["validation"], verbose=2)
 model.save(f"{folder}/model.keras")
 counts.to_csv(f"{folder}/classes.csv")
 print(f"test accuracy {model.evaluate(*data['test'], verbose=0)[1]:.4f}")

@@ -28,14 +28,14 @@ def test_python(version, trouble):
 )
 def test_packages(installed, found, trouble):
     (finding,) = doctor.check_packages(["keras>=3.15.1,<3.16  # why", "-e .", ""], installed)
-    assert (finding.subject, finding.found, finding.trouble) == ("keras", found, trouble)
+    assert (finding.subject, finding.message, finding.trouble) == ("keras", found, trouble)
     assert ("pip install" in finding.remedy) is trouble
 
 
 def test_a_known_bad_release():
     (finding,) = doctor.check_packages([], {"keras": "3.15.0"})
     assert finding.trouble
-    assert "security" in finding.found
+    assert "security" in finding.message
     assert finding.remedy.endswith("pip install -U keras")
 
 
@@ -45,16 +45,16 @@ def test_a_known_bad_release():
 )
 def test_gpu(driver, seen, found, trouble):
     finding = doctor.check_gpu(driver, seen)
-    assert found in finding.found
+    assert found in finding.message
     assert ("requirements-gpu.txt" in finding.remedy, finding.trouble) == (trouble, trouble)
 
 
 def test_bfloat16_is_named_where_it_pays():
     fast = doctor.check_precision(400e9, 800e9)
-    assert "2.0 times as fast" in fast.found
+    assert "2.0 times as fast" in fast.message
     assert fast.remedy.endswith("--precision mixed_bfloat16")
     slow = doctor.check_precision(400e9, 40e9)
-    assert (slow.found.split(";")[0], slow.remedy) == ("float32", "")
+    assert (slow.message.split(";")[0], slow.remedy) == ("float32", "")
     assert (fast.trouble, slow.trouble) == (False, False)
 
 
@@ -70,7 +70,7 @@ def test_threads(environment, trouble):
 def test_patches(versions, trouble):
     finding = doctor.check_patch(("logs", Patch("keras", versions, "fit fails", lambda: None)))
     assert (finding.subject, finding.trouble) == ("patch 'logs'", trouble)
-    assert finding.found.startswith("keras 3.15")
+    assert finding.message.startswith("keras 3.15")
     assert finding.remedy.endswith("-m pip install 'keras==3.14.*'" if trouble else "")
 
 
@@ -78,8 +78,8 @@ def test_memory_and_disk():
     assert not doctor.check_memory(8 * GIB).trouble
     assert doctor.check_memory(2 * GIB).trouble
     assert not doctor.check_disk(HERE, 50 * GIB, True).trouble
-    assert "0.5 GiB free" in doctor.check_disk(HERE, GIB // 2, True).found
-    assert "may not be written" in doctor.check_disk(HERE, 50 * GIB, False).found
+    assert "0.5 GiB free" in doctor.check_disk(HERE, GIB // 2, True).message
+    assert "may not be written" in doctor.check_disk(HERE, 50 * GIB, False).message
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_memory_and_disk():
 )
 def test_missing_data_is_a_note(prepared, network, found):
     finding = doctor.check_data("MNIST", HERE, prepared, network)
-    assert found in finding.found
+    assert found in finding.message
     assert not finding.trouble
     assert bool(finding.remedy) == ("sample" in found)
 

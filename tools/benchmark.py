@@ -1,4 +1,4 @@
-"""Measures how fast the recipes train, in alternating fresh processes.
+"""Measures the training speed of the recipes. Each measurement runs in a new process, and the variants alternate.
 
     python tools/benchmark.py cifar10_cnn --data tfds
     python tools/benchmark.py cifar10_cnn --data tfds --precision mixed_bfloat16
@@ -6,28 +6,32 @@
     python tools/benchmark.py workers --data tfds
     python tools/benchmark.py strategy --data tfds
 
-For a recipe, each round runs: the naive way (the same layers and batches, arrays from NumPy, pixels divided to float64,
-no augmentation, Adam as it comes, float32, plain `fit`, none of this project's layers, optimizers and patches, oneDNN
-where TensorFlow uses it by itself); the recipe; its twin in PyTorch, as it is and with `torch.compile`
-(tools/pytorch_twin.py, where
-requirements-benchmark.txt is installed), in the precision of the recipe; and products of large matrices in that
-precision, for the peak of the machine. Examples per second leave out the first execution, and validation. Of the same
-time, the recipe's process counts what Keras spends in callbacks: TensorBoard, checkpoints, the record, and logs made
-ready for them. The first execution, of one step or of several, counts from the start of the process. The share of the
-peak takes from each layer with a kernel, for each example,
+For a recipe, each round measures four things:
+- the naive baseline: the same layers and batch size, NumPy arrays, pixels divided to float64, no augmentation, Adam
+  with default arguments, float32, plain `fit`, TensorFlow's default for oneDNN, and none of this project's layers,
+  optimizers and patches;
+- the recipe;
+- its PyTorch twin, with and without `torch.compile`, in the precision of the recipe (tools/pytorch_twin.py, if
+  requirements-benchmark.txt is installed);
+- products of large matrices in that precision, which give the peak FLOPS of the machine.
 
-    2 x (numbers in the kernel) x (places where it is applied)
+Examples per second exclude the first execution and validation. The share of callbacks is the part of this time that
+Keras spends in them: TensorBoard, checkpoints, the record, and the preparation of logs. The time to the first execution
+(one or several steps) starts with the process. The share of the peak counts, per example and layer with a kernel,
 
-operations forwards, as many for the gradient of the kernel unless it is frozen, and as many for the gradient of the
-input if a layer before it is trained.
+    2 x (parameters of the kernel) x (output positions)
 
-`target` compares the time to 70 % validation accuracy of cifar10_cnn with `--epochs 5` and of the naive script: batches
-of 32, until there or given up. `workers` compares cifar10_cnn as two workers of scripts/launch.py with one process,
-on the same cores; `strategy` in a strategy with a single replica with no strategy at all; two epochs each.
+operations for the forward pass, the same number for the gradient of the kernel unless it is frozen, and the same number
+for the gradient of the input if an earlier layer is trained.
 
-Round n has seed n. Ratios are given as the median over the rounds, with the lowest and the highest: of five rounds,
-these hold the true median between them in 94 % of the cases. Writes results/benchmark-RECIPE-PRECISION-MACHINE.json
-or results/WORD.json, and brings README.md in step.
+`target` compares the time to 70 % validation accuracy of cifar10_cnn with `--epochs 5` and of the naive script, which
+uses batches of 32 and stops at the target or after --naive-epochs. `workers` compares cifar10_cnn on two workers of
+scripts/launch.py with a single process on the same cores. `strategy` compares a strategy with one replica with no
+strategy. Both train for two epochs.
+
+Round n uses seed n. Ratios are reported as median, minimum and maximum over the rounds; with five rounds, the true
+median lies between minimum and maximum in 94 % of cases. Writes results/benchmark-RECIPE-PRECISION-MACHINE.json or
+results/WORD.json, and updates README.md.
 """
 
 import argparse
@@ -51,54 +55,56 @@ from common.records import provenance
 
 from measure import TARGET
 from publish import publish
-from published import benchmark_name, code_sha256, read_records, recipe_paths, without_places, write_record
+from published import benchmark_name, code_sha256, read_records, recipe_paths, without_data_dir, write_record
 
 ROOT = pathlib.Path(__file__).parent.parent
-# What is compared with what: the first is the measure.
+# The compared variants; the first one is the baseline.
 DISTRIBUTED = {"workers": ["strategy none", "2 workers"], "strategy": ["strategy none", "strategy mirrored"]}
-KERAS_WAYS = ("naive", "recipe")
-TORCH_WAYS = {"PyTorch": [], "PyTorch compiled": ["--compile"]}
-Way = Callable[[int], dict[str, Any]]
+KERAS_VARIANTS = ("naive", "recipe")
+TORCH_VARIANTS = {"PyTorch": [], "PyTorch compiled": ["--compile"]}
+Variant = Callable[[int], dict[str, Any]]
 
 
 def compare_speed(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
-    """Runs the rounds for a recipe, and returns the record that is written."""
+    """Runs the rounds for a recipe, and returns the record."""
     name = arguments.what
 
-    def in_keras(way: str, *flags: str) -> Way:
-        words = (name, way, *data_flags(arguments), "--precision", arguments.precision, *flags)
-        return lambda seed: printed(ROOT / "tools" / "measure.py", *words, "--seed", str(seed), naive=way == "naive")
+    def in_keras(variant: str, *flags: str) -> Variant:
+        words = (name, variant, *data_flags(arguments), "--precision", arguments.precision, *flags)
+        return lambda seed: run_measurement(
+            ROOT / "tools" / "measure.py", *words, "--seed", str(seed), naive=variant == "naive"
+        )
 
     in_keras("describe", "--folder", str(folder))(0)
     described = json.loads((folder / "network.json").read_text())
-    ways = {way: in_keras(way) for way in KERAS_WAYS}
+    variants = {variant: in_keras(variant) for variant in KERAS_VARIANTS}
     if importlib.util.find_spec("torch"):
-        for way, flags in TORCH_WAYS.items():
-            ways[way] = lambda seed, flags=flags: printed(
+        for variant, flags in TORCH_VARIANTS.items():
+            variants[variant] = lambda seed, flags=flags: run_measurement(
                 ROOT / "tools" / "pytorch_twin.py", str(folder), *flags, "--seed", str(seed)
             )
     else:
         print("no PyTorch: its twins are left out; pip install -r requirements-benchmark.txt")
-    rounds = alternate({"peak": in_keras("peak"), **ways}, arguments.rounds, "examples_per_second")
-    flops, peak = described["training_flops_per_example"], statistics.median(each["peak"]["flops"] for each in rounds)
+    rounds = alternate({"peak": in_keras("peak"), **variants}, arguments.rounds, "examples_per_second")
+    flops, peak = described["training_flops_per_example"], statistics.median(run["peak"]["flops"] for run in rounds)
 
-    def ratio_to(way: str) -> dict[str, float] | None:
-        if way not in ways:
+    def ratio_to(variant: str) -> dict[str, float] | None:
+        if variant not in variants:
             return None
-        return interval([each["recipe"]["examples_per_second"] / each[way]["examples_per_second"] for each in rounds])
+        return interval([run["recipe"]["examples_per_second"] / run[variant]["examples_per_second"] for run in rounds])
 
-    speeds = {way: statistics.median(each[way]["examples_per_second"] for each in rounds) for way in ways}
-    best_torch = max(TORCH_WAYS, key=lambda way: speeds.get(way, 0))
+    speeds = {variant: statistics.median(run[variant]["examples_per_second"] for run in rounds) for variant in variants}
+    best_torch = max(TORCH_VARIANTS, key=lambda variant: speeds.get(variant, 0))
     return {
         "recipe": name,
         "data": described["data"],
         "examples_per_second": speeds,
         "to_naive": ratio_to("naive"),
         "to_pytorch": ratio_to(best_torch),
-        "better_pytorch": best_torch if best_torch in ways else None,
-        "to_no_callbacks": interval([1 - each["recipe"]["callbacks"] for each in rounds]),
+        "better_pytorch": best_torch if best_torch in variants else None,
+        "to_no_callbacks": interval([1 - run["recipe"]["callbacks"] for run in rounds]),
         "first_step_seconds": {
-            way: statistics.median(each[way]["first_step_seconds"] for each in rounds) for way in ways
+            variant: statistics.median(run[variant]["first_step_seconds"] for run in rounds) for variant in variants
         },
         "precision": described["precision"],
         "batch_size": described["batch_size"],
@@ -110,45 +116,47 @@ def compare_speed(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[s
     }
 
 
-def printed(script: pathlib.Path, *words: str, naive: bool = False) -> dict[str, Any]:
-    """Runs a script, whose last line is JSON; `first_step`, a point in time, becomes seconds from its start."""
-    # Empty, the variable that common/startup.py sets leaves TensorFlow its own choice.
+def run_measurement(script: pathlib.Path, *words: str, naive: bool = False) -> dict[str, Any]:
+    """Runs a script and parses its last line as JSON. Converts `first_step`, a time, to seconds since the start."""
+    # common/startup.py sets this variable; an empty value restores TensorFlow's default.
     environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": ""} if naive else None
-    began = time.time()
+    start = time.time()
     run = run_program(str(script), *words, stdout=subprocess.PIPE, text=True, env=environment)
     figures = json.loads(run.stdout.splitlines()[-1])
     if "first_step" in figures:
-        figures["first_step_seconds"] = figures.pop("first_step") - began
+        figures["first_step_seconds"] = figures.pop("first_step") - start
     return figures
 
 
 def run_program(*words: str, **options: Any) -> subprocess.CompletedProcess:
-    """Runs a Python program; one that fails has said why, and ends this one with its exit code."""
+    """Runs a Python program. If it fails, exits with its exit code; its own error message is enough."""
     run = subprocess.run([sys.executable, *words], check=False, **options)
     if run.returncode:
         sys.exit(run.returncode)
     return run
 
 
-def alternate(ways: dict[str, Way], rounds: int, shown: str) -> list[dict[str, dict[str, Any]]]:
-    """Runs all ways in turn, `rounds` times, every other time backwards; prints and returns their figures."""
-    done = []
+def alternate(variants: dict[str, Variant], rounds: int, metric: str) -> list[dict[str, dict[str, Any]]]:
+    """Runs all variants `rounds` times, in reverse order every other time. Prints `metric` and returns all figures."""
+    results = []
     for number in range(rounds):
-        order = list(ways) if number % 2 == 0 else list(reversed(ways))
-        figures = {way: ways[way](number) for way in order}
-        done.append({way: figures[way] for way in ways})
-        lines = [f"{way} {done[-1][way][shown]:,.1f}" for way in ways if shown in done[-1][way]]
-        print(f"round {number + 1}, {shown.replace('_', ' ')}: {', '.join(lines)}", flush=True)
-    return done
+        order = list(variants) if number % 2 == 0 else list(reversed(variants))
+        figures = {variant: variants[variant](number) for variant in order}
+        results.append({variant: figures[variant] for variant in variants})
+        lines = [
+            f"{variant} {results[-1][variant][metric]:,.1f}" for variant in variants if metric in results[-1][variant]
+        ]
+        print(f"round {number + 1}, {metric.replace('_', ' ')}: {', '.join(lines)}", flush=True)
+    return results
 
 
 def interval(values: list[float]) -> dict[str, float]:
-    """Median, lowest and highest."""
+    """Returns median, minimum and maximum."""
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
 def run_recipe(arguments: argparse.Namespace, *flags: str, launcher: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Runs cifar10_cnn as a user would; what its result.json says."""
+    """Runs cifar10_cnn from the command line, and returns its result.json."""
     with tempfile.TemporaryDirectory() as folder:
         directory = pathlib.Path(folder, "run")
         command = [*launcher, "recipes/cifar10_cnn.py", *(["--"] if launcher else []), *data_flags(arguments)]
@@ -157,17 +165,17 @@ def run_recipe(arguments: argparse.Namespace, *flags: str, launcher: tuple[str, 
         return json.loads((directory / "result.json").read_text())
 
 
-def kept(result: dict[str, Any]) -> dict[str, Any]:
-    """What a record repeats of a result."""
+def common_fields(result: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a result that are copied to the record."""
     return {"parameters": result["parameters"], "data": result["data"]}
 
 
 def compare_target(arguments: argparse.Namespace, _: pathlib.Path) -> dict[str, Any]:
-    """Runs the rounds of `target`. Where the naive way gave up, the time it spent counts: its true time is longer."""
+    """Runs the rounds of `target`. If the naive script misses the target, its elapsed time is used as a lower bound."""
 
     def naive(seed: int) -> dict[str, Any]:
         flags = [*data_flags(arguments), "--naive-epochs", str(arguments.naive_epochs), "--seed", str(seed)]
-        return printed(ROOT / "tools" / "measure.py", "cifar10_cnn", "target", *flags, naive=True)
+        return run_measurement(ROOT / "tools" / "measure.py", "cifar10_cnn", "target", *flags, naive=True)
 
     def recipe(seed: int) -> dict[str, Any]:
         result = run_recipe(arguments, "--epochs", "5", "--seed", str(seed))
@@ -175,33 +183,38 @@ def compare_target(arguments: argparse.Namespace, _: pathlib.Path) -> dict[str, 
         if not reached and not arguments.smoke:
             raise UserError(f"cifar10_cnn missed {TARGET:.0%} in 5 epochs at seed {seed}")
         seconds = min(reached, default=result["history"][-1]["seconds"])
-        return {"seconds_to_target": seconds, "reached": bool(reached), **kept(result)}
+        return {"seconds_to_target": seconds, "reached": bool(reached), **common_fields(result)}
 
     rounds = alternate({"naive": naive, "recipe": recipe}, arguments.rounds, "seconds_to_target")
-    spent = [each["recipe"]["seconds_to_target"] / each["naive"]["seconds_to_target"] for each in rounds]
-    missed = sum(not each["naive"]["reached"] for each in rounds)
-    return {"target_validation_accuracy": TARGET, "to_naive": interval(spent), "naive_missed": missed, "rounds": rounds}
+    ratios = [times["recipe"]["seconds_to_target"] / times["naive"]["seconds_to_target"] for times in rounds]
+    missed = sum(not times["naive"]["reached"] for times in rounds)
+    return {
+        "target_validation_accuracy": TARGET,
+        "to_naive": interval(ratios),
+        "naive_missed": missed,
+        "rounds": rounds,
+    }
 
 
 def compare_distributed(arguments: argparse.Namespace, _: pathlib.Path) -> dict[str, Any]:
     """Runs the rounds of `workers` or `strategy`."""
 
-    def trained(way: str) -> Way:
-        launcher = ("scripts/launch.py", "--workers", way.split()[0]) if "workers" in way else ()
-        flags = () if launcher else ("--strategy", way.split()[-1])
+    def training(variant: str) -> Variant:
+        launcher = ("scripts/launch.py", "--workers", variant.split()[0]) if "workers" in variant else ()
+        flags = () if launcher else ("--strategy", variant.split()[-1])
 
         def train(seed: int) -> dict[str, Any]:
             result = run_recipe(arguments, *flags, "--epochs", "2", "--seed", str(seed), launcher=launcher)
-            return {name: result[name] for name in ("examples_per_second", "metrics")} | kept(result)
+            return {name: result[name] for name in ("examples_per_second", "metrics")} | common_fields(result)
 
         return train
 
-    one, other = DISTRIBUTED[arguments.what]
-    rounds = alternate({one: trained(one), other: trained(other)}, arguments.rounds, "examples_per_second")
-    speed = [each[other]["examples_per_second"] / each[one]["examples_per_second"] for each in rounds]
-    points = [100 * (each[other]["metrics"]["accuracy"] - each[one]["metrics"]["accuracy"]) for each in rounds]
+    baseline, other = DISTRIBUTED[arguments.what]
+    rounds = alternate({baseline: training(baseline), other: training(other)}, arguments.rounds, "examples_per_second")
+    speed = [pair[other]["examples_per_second"] / pair[baseline]["examples_per_second"] for pair in rounds]
+    points = [100 * (pair[other]["metrics"]["accuracy"] - pair[baseline]["metrics"]["accuracy"]) for pair in rounds]
     return {
-        "ways": [one, other],
+        "ways": [baseline, other],
         "median_ratio_images_per_second": statistics.median(speed),
         "largest_difference_of_test_accuracy_in_points": max(map(abs, points)),
         "pairs": rounds,
@@ -209,7 +222,7 @@ def compare_distributed(arguments: argparse.Namespace, _: pathlib.Path) -> dict[
 
 
 def data_flags(arguments: argparse.Namespace) -> list[str]:
-    """The flags for the data, as the recipes and this script have them."""
+    """Returns the data flags, which are the same for the recipes and this script."""
     flags = ["--data", arguments.data, "--data-dir", arguments.data_dir]
     return [*flags, "--smoke"] if arguments.smoke else flags
 
@@ -231,8 +244,8 @@ def main() -> None:
         parser.error("--rounds and --naive-epochs: give 1 or more")
     if arguments.what not in recipes and arguments.precision != "float32":
         parser.error("--precision: goes with a recipe")
-    read_records("*")  # One that is damaged shall show now, not after hours.
-    # The code as it is now, when it begins.
+    read_records("*")  # Report a damaged record now, not after hours of training.
+    # Hash the code before the measurements: it may be edited meanwhile.
     code = code_sha256(ROOT / "recipes" / f"{arguments.what if arguments.what in recipes else 'cifar10_cnn'}.py")
     made_by = {"code_sha256": code, **provenance()}
     kinds = {"target": compare_target, **dict.fromkeys(DISTRIBUTED, compare_distributed)}
@@ -244,8 +257,8 @@ def main() -> None:
     if not arguments.smoke:
         hardware = dataclasses.asdict(describe_machine())
         record |= {"recipe": record.get("recipe", "cifar10_cnn"), **made_by, "hardware": hardware}
-        del record["peak_memory_bytes"]  # This process trains nothing.
-        record["command"] = shlex.join(["python", "tools/benchmark.py", *without_places(sys.argv[1:])])
+        del record["peak_memory_bytes"]  # Meaningless here: this process does not train.
+        record["command"] = shlex.join(["python", "tools/benchmark.py", *without_data_dir(sys.argv[1:])])
         write_record(arguments.what if arguments.what in kinds else benchmark_name(record), record)
         publish()
 

@@ -1,11 +1,11 @@
-"""Flips single bytes of what a run wrote and reads, cuts files short, and checks that all of it is noticed.
+"""Corrupts files of a run by changing single bytes and by truncation, and checks that every change is detected.
 
     python tools/damage.py --flips 1000 --truncations 100
 
-A small training is run and a small TFDS folder is made; then one file after the other is
-damaged, read in the way a recipe or `predict.py` does, and repaired. A checkpoint must be refused and the one before
-it used; `model.keras` and a shard of data must be refused in one line; so must `config.json` and `result.json` that are
-cut short. People may edit these two, so their single bytes are not checked.
+The script trains a small run and creates a small TFDS folder. It then repeatedly corrupts a file, reads it like a
+recipe or `predict.py`, and restores it. A corrupt checkpoint must be rejected in favor of the previous one. A corrupt
+`model.keras` or data shard must be rejected with a one-line error, and so must a truncated `config.json` or
+`result.json`. Users may edit these two files, so single bytes of them are not changed.
 """
 
 import collections
@@ -45,17 +45,17 @@ def main() -> None:
 
 
 class DamageAcceptedError(Exception):
-    """Some damage went unnoticed, or was reported badly."""
+    """A corrupt file was accepted, or its error message was wrong."""
 
 
 def damage(folder: pathlib.Path, flips: int, truncations: int, random: random.Random) -> dict[str, int]:
-    """Damages files and checks each time that it is noticed.
+    """Corrupts random files and checks that each corruption is detected.
 
     Returns:
-        How often each kind of file was damaged.
+        The number of corruptions by file.
 
     Raises:
-        DamageAcceptedError: some damage went unnoticed, or was reported badly.
+        DamageAcceptedError: a corrupt file was accepted, or its error message was wrong.
     """
     run, data = make_run(folder / "run"), make_tfds(folder / "tfds")
     checkpoint, _ = newest_checkpoint(run / "checkpoints")
@@ -64,29 +64,29 @@ def damage(folder: pathlib.Path, flips: int, truncations: int, random: random.Ra
         run / "model.keras": lambda file: is_refused(lambda: load_run(run), file),
         data: lambda file: is_refused(lambda: read_tfds(folder / "tfds"), file.parent),
     }
-    cut_only = {
+    truncation_only = {
         run / "config.json": lambda file: is_refused(lambda: read_json(file), file),
         run / "result.json": lambda file: is_refused(lambda: read_run(run), file),
     }
     counts = collections.Counter()
     for number in range(flips + truncations):
         flip = number < flips
-        found = checks if flip else checks | cut_only
-        file = random.choice(list(found))
-        whole = file.read_bytes()
-        place = random.randrange(len(whole) - 1)  # A text may lack its last line break.
-        flipped = whole[:place] + bytes([whole[place] ^ random.randrange(1, 256)]) + whole[place + 1 :]
-        file.write_bytes(flipped if flip else whole[:place])
-        problem = found[file](file)
+        candidates = checks if flip else checks | truncation_only
+        file = random.choice(list(candidates))
+        original = file.read_bytes()
+        offset = random.randrange(len(original) - 1)  # A text file stays valid without its last line break.
+        flipped = original[:offset] + bytes([original[offset] ^ random.randrange(1, 256)]) + original[offset + 1 :]
+        file.write_bytes(flipped if flip else original[:offset])
+        problem = candidates[file](file)
         if problem:
-            raise DamageAcceptedError(f"{file}, byte {place} of {len(whole)}: {problem}")
+            raise DamageAcceptedError(f"{file}, byte {offset} of {len(original)}: {problem}")
         counts[f"{file.parent.name}/{file.name}"] += 1
-        file.write_bytes(whole)
+        file.write_bytes(original)
     return dict(sorted(counts.items()))
 
 
 def is_refused(read: Callable[[], object], file: pathlib.Path) -> str:
-    """What is wrong, unless the reader raises a `UserError` that names the file."""
+    """Checks that the reader raises a `UserError` that names the file. Returns the problem, or an empty string."""
     try:
         read()
     except UserError as error:
@@ -95,35 +95,40 @@ def is_refused(read: Callable[[], object], file: pathlib.Path) -> str:
 
 
 def is_warned_of(read: Callable[[], object], file: pathlib.Path) -> str:
-    """What is wrong, unless the reader prints one warning that names the file."""
-    with contextlib.redirect_stderr(io.StringIO()) as printed:
+    """Checks that the reader prints one warning that names the file. Returns the problem, or an empty string."""
+    with contextlib.redirect_stderr(io.StringIO()) as output:
         read()
-    lines = printed.getvalue().splitlines()
-    named = len(lines) == 1 and lines[0].startswith("warning: ") and str(file) in lines[0]
-    return "" if named else f"accepted: {lines}"
+    lines = output.getvalue().splitlines()
+    is_named = len(lines) == 1 and lines[0].startswith("warning: ") and str(file) in lines[0]
+    return "" if is_named else f"accepted: {lines}"
 
 
 def checkpoint_is_refused(run: pathlib.Path, file: pathlib.Path) -> str:
-    """What is wrong, unless there is a warning and the checkpoint before is used."""
-    found = []
-    problem = is_warned_of(lambda: found.append(newest_checkpoint(run / "checkpoints")), file.parent)
-    return problem or ("" if found[0] and found[0][0] < file.parent else "no earlier checkpoint was used")
+    """Checks for a warning and a fallback to an earlier checkpoint. Returns the problem, or an empty string."""
+    checkpoints = []
+    problem = is_warned_of(lambda: checkpoints.append(newest_checkpoint(run / "checkpoints")), file.parent)
+    return problem or ("" if checkpoints[0] and checkpoints[0][0] < file.parent else "no earlier checkpoint was used")
 
 
 def make_run(directory: pathlib.Path) -> pathlib.Path:
-    """A finished run with two checkpoints."""
+    """Trains a run with two checkpoints."""
     recipe = str(ROOT / "recipes" / "mnist_cnn.py")
     flags = ("--smoke", "--data", "sample", "--no-baseline", "--quiet")
-    often = ("--batch-size", "8", "--checkpoint-every", "2")  # By itself, so short a training has one only.
-    subprocess.run([sys.executable, recipe, *flags, *often, "--run-dir", str(directory)], check=True)
+    frequent_saving = (
+        "--batch-size",
+        "8",
+        "--checkpoint-every",
+        "2",
+    )  # By default, such a short training saves only one.
+    subprocess.run([sys.executable, recipe, *flags, *frequent_saving, "--run-dir", str(directory)], check=True)
     return directory
 
 
 def make_tfds(folder: pathlib.Path) -> pathlib.Path:
-    """A prepared TFDS set of 40 pictures by the name of MNIST; its shard for training."""
-    pictures = np.random.default_rng(0).integers(0, 256, (40, 28, 28, 1), np.uint8)
+    """Writes a TFDS dataset of 40 images under the name of MNIST, and returns the path of its training shard."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 28, 28, 1), np.uint8)
     labels = np.arange(40) % 10
-    split = tf.data.Dataset.from_tensor_slices({"image": pictures, "label": labels.astype(np.int64)})
+    split = tf.data.Dataset.from_tensor_slices({"image": images, "label": labels.astype(np.int64)})
     features = tfds.features.FeaturesDict(
         {"image": tfds.features.Image(shape=(28, 28, 1)), "label": tfds.features.ClassLabel(num_classes=10)}
     )
@@ -141,7 +146,7 @@ def make_tfds(folder: pathlib.Path) -> pathlib.Path:
 
 
 def read_tfds(folder: pathlib.Path) -> None:
-    """Reads the set as a recipe does."""
+    """Reads the dataset like a recipe."""
     load_images(MNIST, SharedConfig(data="tfds", data_dir=str(folder)), (28, 28))
 
 

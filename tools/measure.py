@@ -1,4 +1,4 @@
-"""Trains a recipe for tools/benchmark.py in one of the ways that are compared, and prints a line of JSON.
+"""Trains one variant of a recipe for tools/benchmark.py, and prints one line of JSON.
 
     python tools/measure.py cifar10_cnn recipe --data tfds
     python tools/measure.py cifar10_cnn naive --data tfds
@@ -6,8 +6,8 @@
     python tools/measure.py cifar10_cnn peak
     python tools/measure.py cifar10_cnn target --data tfds
 
-What the ways are, tools/benchmark.py says. `describe` trains nothing: it writes what tools/pytorch_twin.py needs.
-`peak` multiplies large matrices, and `target` is the naive script that trains until it is at the target.
+See tools/benchmark.py for the variants. `describe` does not train: it writes the input files of tools/pytorch_twin.py.
+`peak` multiplies large matrices. `target` trains the naive script until it reaches the target accuracy.
 """
 
 import argparse
@@ -37,15 +37,15 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).parent.parent
 TARGET = 0.70
-# Enough of the slower recipes to measure them; of the others, all their epochs.
+# The slower recipes are measured for fewer epochs than they train.
 MEASURED_EPOCHS = dict.fromkeys(("cifar10_cnn", "distillation", "mnist_cnn", "pruning", "quantization"), 2) | {
     "cifar10_fast": 1
 }
-MEASURED_EXAMPLES = {"cifar10_fast": 20_000}  # Enough of the slowest.
+MEASURED_EXAMPLES = {"cifar10_fast": 20_000}  # The slowest recipe uses fewer examples.
 
 
 class Clock(keras.callbacks.Callback):
-    """Measures `fit` after its first execution: examples per second, and the share of the time in callbacks' hooks."""
+    """Measures `fit` after its first execution: examples per second, and the share of time spent in callbacks."""
 
     def __init__(self, batch_size: int):
         super().__init__()
@@ -53,13 +53,13 @@ class Clock(keras.callbacks.Callback):
         self.first_step, self.executed, self.batches, self.callbacks_seconds = 0.0, 0, 0, 0.0
 
     def timed(self, callback: keras.callbacks.Callback) -> keras.callbacks.Callback:
-        """The callback, whose hooks add up their seconds."""
+        """Wraps the hooks of a callback to add up their durations."""
 
         def timed_hook(hook: Callable) -> Callable:
-            def call(*arguments: Any, **named: Any) -> None:
-                counts, began = bool(self.first_step), time.perf_counter()
-                hook(*arguments, **named)
-                self.callbacks_seconds += counts * (time.perf_counter() - began)
+            def call(*args: Any, **kwargs: Any) -> None:
+                is_timed, start = bool(self.first_step), time.perf_counter()
+                hook(*args, **kwargs)
+                self.callbacks_seconds += is_timed * (time.perf_counter() - start)
 
             return call
 
@@ -69,7 +69,7 @@ class Clock(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         if not self.first_step:
-            self.first_step, self.began = time.time(), time.perf_counter()
+            self.first_step, self.start = time.time(), time.perf_counter()
         else:
             self.batches += batch + 1 - self.executed
         self.executed = batch + 1
@@ -78,26 +78,26 @@ class Clock(keras.callbacks.Callback):
         self.executed = 0
 
     def on_train_end(self, logs=None):
-        self.seconds = time.perf_counter() - self.began
+        self.seconds = time.perf_counter() - self.start
         raise MeasuredError
 
     def figures(self) -> dict[str, float]:
-        """Examples per second, the moment when the first execution ended, and the callbacks' share of the time."""
+        """Returns examples per second, the end time of the first execution, and the time share of callbacks."""
         share = self.callbacks_seconds / self.seconds
         speed = self.batches * self.batch_size / self.seconds
         return {"examples_per_second": speed, "first_step": self.first_step, "callbacks": share}
 
 
 class MeasuredError(Exception):
-    """Ends a recipe when its `fit` was measured."""
+    """Raised to stop a recipe after `fit` was measured."""
 
 
 class BuiltError(Exception):
-    """Ends a recipe when its `fit` begins; the argument is the model."""
+    """Raised to stop a recipe when `fit` starts; the argument is the model."""
 
 
-class EndWhenBuilt(keras.callbacks.Callback):
-    """Hands over the model instead of training it."""
+class StopWhenBuilt(keras.callbacks.Callback):
+    """Raises `BuiltError` with the model when training starts."""
 
     def on_train_begin(self, logs=None):
         raise BuiltError(self.model)
@@ -107,31 +107,36 @@ def measure(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[str, An
     """Trains a recipe in this process, or describes its network for PyTorch in `folder`."""
     name, way = arguments.recipe, arguments.way
     recipe = load_program(ROOT / "recipes" / f"{name}.py")
-    shared = {"data": arguments.data, "data_dir": arguments.data_dir, "smoke": arguments.smoke, "seed": arguments.seed}
-    shared["precision"] = "float32" if way == "naive" else arguments.precision
-    config = recipe.Config(**shared, quiet=True, baseline=False, run_dir=str(folder / "run"))
+    settings = {
+        "data": arguments.data,
+        "data_dir": arguments.data_dir,
+        "smoke": arguments.smoke,
+        "seed": arguments.seed,
+    }
+    settings["precision"] = "float32" if way == "naive" else arguments.precision
+    config = recipe.Config(**settings, quiet=True, baseline=False, run_dir=str(folder / "run"))
     config = dataclasses.replace(config, epochs=2 if arguments.smoke else MEASURED_EPOCHS.get(name, config.epochs))
-    whole = recipe.load_data(config)
-    nothing = Split.from_arrays(*whole.validation.arrays(slice(0)))
-    train = Split.from_arrays(*whole.train.arrays(slice(MEASURED_EXAMPLES.get(name))))
-    data = dataclasses.replace(whole, train=train, validation=nothing)
-    batches_of, begin, trained_on = recipe.training_batches, recipe.start_run, []
+    full = recipe.load_data(config)
+    empty = Split.from_arrays(*full.validation.arrays(slice(0)))
+    train = Split.from_arrays(*full.train.arrays(slice(MEASURED_EXAMPLES.get(name))))
+    data = dataclasses.replace(full, train=train, validation=empty)
+    training_batches, start_run, train_splits = recipe.training_batches, recipe.start_run, []
     clock = Clock(min(config.batch_size, len(train)))
 
-    def remember_split(split: Split, *others: Any, **named: Any) -> Any:
-        trained_on.append(split)
-        return batches_of(split, *others, **named)
+    def remember_split(split: Split, *args: Any, **kwargs: Any) -> Any:
+        train_splits.append(split)
+        return training_batches(split, *args, **kwargs)
 
-    def start_measured_run(*given: Any, **named: Any) -> Run:
-        run = begin(*given, **named)
-        made = run.callbacks
-        run.callbacks = lambda *given, **named: [*map(clock.timed, made(*given, **named)), clock]
+    def start_measured_run(*args: Any, **kwargs: Any) -> Run:
+        run = start_run(*args, **kwargs)
+        create_callbacks = run.callbacks
+        run.callbacks = lambda *args, **kwargs: [*map(clock.timed, create_callbacks(*args, **kwargs)), clock]
         if way != "recipe":
-            run.callbacks = lambda *given, **named: [EndWhenBuilt()]
+            run.callbacks = lambda *args, **kwargs: [StopWhenBuilt()]
         return run
 
     recipe.training_batches, recipe.start_run = remember_split, start_measured_run
-    if way == "naive":  # A naive script has none of the patches.
+    if way == "naive":  # The baseline does not use the patches of this project.
         hardware.apply_patch = lambda *name, **options: None
     try:
         recipe.train(config, data)
@@ -140,35 +145,35 @@ def measure(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[str, An
     except BuiltError as built:
         (model,) = built.args
     if way == "describe":
-        describe(model, trained_on[-1], whole, config, folder)
+        describe(model, train_splits[-1], full, config, folder)
         return {}
     with contextlib.suppress(MeasuredError):
-        fit_naively(model, trained_on[-1], config, clock)
+        fit_naively(model, train_splits[-1], config, clock)
     return clock.figures()
 
 
 def fit_naively(model: keras.Model, split: Split, config: SharedConfig, clock: Clock) -> None:
-    """Trains the layers of `model` on arrays, as tutorials do."""
+    """Trains the layers of `model` on NumPy arrays, like most tutorials."""
     (inputs, targets), loss, model = split.arrays(), model.loss, with_stock_layers(model)
     if inputs.dtype == np.uint8:
         inputs = inputs / 255.0
-        preparing = keras.layers.InputLayer | keras.layers.Rescaling | keras.layers.Normalization
-        layers = itertools.dropwhile(lambda layer: isinstance(layer, preparing), model.layers)
+        preprocessing = keras.layers.InputLayer | keras.layers.Rescaling | keras.layers.Normalization
+        layers = itertools.dropwhile(lambda layer: isinstance(layer, preprocessing), model.layers)
         model = keras.Sequential([keras.Input(inputs.shape[1:]), *layers])
     model.compile("adam", loss, metrics=["mae" if targets.shape[1] == 1 else "accuracy"])
     model.fit(inputs, targets, batch_size=config.batch_size, epochs=config.epochs, callbacks=[clock], verbose=0)
 
 
 def describe(model: keras.Model, split: Split, data: Data, config: SharedConfig, folder: pathlib.Path) -> None:
-    """Writes what tools/pytorch_twin.py needs: network.json and arrays.npz."""
+    """Writes network.json and arrays.npz for tools/pytorch_twin.py."""
     layers, weights = [], []
     for layer in model.layers:
-        about = {
+        settings = {
             setting: value
             for setting, value in layer.get_config().items()
             if isinstance(value, str | int | float | bool) and setting != "name"
         }
-        layers.append({"kind": type(layer).__name__, "images": len(split.inputs.shape) == 4, **about})
+        layers.append({"kind": type(layer).__name__, "images": len(split.inputs.shape) == 4, **settings})
         weights += [np.asarray(weight) for weight in layer.get_weights()]
     optimizer, loss = model.optimizer, model.loss
     constants = {
@@ -198,36 +203,36 @@ def describe(model: keras.Model, split: Split, data: Data, config: SharedConfig,
 
 
 def training_flops(model: keras.Model, shape: tuple[int, ...]) -> int:
-    """Floating-point operations of a training step for each example of `shape`; formula: see the top."""
+    """Returns the floating-point operations of a training step per example. See tools/benchmark.py for the formula."""
     total, trained = 0, False
     for layer in model.layers:
         kernel = getattr(layer, "kernel", None)
         if kernel is None:
             continue
-        _, *places, _ = keras.Model(model.inputs, layer.output).compute_output_shape((1, *shape))
-        forwards = 2 * int(np.prod(kernel.shape)) * int(np.prod(places))
-        total += forwards * (1 + layer.trainable + trained)
+        _, *positions, _ = keras.Model(model.inputs, layer.output).compute_output_shape((1, *shape))
+        forward = 2 * int(np.prod(kernel.shape)) * int(np.prod(positions))
+        total += forward * (1 + layer.trainable + trained)
         trained = trained or layer.trainable
     return total
 
 
 class TargetClock(keras.callbacks.Callback):
-    """Stops at the first epoch whose validation accuracy reaches the target; `seconds` from the start of training."""
+    """Stops training when the validation accuracy reaches the target; `seconds` is the time since the start."""
 
     def __init__(self, target: float):
         super().__init__()
         self.target, self.reached, self.seconds = target, False, 0.0
 
     def on_train_begin(self, logs=None):
-        self.begin = time.perf_counter()
+        self.start = time.perf_counter()
 
     def on_epoch_end(self, epoch, logs=None):
-        self.seconds = time.perf_counter() - self.begin
+        self.seconds = time.perf_counter() - self.start
         self.reached = self.model.stop_training = logs["val_accuracy"] >= self.target
 
 
 def train_naively(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The naive script: cifar10_cnn's network as tutorials write and train it, until it is at the target."""
+    """Trains the naive script, which builds cifar10_cnn's network like most tutorials, until it reaches the target."""
     config = SharedConfig(data=arguments.data, data_dir=arguments.data_dir, smoke=arguments.smoke, seed=arguments.seed)
     data = load_images(CIFAR10, config, (32, 32))
     keras.utils.set_random_seed(arguments.seed)

@@ -1,9 +1,9 @@
-"""Answers tools/ship.py: how long a model takes in a process of its own.
+"""Measures the latency and memory of a model in a separate process, for tools/ship.py.
 
     python tools/measure_artefact.py runs/my_run/exported/mnist_cnn.tflite inputs.npy --threads 1
 
-Loads the model, then reads batch sizes from standard input, a line each, and prints for each the median seconds of one
-call; after the last line, the bytes of memory that the process holds more than before the model was loaded.
+Loads the model, reads one batch size per line from standard input, and prints the median seconds per call for each. At
+the end of input, prints the increase in memory since before the model was loaded, in bytes.
 """
 
 import pathlib
@@ -32,13 +32,13 @@ def main() -> None:
     inputs = np.load(arguments.inputs)
     inputs = inputs.astype(object) if inputs.dtype.kind == "S" else inputs
     before = psutil.Process().memory_info().rss
-    answer = artefacts.load(arguments.model, arguments.threads).answer
+    predict = artefacts.load(arguments.model, arguments.threads).answer
     for line in sys.stdin:
         batch, seconds = inputs[: int(line)], []
-        for _ in range(CALLS + 3):  # The first calls prepare what the others use.
-            began = time.perf_counter()
-            answer(batch)
-            seconds.append(time.perf_counter() - began)
+        for _ in range(CALLS + 3):  # The first 3 calls are for warm-up.
+            start = time.perf_counter()
+            predict(batch)
+            seconds.append(time.perf_counter() - start)
         print(statistics.median(seconds[3:]), flush=True)
     print(psutil.Process().memory_info().rss - before)
 

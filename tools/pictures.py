@@ -1,26 +1,26 @@
-"""The pictures that tools/publish.py draws of what results/ holds."""
+"""Plots of the records in results/, for tools/publish.py."""
 
 import statistics
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from published import benchmarks, in_bfloat16, load_runs, main_metric, mean, pruned, recipe_paths, with_metric
+from published import benchmarks, load_runs, main_metric, mean, precision_suffix, pruned, recipe_paths, with_metric
 
 
 def curves() -> Figure | None:
-    """Each recipe's main metric by epoch, a line for each seed; without validation examples, the training one."""
+    """Plots each recipe's validation metric by epoch, one line per seed; without validation, the training metric."""
     published = [path.stem for path in recipe_paths() if load_runs(path.stem)]
     if not published:
         return None
     figure = Figure(figsize=(11, 3 * -(-len(published) // 3)), layout="constrained")
-    for place, recipe in enumerate(published, start=1):
+    for position, recipe in enumerate(published, start=1):
         runs = load_runs(recipe)
         metric = main_metric(runs)
-        kept, prefix = ("validation", "val_") if runs[0]["data"]["validation"] else ("training", "")
-        axes = figure.add_subplot(-(-len(published) // 3), 3, place, title=recipe, xlabel="epoch")
-        axes.set_ylabel(f"{kept} {'accuracy' if metric == 'accuracy' else 'mean squared error'}")
+        split, prefix = ("validation", "val_") if runs[0]["data"]["validation"] else ("training", "")
+        axes = figure.add_subplot(-(-len(published) // 3), 3, position, title=recipe, xlabel="epoch")
+        axes.set_ylabel(f"{split} {'accuracy' if metric == 'accuracy' else 'mean squared error'}")
         for run in runs:
-            # Where the loss is the metric, it is shown once.
+            # If the loss is the metric, the history contains it only as the loss.
             values = [epoch.get(prefix + metric, epoch[f"{prefix}loss"]) for epoch in run["history"]]
             axes.plot(range(1, len(values) + 1), values, linewidth=1.2, label=f"seed {run['seed']}")
         if metric != "accuracy":
@@ -30,7 +30,7 @@ def curves() -> Figure | None:
 
 
 def speeds() -> Figure | None:
-    """Examples per second of each recipe and of its better twin in PyTorch, in those of the naive way, by machine."""
+    """Plots the speed of each recipe and its faster PyTorch twin relative to the naive baseline, by machine."""
     machines = benchmarks()
     if not machines:
         return None
@@ -46,25 +46,25 @@ def speeds() -> Figure | None:
 
 
 def draw_speeds(axes: Axes, records: list[dict]) -> None:
-    """The panel of one machine: a dot at the median over the rounds, and a line from the lowest to the highest."""
+    """Draws the panel of one machine: a dot at the median over the rounds, and a line from minimum to maximum."""
     labels = {"recipe": "recipe", "PyTorch": "PyTorch, its better form"}
-    for offset, (way, label) in zip((0.15, -0.15), labels.items(), strict=True):
-        places, found = [], []
-        for place, record in enumerate(reversed(records)):
-            measured = record["better_pytorch"] if way == "PyTorch" else way
+    for offset, (variant, label) in zip((0.15, -0.15), labels.items(), strict=True):
+        positions, samples = [], []
+        for position, record in enumerate(reversed(records)):
+            measured = record["better_pytorch"] if variant == "PyTorch" else variant
             if measured:
-                places.append(place + offset)
-                found.append(sorted(ratios(record["rounds"], measured)))
-        middles = [statistics.median(each) for each in found]
-        errors = [[middle - each[0] for middle, each in zip(middles, found, strict=True)]]
-        errors += [[each[-1] - middle for middle, each in zip(middles, found, strict=True)]]
-        axes.errorbar(middles, places, xerr=errors, fmt="o", markersize=5, linewidth=1.5, label=label)
-        for place, middle, each in zip(places, middles, found, strict=True):
+                positions.append(position + offset)
+                samples.append(sorted(ratios(record["rounds"], measured)))
+        medians = [statistics.median(values) for values in samples]
+        errors = [[median - values[0] for median, values in zip(medians, samples, strict=True)]]
+        errors += [[values[-1] - median for median, values in zip(medians, samples, strict=True)]]
+        axes.errorbar(medians, positions, xerr=errors, fmt="o", markersize=5, linewidth=1.5, label=label)
+        for position, median, values in zip(positions, medians, samples, strict=True):
             axes.annotate(
-                f"{middle:.2f}", (each[-1], place), (4, 0), textcoords="offset points", va="center", fontsize=8
+                f"{median:.2f}", (values[-1], position), (4, 0), textcoords="offset points", va="center", fontsize=8
             )
     axes.axvline(1, color="black", linewidth=0.8, label="the naive way")
-    axes.set_yticks(range(len(records)), [record["recipe"] + in_bfloat16(record) for record in reversed(records)])
+    axes.set_yticks(range(len(records)), [record["recipe"] + precision_suffix(record) for record in reversed(records)])
     axes.set_ylim(-0.6, len(records) - 0.4)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
@@ -72,15 +72,15 @@ def draw_speeds(axes: Axes, records: list[dict]) -> None:
     axes.grid(axis="x", linewidth=0.3)
 
 
-def ratios(rounds: list[dict], way: str) -> list[float]:
-    """The speed of one way in that of the naive one, round by round."""
-    return [each[way]["examples_per_second"] / each["naive"]["examples_per_second"] for each in rounds]
+def ratios(rounds: list[dict], variant: str) -> list[float]:
+    """Returns the speed of one variant relative to the naive baseline, for each round."""
+    return [run[variant]["examples_per_second"] / run["naive"]["examples_per_second"] for run in rounds]
 
 
 def pruning_curve() -> Figure | None:
-    """Test accuracy by the number of weights that are left, with single weights removed and with filters."""
-    compared = with_metric(load_runs("pruning"), "unpruned_accuracy")
-    if not compared:
+    """Plots test accuracy by the number of remaining weights, for weight pruning and filter pruning."""
+    runs_with_baseline = with_metric(load_runs("pruning"), "unpruned_accuracy")
+    if not runs_with_baseline:
         return None
     points: dict[str, list[tuple[float, float, float]]] = {}
     for kind, _, runs in pruned():
@@ -88,10 +88,10 @@ def pruning_curve() -> Figure | None:
         points.setdefault(kind, []).append((mean(runs, "nonzero_weights"), mean(runs, "accuracy"), deviation))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="weights that are left", ylabel="test accuracy", xscale="log")
-    for kind, found in sorted(points.items()):
-        left, accuracies, deviations = zip(*sorted(found), strict=True)
-        axes.errorbar(left, accuracies, deviations, marker="o", capsize=3, label=f"{kind} removed")
-    axes.axhline(mean(compared, "unpruned_accuracy"), color="black", linewidth=0.8, label="nothing removed")
+    for kind, values in sorted(points.items()):
+        weights, accuracies, deviations = zip(*sorted(values), strict=True)
+        axes.errorbar(weights, accuracies, deviations, marker="o", capsize=3, label=f"{kind} removed")
+    axes.axhline(mean(runs_with_baseline, "unpruned_accuracy"), color="black", linewidth=0.8, label="nothing removed")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_minor_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter("{x:.2%}")

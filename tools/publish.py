@@ -1,9 +1,9 @@
-"""Writes what results/ holds into README.md, its pictures and the docstrings of the recipes.
+"""Writes the records in results/ to README.md, to its plots, and to the docstrings of the recipes.
 
     python tools/publish.py
 
-tools/reproduce.py, benchmark.py and ship.py end with it. A record of other code than the recipe's file has now is
-shown as stale; its comments and docstrings may change.
+tools/reproduce.py, benchmark.py and ship.py call it at the end. A record is marked stale if the code of the recipe has
+changed since; changes to comments and docstrings don't count.
 """
 
 import pathlib
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def publish() -> None:
-    """Writes what results/ holds into README.md and the recipes."""
+    """Updates README.md, its plots and the docstrings of the recipes."""
     readme = published.ROOT / "README.md"
     try:
         text = with_part(readme.read_text(), "results", results_table())
@@ -35,33 +35,33 @@ def publish() -> None:
         raise UserError(f"{readme}: can't be read ({error.strerror}); get it back with git") from error
     text = with_part(text, "benchmark", benchmark_table())
     text = with_part(text, "shipped", shipped_tables())
-    written = {readme: with_part(text, "distributed", distributed_table())}
+    files = {readme: with_part(text, "distributed", distributed_table())}
     for path in recipe_paths():
-        written[path] = with_result_line(path, result_line(path.stem))
+        files[path] = with_result_line(path, result_line(path.stem))
     try:
-        for name, picture in (("curves", curves()), ("benchmark", speeds()), ("pruning", pruning_curve())):
-            if picture:
-                (published.ROOT / "results" / f"{name}.png").write_bytes(figure_png(picture))
-        for path, text in written.items():
+        for name, figure in (("curves", curves()), ("benchmark", speeds()), ("pruning", pruning_curve())):
+            if figure:
+                (published.ROOT / "results" / f"{name}.png").write_bytes(figure_png(figure))
+        for path, text in files.items():
             write_file(path, text)
     except OSError as error:
         raise UserError(f"{error.filename or readme}: {error.strerror}; make room, then run this again") from error
 
 
-def with_part(readme: str, name: str, written: str) -> str:
-    """README.md with what stands between the markers of one part replaced."""
+def with_part(readme: str, name: str, content: str) -> str:
+    """Returns the text of README.md with the content between the markers of one part replaced."""
     begin, end = f"<!-- {name}: written by tools/publish.py -->", f"<!-- end of {name} -->"
     before, _, rest = readme.partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
+    _, separator, after = rest.partition(end)
+    if not separator:
         raise UserError(f"README.md: lacks {begin!r} or {end!r} behind it; put them where the figures shall stand")
-    return f"{before}{begin}\n\n{written}\n\n{end}{after}"
+    return f"{before}{begin}\n\n{content}\n\n{end}{after}"
 
 
 def with_result_line(path: pathlib.Path, line: str) -> str:
-    """The source of a recipe with the Result line of its docstring replaced."""
-    source, found = re.subn(RESULT, lambda _: f"Result    {line}", path.read_text(), count=1, flags=re.MULTILINE)
-    if not found:
+    """Returns the source of a recipe with the Result entry of its docstring replaced."""
+    source, replaced = re.subn(RESULT, lambda _: f"Result    {line}", path.read_text(), count=1, flags=re.MULTILINE)
+    if not replaced:
         raise UserError(f"{path}: no line of its docstring begins with 'Result    '; put one above 'Run'")
     return source
 

@@ -1,11 +1,11 @@
-"""Trains a recipe with several seeds and publishes the outcome.
+"""Trains a recipe with several seeds and publishes the results.
 
     python tools/reproduce.py cifar10_cnn --seeds 0 1 2 --data tfds
     python tools/reproduce.py pruning --variant half --sparsity 0.5 --data tfds
 
-The first writes results/cifar10_cnn.json, the second results/pruning-half.json; then tools/publish.py brings
-README.md and the recipes' docstrings in step. Flags that are not its own go to the recipe. Interrupted, it lets the
-training save, and the same command goes on there.
+The first command writes results/cifar10_cnn.json, the second one results/pruning-half.json. tools/publish.py then
+updates README.md and the docstrings of the recipes. Unknown flags are passed to the recipe. If interrupted, the
+training saves a checkpoint, and the same command resumes it.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from common.cli import EXIT_INTERRUPTED, Parser, UserError, run_script
 
 import published
 from publish import publish
-from published import code_sha256, recipe_paths, without_places, write_record
+from published import code_sha256, recipe_paths, without_data_dir, write_record
 
 
 def main() -> None:
@@ -43,55 +43,57 @@ def main() -> None:
 
 
 def reproduce(recipe: str, seeds: list[int], flags: list[str], variant: str = "") -> None:
-    """Trains once per seed, in fresh processes, and writes results/<recipe>[-<variant>].json when all are done."""
-    names = [found.stem for found in recipe_paths()]
+    """Trains once per seed in new processes, and finally writes results/<recipe>[-<variant>].json."""
+    names = [recipe_path.stem for recipe_path in recipe_paths()]
     if recipe not in names:
         raise UserError(f"no recipe {recipe!r}; choose one of {', '.join(names)}")
-    published.read_records("*")  # One that is damaged shall show now, not after hours.
+    published.read_records("*")  # Report a damaged record now, not after hours of training.
     path, runs = published.ROOT / "recipes" / f"{recipe}.py", []
 
-    def code() -> list[str]:
+    def code_hashes() -> list[str]:
         return list(map(code_sha256, [path, *sorted((published.ROOT / "common").glob("*.py"))]))
 
-    # All seeds are trained by the same code: after a change, also of common/, none goes on that was begun before it.
-    begun = code()
-    unfinished = published.ROOT / "runs" / "reproduce" / hashlib.sha256(f"{begun}{flags}".encode()).hexdigest()[:16]
+    # All seeds must use the same code, including common/. After a change, unfinished runs are not resumed.
+    initial = code_hashes()
+    unfinished = published.ROOT / "runs" / "reproduce" / hashlib.sha256(f"{initial}{flags}".encode()).hexdigest()[:16]
     for seed in seeds:
         directory = unfinished / str(seed)
         command = [sys.executable, str(path), *flags, "--seed", str(seed), "--run-dir", str(directory)]
-        code_of_exit = run_training(command + ["--resume"] * directory.exists())
-        if code_of_exit == EXIT_INTERRUPTED:
+        exit_code = run_training(command + ["--resume"] * directory.exists())
+        if exit_code == EXIT_INTERRUPTED:
             print("reproduce: the same command, as it is, goes on there", file=sys.stderr)
-        if code_of_exit:
-            sys.exit(code_of_exit)  # It said why.
-        if code() != begun:
+        if exit_code:
+            sys.exit(exit_code)  # The recipe has printed the reason.
+        if code_hashes() != initial:
             shutil.rmtree(directory)
             raise UserError(f"seed {seed}: the code was changed while it trained; the same command trains it anew")
         result = json.loads((directory / "result.json").read_text())
-        # As anybody would type it: where this machine keeps its data says nothing about the result.
-        result["command"] = shlex.join(["python", f"recipes/{recipe}.py", *without_places(flags), "--seed", str(seed)])
+        # The published command omits the data folder of this machine, which does not affect the result.
+        result["command"] = shlex.join(
+            ["python", f"recipes/{recipe}.py", *without_data_dir(flags), "--seed", str(seed)]
+        )
         runs.append(result)
-    record = {"recipe": recipe, "code_sha256": begun[0], "runs": runs}
+    record = {"recipe": recipe, "code_sha256": initial[0], "runs": runs}
     write_record(f"{recipe}-{variant}" if variant else recipe, record)
     shutil.rmtree(unfinished)
 
 
 def run_training(command: list[str]) -> int:
-    """Runs a recipe; its exit code. One that is told to end saves first, so this waits for it."""
-    training: list[subprocess.Popen] = []
+    """Runs a recipe and returns its exit code. Forwards signals, and waits until the recipe has saved and exited."""
+    processes: list[subprocess.Popen] = []
 
-    def pass_on(number: int, frame: Any) -> None:
-        for each in training:
-            each.send_signal(number)
+    def forward(number: int, frame: Any) -> None:
+        for process in processes:
+            process.send_signal(number)
 
-    # Ctrl-C reaches both processes; other signals this one alone.
-    earlier = {
+    # Ctrl-C reaches both processes, other signals reach only this one.
+    previous_handlers = {
         signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, forward),
     }
-    training.append(subprocess.Popen(command))
-    code = training[0].wait()
-    for number, handler in earlier.items():
+    processes.append(subprocess.Popen(command))
+    code = processes[0].wait()
+    for number, handler in previous_handlers.items():
         signal.signal(number, handler)
     return code
 

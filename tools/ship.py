@@ -1,16 +1,15 @@
-"""Makes a trained model small in every way there is, and prints what each costs.
+"""Exports a trained model in every format and quantization, and compares size, accuracy, latency and memory.
 
     python tools/ship.py runs/my_run
     python tools/ship.py runs/my_run --data-dir ~/tensorflow_datasets --rounds 5
 
-The model goes through scripts/export.py in every format and with every quantization: for LiteRT weights in int8
-(dynamic), weights in float16, or weights and calculations in int8; for networks of dense and embedding layers alone
-also Keras' own int8. For each: size on disk; the model's parameters, and how many are not zero;
-accuracy, or mean squared error, on the whole test split, as the artefact answers; the time of one call with one input
-and with 64, with one thread and with one per core, as the median over rounds in which the artefacts take turns, each in
-a process of its own; and the memory that a process holds more with it. ONNX needs the packages of `[export]`, and is
-left out without them. Written to results/ship-RECIPE.json and README.md, but for runs of `--smoke`, on a sample or on
-files of your own.
+The model is exported with scripts/export.py. LiteRT supports int8 weights (dynamic), float16 weights, and int8 weights
+and activations; Keras supports int8 for networks without convolutions. Measured for each artefact: size on disk; number
+of parameters and of nonzero parameters; accuracy, or mean squared error, on the whole test split; latency of a call
+with 1 and with 64 inputs, on one thread and on one thread per core; and the additional memory of the process. Each
+artefact runs in its own process. The artefacts alternate, and latencies are medians over the rounds. ONNX is skipped
+unless the packages of `[export]` are installed. Results are written to results/ship-RECIPE.json and README.md, except
+for runs with `--smoke`, on a sample, or on your own files.
 """
 
 import dataclasses
@@ -32,7 +31,7 @@ from common.records import load_program, provenance
 import keras
 import numpy as np
 from publish import publish
-from published import without, without_places, write_record
+from published import without, without_data_dir, write_record
 from rich.console import Console
 from rich.table import Table
 from tables import shipped_rows
@@ -49,7 +48,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured (default: 5)")
     arguments = parser.parse_args()
     record = ship(arguments.run_dir, arguments.data_dir, arguments.rounds)
-    Console(width=max(Console().width, 140)).print(as_table(record))  # Cut figures say nothing.
+    Console(width=max(Console().width, 140)).print(as_table(record))  # Narrower columns would truncate the numbers.
     if record["smoke"] or record["data"]["source"] in ("sample", "files"):
         print(
             f"not recorded: a run on {record['data']['name']} ({record['data']['source']}), not on all of the real data"
@@ -61,11 +60,11 @@ def main() -> None:
 
 
 def ship(run_dir: pathlib.Path, data_dir: str, rounds: int) -> dict[str, Any]:
-    """The record: what was measured of each variant, on which machine, data and weights."""
+    """Exports and measures all variants, and returns the record."""
     result, model = artefacts.load_run(run_dir)
     model = export.in_float32(model)
     data = export.run_data(result, data_dir)
-    compared, examples = export.first_inputs(data, export.COMPARED), data.train.arrays(slice(export.EXAMPLES))[0]
+    inputs, examples = export.first_inputs(data, export.COMPARED), data.train.arrays(slice(export.EXAMPLES))[0]
     weights = model.get_weights()
     counts = {"parameters": sum(map(np.size, weights)), "nonzero": int(sum(map(np.count_nonzero, weights)))}
     variants, paths = {}, {}
@@ -73,18 +72,18 @@ def ship(run_dir: pathlib.Path, data_dir: str, rounds: int) -> dict[str, Any]:
         name = form if quantization == "none" else f"{form} {quantization}"
         paths[name] = run_dir / "exported" / quantization / (result["recipe"] + export.SUFFIXES[form])
         tolerance = export.TOLERANCES[quantization]
-        parity = export.export(model, result, form, paths[name], compared, tolerance, quantization, examples)
+        parity = export.export(model, result, form, paths[name], inputs, tolerance, quantization, examples)
         if not parity["passed"]:
             print(f"parity failed: {name} answers otherwise than the model: {parity}", file=sys.stderr)
             sys.exit(3)
-        answers = artefacts.load(paths[name]).answer(data.test.inputs.numpy())
-        variants[name] = {"parity": parity, "bytes": size(paths[name]), **counts, **metric(answers, data.test)}
+        outputs = artefacts.load(paths[name]).answer(data.test.inputs.numpy())
+        variants[name] = {"parity": parity, "bytes": size(paths[name]), **counts, **metric(outputs, data.test)}
     with tempfile.TemporaryDirectory() as folder:
-        inputs = pathlib.Path(folder, "inputs.npy")
-        largest, _ = data.test.arrays(slice(max(BATCHES)))
-        np.save(inputs, largest.astype("S") if largest.dtype == object else largest)
-        for name, found in latencies(paths, inputs, rounds).items():
-            variants[name] |= found
+        inputs_file = pathlib.Path(folder, "inputs.npy")
+        largest_batch, _ = data.test.arrays(slice(max(BATCHES)))
+        np.save(inputs_file, largest_batch.astype("S") if largest_batch.dtype == object else largest_batch)
+        for name, measured in latencies(paths, inputs_file, rounds).items():
+            variants[name] |= measured
     return {
         "recipe": result["recipe"],
         "data": result["data"],
@@ -96,14 +95,14 @@ def ship(run_dir: pathlib.Path, data_dir: str, rounds: int) -> dict[str, Any]:
         "variants": variants,
         "hardware": dataclasses.asdict(describe_machine()),
         **provenance(),
-        "command": shlex.join(["python", "tools/ship.py", *without_places(sys.argv[1:])]),
+        "command": shlex.join(["python", "tools/ship.py", *without_data_dir(sys.argv[1:])]),
     }
 
 
 def variants_of(model: keras.Model) -> list[tuple[str, str]]:
-    """Formats and quantizations, as scripts/export.py calls them, that suit a model."""
+    """Returns the (format, quantization) pairs of scripts/export.py that support a model."""
     convolutions = any(isinstance(layer, keras.layers.Conv2D) for layer in model.layers)
-    variants = [(form, each) for form, kinds in export.QUANTIZATIONS.items() for each in kinds]
+    variants = [(form, kind) for form, kinds in export.QUANTIZATIONS.items() for kind in kinds]
     if not importlib.util.find_spec("tf2onnx"):
         print("no tf2onnx: ONNX is left out; .venv/bin/pip install -e '.[export]'")
         variants = [variant for variant in variants if variant[0] != "onnx"]
@@ -111,20 +110,20 @@ def variants_of(model: keras.Model) -> list[tuple[str, str]]:
 
 
 def size(path: pathlib.Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
-    return sum(each.stat().st_size for each in [path, *path.rglob("*")] if each.is_file())
+    """Returns the size in bytes of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
 
 
-def metric(answers: np.ndarray, test: Split) -> dict[str, float]:
-    """Accuracy, or of values the mean squared error."""
+def metric(outputs: np.ndarray, test: Split) -> dict[str, float]:
+    """Returns the accuracy for classes, or the mean squared error for values."""
     targets = test.targets.numpy()
     if targets.shape[1] > 1:
-        return {"accuracy": float(np.mean(answers.argmax(axis=1) == targets.argmax(axis=1)))}
-    return {"mse": float(np.mean((answers - targets) ** 2))}
+        return {"accuracy": float(np.mean(outputs.argmax(axis=1) == targets.argmax(axis=1)))}
+    return {"mse": float(np.mean((outputs - targets) ** 2))}
 
 
 def latencies(paths: dict[str, pathlib.Path], inputs: pathlib.Path, rounds: int) -> dict[str, dict[str, Any]]:
-    """Median seconds of a call of each artefact, by threads and batch size, and the memory that it takes."""
+    """Measures median seconds per call, by threads and batch size, and the memory of each artefact."""
     script = ROOT / "tools" / "measure_artefact.py"
     workers = {
         (name, threads): subprocess.Popen(
@@ -132,19 +131,19 @@ def latencies(paths: dict[str, pathlib.Path], inputs: pathlib.Path, rounds: int)
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # Ctrl-C is for this process, which ends them.
+            start_new_session=True,  # Ctrl-C reaches only this process, which kills the workers.
         )
         for name, path in paths.items()
         for threads in (1, 0)
     }
-    found = {key: {batch: [] for batch in BATCHES} for key in workers}
+    seconds = {key: {batch: [] for batch in BATCHES} for key in workers}
     try:
         for _ in range(rounds):
             for key, worker in workers.items():
                 for batch in BATCHES:
                     worker.stdin.write(f"{batch}\n")
                     worker.stdin.flush()
-                    found[key][batch].append(float(worker.stdout.readline()))
+                    seconds[key][batch].append(float(worker.stdout.readline()))
         memory = {key: int(worker.communicate()[0]) for key, worker in workers.items()}
     finally:
         for worker in workers.values():
@@ -153,7 +152,7 @@ def latencies(paths: dict[str, pathlib.Path], inputs: pathlib.Path, rounds: int)
         name: {
             "seconds": {
                 f"batch {batch}, {'one thread' if threads else 'all threads'}": statistics.median(
-                    found[name, threads][batch]
+                    seconds[name, threads][batch]
                 )
                 for threads in (1, 0)
                 for batch in BATCHES
@@ -165,7 +164,7 @@ def latencies(paths: dict[str, pathlib.Path], inputs: pathlib.Path, rounds: int)
 
 
 def as_table(record: dict[str, Any]) -> Table:
-    """The record for people."""
+    """Formats the record as a table for the terminal."""
     header, *rows = shipped_rows(record)
     table = Table(*header)
     for row in rows:

@@ -1,28 +1,28 @@
-"""The tables that tools/publish.py writes of what results/ holds, in Markdown."""
+"""Formats the records in results/ as Markdown tables, for tools/publish.py."""
 
 import itertools
 import statistics
 
 from published import (
     benchmarks,
-    in_bfloat16,
     load_runs,
     machine_of,
     main_metric,
     marks,
     mean,
+    precision_suffix,
     pruned,
     read_record,
     read_records,
+    recipe_flags,
     recipe_paths,
-    set_flags,
     stale,
     uncommitted,
     variant_records,
     with_metric,
 )
 
-# Extra metrics of recipes, and how the table shows them; {} takes the figure.
+# Extra metrics of recipes, and their text in the table; {} is replaced by the value.
 EXTRA = {
     "one_view_accuracy": "without averaging over views: {}",
     "alone_accuracy": "the same network without a teacher: {}",
@@ -39,48 +39,48 @@ EXTRA = {
     "noise_floor_mse": "noise floor: {}",
 }
 
-# What the project aims at in tools/benchmark.py, and the mark of a figure that is below.
-PICTURES = ("cifar10_cnn", "cifar10_fast", "mnist_cnn")
-AIMS = {
-    "to_naive": {**dict.fromkeys(PICTURES, 1.2), "dense_classifier": 3.0, "dense_regression": 3.0},
-    "to_pytorch": dict.fromkeys(PICTURES, 1.2),
+# Target values for tools/benchmark.py, and the mark of a value below its target.
+IMAGE_RECIPES = ("cifar10_cnn", "cifar10_fast", "mnist_cnn")
+TARGETS = {
+    "to_naive": {**dict.fromkeys(IMAGE_RECIPES, 1.2), "dense_classifier": 3.0, "dense_regression": 3.0},
+    "to_pytorch": dict.fromkeys(IMAGE_RECIPES, 1.2),
     "share_of_peak": {"cifar10_cnn": 0.30, "cifar10_fast": 0.55, "mnist_cnn": 0.25},
 }
 NO_CALLBACKS = 0.97
 BELOW = " ▼"
 
 
-def figure(runs: list[dict], metric: str) -> str:
-    """Mean ± standard deviation of a metric over the runs, accuracies in per cent."""
+def mean_and_deviation(runs: list[dict], metric: str) -> str:
+    """Formats mean ± standard deviation of a metric over the runs; accuracies in percent."""
     scale, unit, digits = (100, " %", 2) if metric.endswith("accuracy") else (1, "", 4)
     values = [run["metrics"][metric] * scale for run in runs]
-    middle = f"{statistics.mean(values):.{digits}f}"
+    average = f"{statistics.mean(values):.{digits}f}"
     if len(values) == 1:
-        return middle + unit
-    return f"{middle} ± {statistics.stdev(values):.{digits}f}{unit}"
+        return average + unit
+    return f"{average} ± {statistics.stdev(values):.{digits}f}{unit}"
 
 
-def margin(runs: list[dict], other: str) -> str:
-    """By how much the recipe is better than its baseline, on the mean."""
-    mine, its = mean(runs, main_metric(runs)), mean(runs, other)
-    if other.endswith("accuracy"):
-        return f" ({100 * abs(mine - its):.2f} points {'below' if its <= mine else 'above'})"
-    return f" ({its / mine:.2f} times the recipe's)"
+def margin(runs: list[dict], baseline: str) -> str:
+    """Formats the mean difference between a recipe and a baseline metric."""
+    own, other = mean(runs, main_metric(runs)), mean(runs, baseline)
+    if baseline.endswith("accuracy"):
+        return f" ({100 * abs(own - other):.2f} points {'below' if other <= own else 'above'})"
+    return f" ({other / own:.2f} times the recipe's)"
 
 
 def seeds(runs: list[dict]) -> str:
-    """Of the runs, with commas."""
+    """Formats the seeds of the runs."""
     return ", ".join(str(run["seed"]) for run in runs)
 
 
-def minutes(runs: list[dict]) -> str:
-    """Median time from the raw data to the saved model, without evaluation and baselines."""
-    spent = statistics.median(run["seconds"]["total"] - run["seconds"]["evaluate"] for run in runs)
-    return f"{spent / 60:.1f} min" if spent >= 60 else f"{spent:.0f} s"
+def training_time(runs: list[dict]) -> str:
+    """Formats the median time from raw data to saved model, without evaluation and baselines."""
+    seconds = statistics.median(run["seconds"]["total"] - run["seconds"]["evaluate"] for run in runs)
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 def result_line(recipe: str) -> str:
-    """What the docstring of a recipe says of its result."""
+    """Formats the Result entry in the docstring of a recipe."""
     lines = []
     for record in (read_record(recipe), *variant_records(recipe)):
         if not record:
@@ -88,19 +88,21 @@ def result_line(recipe: str) -> str:
             continue
         runs = record["runs"]
         name = "accuracy" if main_metric(runs) == "accuracy" else "mean squared error"
-        found = figure(runs, main_metric(runs))
-        line = f"test {name} {found} over {len(runs)} seeds, {minutes(runs)}, {machine_of(runs[0])}{stale(record)}"
-        flags = set_flags(runs[0]["command"])
+        value = mean_and_deviation(runs, main_metric(runs))
+        line = (
+            f"test {name} {value} over {len(runs)} seeds, {training_time(runs)}, {machine_of(runs[0])}{stale(record)}"
+        )
+        flags = recipe_flags(runs[0]["command"])
         lines += [f"{line},", f"with {flags}"] if flags else [line]
     return f"\n{' ' * 10}".join(lines)
 
 
 def results_table() -> str:
-    """The table of all recipes, in Markdown."""
+    """Formats the results of all recipes."""
     lines = ["| recipe | data | test result | to compare | training | seeds |", "|---|---|---|---|---|---|"]
     machines = set()
     records = [
-        (path, each) for path in recipe_paths() for each in (read_record(path.stem), *variant_records(path.stem))
+        (path, record) for path in recipe_paths() for record in (read_record(path.stem), *variant_records(path.stem))
     ]
     for path, record in records:
         link = f"[`{path.stem}`](recipes/{path.name})"
@@ -108,20 +110,20 @@ def results_table() -> str:
             lines.append(f"| {link} | | not yet measured | | | |")
             continue
         runs = record["runs"]
-        flags = set_flags(runs[0]["command"])
+        flags = recipe_flags(runs[0]["command"])
         link += f"<br>`{flags}`" if flags else ""
         metric = main_metric(runs)
         label = "accuracy" if metric == "accuracy" else "mean squared error"
         compared = "<br>".join(
-            text.format(figure(runs, name)) + margin(runs, name)
+            text.format(mean_and_deviation(runs, name)) + margin(runs, name)
             for name, text in EXTRA.items()
             if name in runs[0]["metrics"]
         )
         data = runs[0]["data"]
         counts = f"{data['train']:,} train, {data['validation']:,} validation, {data['test']:,} test"
         lines.append(
-            f"| {link} | {data['name']} ({data['source']}): {counts} | {label} {figure(runs, metric)} "
-            f"| {compared} | {minutes(runs)}, {machine_of(runs[0])}{marks(record)} | {seeds(runs)} |"
+            f"| {link} | {data['name']} ({data['source']}): {counts} | {label} {mean_and_deviation(runs, metric)} "
+            f"| {compared} | {training_time(runs)}, {machine_of(runs[0])}{marks(record)} | {seeds(runs)} |"
         )
         versions = runs[0]["versions"]
         machines.add(f"{machine_of(runs[0])}, TensorFlow {versions['tensorflow']}, Keras {versions['keras']}")
@@ -131,20 +133,20 @@ def results_table() -> str:
         "model, less evaluation, what the result is compared with, and a `--teacher`.",
     ]
     lines += ["Measured on: " + "; ".join(sorted(machines)) + "."]
-    return "\n".join([*lines, "", *what_marks_say(lines)]).rstrip()
+    return "\n".join([*lines, "", *legend_lines(lines)]).rstrip()
 
 
-def what_marks_say(lines: list[str]) -> list[str]:
-    """A line for each of `published.marks` that is among the lines of a table."""
+def legend_lines(lines: list[str]) -> list[str]:
+    """Returns an explanation of each mark of `published.marks` that a table uses."""
     legend = {
         "stale": "Stale: the recipe has changed since, and was not measured again yet.",
         "uncommitted": "Uncommitted: measured with changes that were not committed at that time.",
     }
-    return [part for mark, said in legend.items() if any(f", {mark}" in line for line in lines) for part in (said, "")]
+    return [part for mark, text in legend.items() if any(f", {mark}" in line for line in lines) for part in (text, "")]
 
 
 def benchmark_table() -> str:
-    """The medians of tools/benchmark.py, a table for each machine, in Markdown."""
+    """Formats the medians of tools/benchmark.py, one table per machine."""
     machines, lines = benchmarks(), []
     measured = list(itertools.chain(*machines.values()))
     header = (
@@ -159,16 +161,16 @@ def benchmark_table() -> str:
             "peak for `cifar10_cnn`, `cifar10_fast` and `mnist_cnn`, and 3 % of the time, at most, for callbacks.",
             "",
         ]
-    if any("recipe without callbacks" in each["examples_per_second"] for each in measured):
+    if any("recipe without callbacks" in record["examples_per_second"] for record in measured):
         lines += [
             "Callbacks: their share of the training's own time. Where it comes with many points to both sides, it was "
             "measured earlier, as the difference to a training without them.",
             "",
         ]
-    lines += what_marks_say(lines)
+    lines += legend_lines(lines)
     if measured:
-        counts = sorted({len(each["rounds"]) for each in measured})
-        names = sorted({f"{each['data']['name']} ({each['data']['source']})" for each in measured})
+        counts = sorted({len(record["rounds"]) for record in measured})
+        names = sorted({f"{record['data']['name']} ({record['data']['source']})" for record in measured})
         lines += [
             f"In brackets: the lowest and the highest of {' or '.join(map(str, counts))} rounds. A machine that others "
             "share has slower days: the peak, measured in the same rounds, tells.",
@@ -191,12 +193,12 @@ def benchmark_table() -> str:
 
 
 def benchmark_row(record: dict) -> str:
-    """One recipe in one precision."""
+    """Formats the benchmark of one recipe in one precision."""
 
-    def marked(figure: str, text: str) -> str:
-        found = record[figure]["median"] if isinstance(record[figure], dict) else record[figure]
-        aim = NO_CALLBACKS if figure == "to_no_callbacks" else AIMS[figure].get(record["recipe"], 0)
-        return text + BELOW * (found < aim)
+    def marked(name: str, text: str) -> str:
+        value = record[name]["median"] if isinstance(record[name], dict) else record[name]
+        target = NO_CALLBACKS if name == "to_no_callbacks" else TARGETS[name].get(record["recipe"], 0)
+        return text + BELOW * (value < target)
 
     torch = "not measured"
     if record["to_pytorch"]:
@@ -204,7 +206,8 @@ def benchmark_row(record: dict) -> str:
     percent = f"{100 * record['share_of_peak']:.0f} %" if record["share_of_peak"] >= 0.005 else "under 1 %"
     share = f"{percent} of {record['peak_flops'] / 1e9:,.0f} GFLOPS"
     return (
-        f"| `{record['recipe']}`{in_bfloat16(record)}{marks(record)} | {record['examples_per_second']['recipe']:,.0f} "
+        f"| `{record['recipe']}`{precision_suffix(record)}{marks(record)} "
+        f"| {record['examples_per_second']['recipe']:,.0f} "
         f"| {marked('to_naive', spread(record['to_naive']))} | {torch} | {marked('share_of_peak', share)} "
         f"| {record['first_step_seconds']['recipe']:.1f} s "
         f"| {marked('to_no_callbacks', percent_lost(record['to_no_callbacks']))} |"
@@ -212,101 +215,108 @@ def benchmark_row(record: dict) -> str:
 
 
 def percent_lost(interval: dict[str, float]) -> str:
-    """What ratios below 1 cost, with the least and the most."""
-    least, middle, most = (100 * (1 - interval[name]) for name in ("highest", "median", "lowest"))
-    return f"{middle:.1f} % ({least:.1f} to {most:.1f})"
+    """Formats the loss of ratios below 1 in percent: median, minimum and maximum."""
+    minimum, median, maximum = (100 * (1 - interval[name]) for name in ("highest", "median", "lowest"))
+    return f"{median:.1f} % ({minimum:.1f} to {maximum:.1f})"
 
 
 def spread(interval: dict[str, float]) -> str:
-    """A median with its lowest and highest."""
+    """Formats median, minimum and maximum."""
     return f"{interval['median']:.2f} ({interval['lowest']:.2f} to {interval['highest']:.2f})"
 
 
 def shipped_rows(record: dict) -> list[list[str]]:
-    """A record of tools/ship.py as a table, the header first: times in milliseconds."""
+    """Returns a record of tools/ship.py as table rows, including the header; times in milliseconds."""
     variants = record["variants"]
     first = next(iter(variants.values()))
     score = "accuracy" if "accuracy" in first else "mse"
-    header = ["variant", "KiB", "parameters", "not zero", score, *(f"ms, {each}" for each in first["seconds"]), "MiB"]
+    header = ["variant", "KiB", "parameters", "not zero", score, *(f"ms, {batch}" for batch in first["seconds"]), "MiB"]
     rows = [header]
-    for name, found in variants.items():
-        quality = f"{100 * found[score]:.2f} %" if score == "accuracy" else f"{found[score]:.4f}"
-        row = [name, f"{found['bytes'] / 1024:,.0f}", f"{found['parameters']:,}", f"{found['nonzero']:,}", quality]
-        times = [f"{1000 * seconds:.3f}" for seconds in found["seconds"].values()]
-        rows.append([*row, *times, f"{found['memory_bytes'] / 2**20:,.0f}"])
+    for name, variant in variants.items():
+        quality = f"{100 * variant[score]:.2f} %" if score == "accuracy" else f"{variant[score]:.4f}"
+        row = [
+            name,
+            f"{variant['bytes'] / 1024:,.0f}",
+            f"{variant['parameters']:,}",
+            f"{variant['nonzero']:,}",
+            quality,
+        ]
+        times = [f"{1000 * seconds:.3f}" for seconds in variant["seconds"].values()]
+        rows.append([*row, *times, f"{variant['memory_bytes'] / 2**20:,.0f}"])
     return rows
 
 
-def quicker(record: dict) -> list[str]:
-    """How much quicker and smaller eight bits are, and a network without half of its filters than the whole one."""
+def speedup_lines(record: dict) -> list[str]:
+    """Describes how much faster and smaller int8 models and pruned models are."""
 
-    def times(one: dict, other: dict, batch: int) -> str:
-        timed = f"batch {batch}, one thread"
-        return f"{other['seconds'][timed] / one['seconds'][timed]:,.1f}"
+    def speedup(variant: dict, baseline: dict, batch: int) -> str:
+        setting = f"batch {batch}, one thread"
+        return f"{baseline['seconds'][setting] / variant['seconds'][setting]:,.1f}"
 
-    variants, whole, lines = record["variants"], read_record("ship-mnist_cnn"), []
+    variants, unpruned, lines = record["variants"], read_record("ship-mnist_cnn"), []
     if {"keras", "litert", "litert int8"} <= set(variants):
         int8, litert = variants["litert int8"], variants["litert"]
         lines += [
-            f"At batch 1, one thread, `litert int8` is {times(int8, litert, 1)} times as quick as `litert`, with "
+            f"At batch 1, one thread, `litert int8` is {speedup(int8, litert, 1)} times as quick as `litert`, with "
             f"{100 * int8['bytes'] / litert['bytes']:.1f} % of its bytes, and "
-            f"{times(int8, variants['keras'], 1)} times as quick as the Keras model, called as `model(inputs)`.",
+            f"{speedup(int8, variants['keras'], 1)} times as quick as the Keras model, called as `model(inputs)`.",
             "",
         ]
-    if record["recipe"] == "pruning" and "litert" in variants and whole:
-        before = whole["variants"]["litert"]
+    if record["recipe"] == "pruning" and "litert" in variants and unpruned:
+        full = unpruned["variants"]["litert"]
         lines += [
-            f"Compared with `mnist_cnn`, whose network this was, `litert` is {times(variants['litert'], before, 1)} "
-            f"times as quick at batch 1, one thread, and {times(variants['litert'], before, 64)} times at batch 64.",
+            f"Compared with `mnist_cnn`, whose network this was, `litert` is {speedup(variants['litert'], full, 1)} "
+            f"times as quick at batch 1, one thread, and {speedup(variants['litert'], full, 64)} times at batch 64.",
             "",
         ]
     return lines
 
 
 def shipped_tables() -> str:
-    """The records of tools/ship.py, a table each, and what pruning cost and distillation gained, in Markdown."""
+    """Formats one table per record of tools/ship.py, and tables for pruning and distillation."""
     lines = []
     for record in read_records("ship-*"):
         header, *rows = shipped_rows(record)
         data = record["data"]
         lines += [
-            f"`{' '.join([record['recipe'], set_flags(record['trained_by'])]).strip()}`, "
+            f"`{' '.join([record['recipe'], recipe_flags(record['trained_by'])]).strip()}`, "
             f"seed {record['seed']}, {data['test']:,} test examples of {data['name']} "
             f"({data['source']}), {machine_of(record)}{marks(record)}:",
             "",
             *(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)),
             "",
-            *quicker(record),
+            *speedup_lines(record),
         ]
-    if compared := with_metric(load_runs("pruning"), "unpruned_accuracy"):
-        whole = mean(compared, "unpruned_accuracy")
+    if runs_with_baseline := with_metric(load_runs("pruning"), "unpruned_accuracy"):
+        unpruned = mean(runs_with_baseline, "unpruned_accuracy")
         lines += [
             "| removed by `pruning` | weights left | test accuracy | points lost | seeds |",
             "|---|---|---|---|---|",
         ]
-        for kind, share, runs in pruned():
-            lost = 100 * (whole - mean(runs, "accuracy"))
+        for kind, sparsity, runs in pruned():
+            lost = 100 * (unpruned - mean(runs, "accuracy"))
             lines.append(
-                f"| {100 * share:.0f} % of the {kind} | {mean(runs, 'nonzero_weights'):,.0f} "
-                f"| {figure(runs, 'accuracy')} | {lost:.2f} | {seeds(runs)}{uncommitted({'runs': runs})} |"
+                f"| {100 * sparsity:.0f} % of the {kind} | {mean(runs, 'nonzero_weights'):,.0f} "
+                f"| {mean_and_deviation(runs, 'accuracy')} | {lost:.2f} | {seeds(runs)}{uncommitted({'runs': runs})} |"
             )
         lines += ["", "![Test accuracy by the number of weights that are left](results/pruning.png)", ""]
-    taught = [record["runs"] for record in read_records("distillation*")]
-    taught = [runs for runs in taught if with_metric(runs, "alone_accuracy") == runs]
-    if taught:
+    distilled = [record["runs"] for record in read_records("distillation*")]
+    distilled = [runs for runs in distilled if with_metric(runs, "alone_accuracy") == runs]
+    if distilled:
         lines += ["| epochs of `distillation` | test accuracy | without a teacher | points gained | seeds |"]
         lines += ["|---|---|---|---|---|"]
-    for runs in sorted(taught, key=lambda runs: runs[0]["epochs"]):
+    for runs in sorted(distilled, key=lambda runs: runs[0]["epochs"]):
         gained = 100 * (mean(runs, "accuracy") - mean(runs, "alone_accuracy"))
         lines.append(
-            f"| {runs[0]['epochs']} | {figure(runs, 'accuracy')} | {figure(runs, 'alone_accuracy')} | {gained:.2f} "
+            f"| {runs[0]['epochs']} | {mean_and_deviation(runs, 'accuracy')} "
+            f"| {mean_and_deviation(runs, 'alone_accuracy')} | {gained:.2f} "
             f"| {seeds(runs)} |"
         )
     return "\n".join(lines).strip() or "Not yet measured."
 
 
 def distributed_table() -> str:
-    """What several workers and a strategy cost, in Markdown."""
+    """Formats the cost of several workers, and of a distribution strategy."""
     lines = [
         "| cifar10_cnn, two epochs | images per second | test accuracy | pairs | machine |",
         "|---|---|---|---|---|",
@@ -316,12 +326,12 @@ def distributed_table() -> str:
         ("strategy", "a strategy with one replica instead of none"),
     ):
         if record := read_record(name):
-            one, other = ([pair[way]["metrics"]["accuracy"] for pair in record["pairs"]] for way in record["ways"])
-            on_average = 100 * (statistics.mean(other) - statistics.mean(one))
+            baseline, other = ([pair[way]["metrics"]["accuracy"] for pair in record["pairs"]] for way in record["ways"])
+            difference = 100 * (statistics.mean(other) - statistics.mean(baseline))
             points = record["largest_difference_of_test_accuracy_in_points"]
             lines.append(
                 f"| {label} | {record['median_ratio_images_per_second']:.2f} times as many "
-                f"| {on_average:+.2f} points on average, at most {points:.2f} apart "
+                f"| {difference:+.2f} points on average, at most {points:.2f} apart "
                 f"| {len(record['pairs'])} | {machine_of(record)}{marks(record)} |"
             )
     return "\n".join(lines) if len(lines) > 2 else "Not yet measured."

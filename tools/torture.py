@@ -1,4 +1,4 @@
-"""Kills a training again and again, resumes it by the same command, and compares the end with a run left alone.
+"""Kills a training repeatedly, resumes it each time, and compares the result with that of an uninterrupted run.
 
     python tools/torture.py mnist_cnn --kills 20
     python tools/torture.py mnist_cnn --kills 20 --signal TERM
@@ -7,16 +7,16 @@
     python tools/torture.py mnist_cnn --kills 10 --signal STOP --workers 3
     python tools/torture.py linear_regression --workers 2 --cases
 
-KILL is `kill -9`, at random moments from the start of the process to its end; a quarter of the kills falls inside
-the writing of a checkpoint. TERM and INT (Ctrl-C) come at any moment after the recipe's first line: the exit code must
-be 75 each time. Compared are the digest of the weights, the step counter of the optimizer, the test metrics, the
-losses of all epochs, and each step of each curve in TensorBoard. Flags behind `--` go to the recipe.
+KILL is `kill -9`, sent at random times between start and exit; a quarter of the kills falls within a checkpoint write.
+TERM and INT (Ctrl-C) are sent at random times after the recipe's first line of output; the exit code must be 75. The
+script compares the digest of the weights, the optimizer's step counter, the test metrics, the losses of all epochs, and
+every step of every TensorBoard curve. Flags after `--` are passed to the recipe.
 
-With --workers, the training is a group of processes under scripts/launch.py. KILL and STOP strike one of them, at
-random moments, half of them within the training, which is shorter than its start; the others must be gone within 20
-seconds, and the launcher starts all again. TERM strikes the launcher.
-The end is compared with that of an equal group left alone. With --cases, each way in which several workers can end is
-driven three times, without the launcher, and a table shows the exit times.
+With --workers, the training is a group of processes under scripts/launch.py. KILL and STOP are sent to one worker at
+random times, half of them during training, which takes less time than startup. The other workers must exit within 20
+seconds, and the launcher restarts the group. TERM is sent to the launcher.
+The result is compared with that of an uninterrupted group. With --cases, each way in which a multi-worker training can
+end is tested three times, without the launcher, and a table shows the exit times.
 """
 
 import argparse
@@ -50,7 +50,7 @@ WRITTEN = "torture: a checkpoint is written"
 
 
 def main() -> None:
-    own, flags = load_program(ROOT / "scripts" / "launch.py").own_and_recipe_flags(sys.argv[1:])
+    own_flags, recipe_flags = load_program(ROOT / "scripts" / "launch.py").own_and_recipe_flags(sys.argv[1:])
     parser = Parser(__doc__)
     parser.add_argument("recipe", choices=sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))
     parser.add_argument("--kills", type=int, default=20, help="how often (default: 20)")
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="train with so many processes (default: one)")
     parser.add_argument("--seed", type=int, default=0, help="decides the moments, as far as a clock can")
     parser.add_argument("--cases", action="store_true", help="every way in which several workers can end, three times")
-    arguments = parser.parse_args(own)
+    arguments = parser.parse_args(own_flags)
     if arguments.cases:
         if arguments.workers < 2:
             parser.error("--cases: for several workers; add --workers 2 or more")
@@ -66,79 +66,79 @@ def main() -> None:
     if arguments.signal == "STOP" and not arguments.workers:
         parser.error("--signal STOP: a process alone has nobody to notice it; add --workers")
     with tempfile.TemporaryDirectory() as folder:
-        torture = Torture(arguments, [*(flags or STANDARD_FLAGS), *FIXED_FLAGS], pathlib.Path(folder))
-        sys.exit(torture.run())
+        test = KillTest(arguments, [*(recipe_flags or STANDARD_FLAGS), *FIXED_FLAGS], pathlib.Path(folder))
+        sys.exit(test.run())
 
 
 def run_cases(recipe: str, workers: int, seed: int) -> int:
-    """Prints a table of the cases; 1 if one went wrong, else 0."""
+    """Runs all cases and prints a table. Returns 1 if a case failed, else 0."""
     print(
         f"{'case':24} | workers | seconds to the last exit\n{'-' * 24}-|---------|--------------------------",
         flush=True,
     )
-    wrong = 0
-    for name, drive in CASES.items():
-        took = []
+    failures = 0
+    for name, run_case in CASES.items():
+        durations = []
         for number in range(3):
             with tempfile.TemporaryDirectory() as folder:
-                seconds, problem = drive(Group(recipe, workers, pathlib.Path(folder), seed + number))
+                seconds, problem = run_case(Group(recipe, workers, pathlib.Path(folder), seed + number))
             if seconds > LIMIT and not problem:
                 problem = f"after {seconds:.1f} s"
-            took.append(f"WRONG: {problem}" if problem else f"{seconds:.1f}")
-            wrong += bool(problem)
-        print(f"{name:24} | {workers:7} | {', '.join(took)}", flush=True)
-    return int(wrong > 0)
+            durations.append(f"WRONG: {problem}" if problem else f"{seconds:.1f}")
+            failures += bool(problem)
+        print(f"{name:24} | {workers:7} | {', '.join(durations)}", flush=True)
+    return int(failures > 0)
 
 
-class Torture:
-    """A reference run, and victims that are killed until there were enough kills."""
+class KillTest:
+    """Compares an uninterrupted reference run with runs that are killed and resumed."""
 
     def __init__(self, arguments: argparse.Namespace, flags: list[str], folder: pathlib.Path):
         self.recipe = str(ROOT / "recipes" / f"{arguments.recipe}.py")
         self.name, self.kills, self.signal = arguments.recipe, arguments.kills, arguments.signal
         self.flags, self.folder, self.random = flags, folder, random.Random(arguments.seed)
         self.workers, self.slowest_exit = arguments.workers, 0.0
-        self.asks = arguments.signal in ("TERM", "INT")
+        self.graceful = arguments.signal in ("TERM", "INT")
 
     def command(self, run_dir: pathlib.Path, *more: str) -> list[str]:
-        """The training, as a user would start it."""
-        start = [sys.executable, self.recipe]
+        """Returns the command that starts the training."""
+        prefix = [sys.executable, self.recipe]
         if self.workers:
             launcher = str(ROOT / "scripts" / "launch.py")
-            start = [sys.executable, launcher, "--workers", str(self.workers), "--max-restarts", "1000"]
-            start += [self.recipe, "--"]
-        return [*start, *self.flags, "--run-dir", str(run_dir), *more]
+            prefix = [sys.executable, launcher, "--workers", str(self.workers), "--max-restarts", "1000"]
+            prefix += [self.recipe, "--"]
+        return [*prefix, *self.flags, "--run-dir", str(run_dir), *more]
 
     def run(self) -> int:
-        """Prints the comparison; 0 if all is identical, else 1."""
-        began = time.monotonic()
+        """Runs the test and prints the comparison. Returns 0 if all results are identical, else 1."""
+        start = time.monotonic()
         command = self.command(self.folder / "alone")
         if not self.workers:
             command[:1] = [sys.executable, __file__, "victim", "0"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(done.stderr, file=sys.stderr)
-            return done.returncode
-        self.writes = done.stdout.count(WRITTEN)
-        # What comes before and behind the training, and the training itself.
+        reference = subprocess.run(command, capture_output=True, text=True, check=False)
+        if reference.returncode:
+            print(reference.stderr, file=sys.stderr)
+            return reference.returncode
+        self.writes = reference.stdout.count(WRITTEN)
+        # Random kill times are chosen relative to these durations.
         seconds = json.loads((self.folder / "alone" / "result.json").read_text())["seconds"]
-        self.around = (time.monotonic() - began if not self.asks or self.workers else seconds["total"]) - seconds[
+        self.overhead = (time.monotonic() - start if not self.graceful or self.workers else seconds["total"]) - seconds[
             "train"
         ]
-        self.training, self.tracing = seconds["train"], seconds["compile"]
-        expected, counts, victims = outcome(self.folder / "alone"), collections.Counter(), 0
+        self.training, self.compiling = seconds["train"], seconds["compile"]
+        expected, counts, runs = outcome(self.folder / "alone"), collections.Counter(), 0
         while counts["kills"] < self.kills:
-            victims += 1
-            victim = self.folder / f"victim-{victims}"
-            if self.workers and not self.asks:
-                self.live_as_group(victim, counts)
+            runs += 1
+            run_dir = self.folder / f"victim-{runs}"
+            if self.workers and not self.graceful:
+                self.run_group(run_dir, counts)
             else:
-                while not self.live(victim, counts):
+                while not self.run_until_exit(run_dir, counts):
                     pass
-            found = outcome(victim)
-            for what in expected:
-                if found[what] != expected[what]:
-                    print(f"{self.name}: {what} differs\n  alone: {expected[what]}\n  killed: {found[what]}")
+            actual = outcome(run_dir)
+            for key in expected:
+                if actual[key] != expected[key]:
+                    print(f"{self.name}: {key} differs\n  alone: {expected[key]}\n  killed: {actual[key]}")
                     return 1
         if self.slowest_exit > 20:
             print(f"{self.name}: a worker took {self.slowest_exit:.1f} s to notice that another was lost")
@@ -146,91 +146,91 @@ class Torture:
         kind = f"of {self.workers} workers" if self.workers else f"{counts['in write']} inside a checkpoint write"
         print(
             f"{self.name}: {counts['kills']} x {self.signal} ({kind}), "
-            f"{victims} runs finished, {counts['resumed']} times from a checkpoint: identical to the run left alone"
+            f"{runs} runs finished, {counts['resumed']} times from a checkpoint: identical to the run left alone"
             + (f"; slowest exit {self.slowest_exit:.1f} s" if self.slowest_exit else "")
         )
         return 0
 
-    def live(self, victim: pathlib.Path, counts: collections.Counter) -> bool:
-        """One life of a victim, to its end or to its death; whether it came to the end."""
-        command = self.command(victim, "--resume")
+    def run_until_exit(self, run_dir: pathlib.Path, counts: collections.Counter) -> bool:
+        """Starts or resumes a run, and may send it a signal. Returns True if the run finished."""
+        command = self.command(run_dir, "--resume")
         if counts["kills"] >= self.kills:
-            moment = None
+            delay = None
         elif self.signal == "KILL" and counts["in write"] * 4 <= counts["kills"]:
-            moment = None
+            delay = None
             command[:1] = [sys.executable, __file__, "victim", str(self.random.randint(1, min(4, self.writes)))]
         else:
-            # Half of them early enough in training that it takes many lives, the others at any moment.
-            early = self.random.uniform(0.3 * self.around, self.around + 2 * self.training / self.kills)
-            moment = self.random.choice([early, self.random.uniform(0, self.around + self.training)])
+            # Half of the signals are sent early in training, so that a run is resumed many times.
+            early = self.random.uniform(0.3 * self.overhead, self.overhead + 2 * self.training / self.kills)
+            delay = self.random.choice([early, self.random.uniform(0, self.overhead + self.training)])
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        printed = process.stdout.readline() if self.asks else ""
-        if moment is not None:
-            threading.Thread(target=self.strike, args=(process, moment), daemon=True).start()
-        rest, errors = process.communicate()
-        counts["resumed"] += "resumed: " in printed + rest and "from step 0\n" not in rest
+        first_line = process.stdout.readline() if self.graceful else ""
+        if delay is not None:
+            threading.Thread(target=self.send_signal_after, args=(process, delay), daemon=True).start()
+        other_lines, errors = process.communicate()
+        counts["resumed"] += "resumed: " in first_line + other_lines and "from step 0\n" not in other_lines
         if process.returncode == 0:
             return True
-        if process.returncode != (EXIT_INTERRUPTED if self.asks else -signal.SIGKILL):
+        if process.returncode != (EXIT_INTERRUPTED if self.graceful else -signal.SIGKILL):
             raise SystemExit(f"{self.name}: exit code {process.returncode}\n{errors}")
-        self.slowest_exit = max(self.slowest_exit, time.monotonic() - getattr(process, "struck", time.monotonic()))
+        self.slowest_exit = max(self.slowest_exit, time.monotonic() - getattr(process, "signal_time", time.monotonic()))
         counts["kills"] += 1
         counts["in write"] += "victim" in command
         return False
 
-    def live_as_group(self, victim: pathlib.Path, counts: collections.Counter) -> None:
-        """The whole life of a group of workers, whose launcher starts it again after each strike."""
-        command = self.command(victim, "--resume")
+    def run_group(self, run_dir: pathlib.Path, counts: collections.Counter) -> None:
+        """Runs a group of workers to completion. The launcher restarts the group after each signal."""
+        command = self.command(run_dir, "--resume")
         launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        printed, pids, struck, timers = [], {}, {}, []
-        in_training = False  # Whether the next strike waits until the training has begun.
+        lines, pids, last_signal, timers = [], {}, {}, []
+        in_training = False  # True if the next signal must wait until training has started.
 
-        def strike(index: int) -> None:
-            struck.update(index=index, moment=time.monotonic())
+        def send_signal(index: int) -> None:
+            last_signal.update(index=index, time=time.monotonic())
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pids[index], signal.SIGKILL if self.signal == "KILL" else signal.SIGSTOP)
 
-        def strike_within(seconds: float) -> None:
-            strikes = [self.random.randrange(self.workers)]
-            timers.append(threading.Timer(self.random.uniform(0, seconds), strike, strikes))
+        def send_signal_within(seconds: float) -> None:
+            arguments = [self.random.randrange(self.workers)]
+            timers.append(threading.Timer(self.random.uniform(0, seconds), send_signal, arguments))
             timers[-1].daemon = True
             timers[-1].start()
 
         for line in launcher.stdout:
-            printed.append(line)
+            lines.append(line)
             counts["resumed"] += "resumed: " in line and "from step 0\n" not in line
             if started := re.match(r"\[launch] worker (\d+) is process (\d+)", line):
                 pids[int(started[1])] = int(started[2])
                 if int(started[1]) == self.workers - 1 and counts["kills"] < self.kills:
-                    # Of a worker that is stopped earlier, the others would say that it did not come.
+                    # If a worker is stopped during startup, the others report that it is missing, not that it is lost.
                     in_training = self.signal == "STOP" or self.random.random() < 0.5
                     if not in_training:
-                        strike_within(self.around + self.training)
+                        send_signal_within(self.overhead + self.training)
             elif in_training and line.startswith("[0] Epoch "):
                 in_training = False
-                strike_within(self.tracing + self.training)
+                send_signal_within(self.compiling + self.training)
             elif ended := re.match(r"\[launch] worker (\d+) (ended with|died of signal) (\d+)", line):
                 if ended[2] == "ended with" and int(ended[3]) not in (0, EXIT_WORKER_LOST):
                     launcher.terminate()
-                if struck and struck["index"] != int(ended[1]):
-                    self.slowest_exit = max(self.slowest_exit, time.monotonic() - struck["moment"])
+                if last_signal and last_signal["index"] != int(ended[1]):
+                    self.slowest_exit = max(self.slowest_exit, time.monotonic() - last_signal["time"])
             elif line.startswith("[launch] restart"):
                 counts["kills"] += 1
-                struck.clear()
+                last_signal.clear()
         for timer in timers:
             timer.cancel()
         if launcher.wait():
-            raise SystemExit(f"{self.name}: exit code {launcher.returncode}\n{''.join(printed[-40:])}")
+            raise SystemExit(f"{self.name}: exit code {launcher.returncode}\n{''.join(lines[-40:])}")
 
-    def strike(self, process: subprocess.Popen, moment: float) -> None:
-        """Sends the signal after so many seconds."""
-        time.sleep(moment)
-        process.struck = time.monotonic()
+    def send_signal_after(self, process: subprocess.Popen, delay: float) -> None:
+        """Sends the signal after `delay` seconds."""
+        time.sleep(delay)
+        process.signal_time = time.monotonic()
         process.send_signal(getattr(signal, f"SIG{self.signal}"))
 
 
 def outcome(run_dir: pathlib.Path) -> dict[str, object]:
-    """What must be the same, however often a run was interrupted."""
+    """Returns the results of a run that must not depend on interruptions."""
     result = json.loads((run_dir / "result.json").read_text())
     newest = max((run_dir / "checkpoints").glob("epoch-*"))
     names = [name for name, _, _ in json.loads((newest / "state.json").read_text())["variables"]]
@@ -248,29 +248,29 @@ def outcome(run_dir: pathlib.Path) -> dict[str, object]:
 
 
 def curves(folder: pathlib.Path) -> list[tuple[str, str, int]]:
-    """Folder, tag and step of everything in the event files, sorted."""
-    found = []
+    """Returns the sorted (folder, tag, step) tuples of all values in the event files."""
+    points = []
     for file in folder.rglob("events.out.tfevents*"):
         for record in tf.data.TFRecordDataset(str(file)):
             event = tf.compat.v1.Event.FromString(record.numpy())
             run = str(file.parent.relative_to(folder))
-            # Pictures come after the result: a kill between the two costs them.
-            values = [each for each in event.summary.value if each.metadata.plugin_data.plugin_name != "images"]
-            found += [(run, value.tag, event.step) for value in values]
-    return sorted(found)
+            # Skip images: they are written after the result, so a kill in between loses them.
+            values = [value for value in event.summary.value if value.metadata.plugin_data.plugin_name != "images"]
+            points += [(run, value.tag, event.step) for value in values]
+    return sorted(points)
 
 
-def be_victim(write: int, recipe: str) -> None:
-    """Runs a recipe that dies inside the given checkpoint write, counted from 1; 0: none, but says when one is done."""
+def run_and_kill(write: int, recipe: str) -> None:
+    """Runs a recipe and kills it during checkpoint write number `write`. With 0, only reports each finished write."""
     from common.checkpoints import Checkpoints
 
     save, writes = Checkpoints._save, 0
 
-    def save_and_die(*arguments):
+    def save_and_kill(*arguments):
         nonlocal writes
         writes += 1
         if writes == write:
-            # A write takes some 10 ms: all its stages are met.
+            # A write takes about 10 ms, so the kills hit all of its stages.
             timer = threading.Timer(random.uniform(0, 0.015), os.kill, (os.getpid(), signal.SIGKILL))
             timer.start()
             save(*arguments)
@@ -279,7 +279,7 @@ def be_victim(write: int, recipe: str) -> None:
         if write == 0:
             print(WRITTEN, flush=True)
 
-    Checkpoints._save = save_and_die
+    Checkpoints._save = save_and_kill
     runpy.run_path(recipe, run_name="__main__")
 
 
@@ -287,6 +287,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["victim"]:
         write, recipe = int(sys.argv[2]), sys.argv[3]
         sys.argv = sys.argv[3:]
-        be_victim(write, recipe)
+        run_and_kill(write, recipe)
     else:
         run_script(main)

@@ -1,4 +1,4 @@
-"""Drives each way in which a training with several workers can end; for `torture.py --cases` and the tests."""
+"""Tests each way in which a multi-worker training can end; used by `torture.py --cases` and the tests."""
 
 import contextlib
 import json
@@ -18,31 +18,31 @@ from common.records import load_program
 free_ports = load_program(pathlib.Path(__file__).parent.parent / "scripts" / "launch.py").free_ports
 ENDLESS = ("--data", "sample", "--no-baseline", "--epochs", "100000", "--run-dir", "run")
 SHORT = ("--smoke", "--data", "sample", "--run-dir", "run")
-# Seconds: until all must have ended after what happened; until a test gives up; how long a slow chief writes.
+# Seconds: limit from the event to the last exit; timeout of a test; how long a slow chief writes.
 LIMIT, PATIENCE, SLOW = 20, 120, 15
 
 
 class Group:
-    """Workers of a recipe, started without the launcher; what they print goes to files in `folder`."""
+    """Workers of a recipe, started without the launcher. Their output goes to files in `folder`."""
 
     def __init__(self, recipe: str, workers: int, folder: pathlib.Path, seed: int):
         self.recipe, self.workers, self.folder, self.random = recipe, workers, folder, random.Random(seed)
         self.addresses = [f"127.0.0.1:{port}" for port in free_ports(workers)]
         self.processes: dict[int, subprocess.Popen] = {}
-        self.happened = 0.0
+        self.event_time = 0.0
 
-    def start(self, index: int, *flags: str, mischief: str = "") -> None:
-        """Starts a worker, which with `mischief` raises an exception in training or, as chief, writes slowly."""
+    def start(self, index: int, *flags: str, fault: str = "") -> None:
+        """Starts a worker. `fault` is "raise" (an exception during training) or "slow" (the chief writes slowly)."""
         task = {"cluster": {"worker": self.addresses}, "task": {"type": "worker", "index": index}}
         environment = {**os.environ, "TF_CONFIG": json.dumps(task), "PYTHONUNBUFFERED": "1"}
-        command = [sys.executable, *([__file__, mischief] if mischief else []), self.recipe, *flags]
+        command = [sys.executable, *([__file__, fault] if fault else []), self.recipe, *flags]
         command += ["--batch-size", str(32 * self.workers)]
         with open(self.folder / f"{index}.out", "w") as out, open(self.folder / f"{index}.err", "w") as errors:
             process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=out, stderr=errors)
-        self.processes[index], self.happened = process, time.monotonic()
+        self.processes[index], self.event_time = process, time.monotonic()
 
     def printed(self, index: int, kind: str = "err") -> str:
-        """What a worker has printed so far."""
+        """Returns the output of a worker so far."""
         return (self.folder / f"{index}.{kind}").read_text()
 
     def wait_for(self, index: int, text: str) -> None:
@@ -53,40 +53,41 @@ class Group:
             time.sleep(0.02)
 
     def wait_for_imports(self) -> None:
-        """Waits until all that were started look for the others: what happens from then on is timed."""
+        """Waits until all started workers are looking for the others, and starts the clock."""
         for index in self.processes:
             self.wait_for(index, "cluster: ")
-        self.happened = time.monotonic()
+        self.event_time = time.monotonic()
 
-    def strike(self, index: int, number: int) -> None:
-        """Sends a signal to a worker, after up to a second."""
+    def send_signal(self, index: int, number: int) -> None:
+        """Sends a signal to a worker after a random delay of up to a second."""
         time.sleep(self.random.random())
         self.processes[index].send_signal(number)
-        self.happened = time.monotonic()
+        self.event_time = time.monotonic()
 
-    def end(self, expected: dict[int, int], named: str) -> tuple[float, str]:
-        """Waits for the end of the workers in `expected`, with these exit codes, and kills the others.
+    def end(self, expected: dict[int, int], message: str) -> tuple[float, str]:
+        """Waits until the workers in `expected` exit, checks their exit codes and messages, and kills the others.
+
+        A worker with an exit code above 1 must print `message` in a single line on stderr, and nothing else.
 
         Returns:
-            Seconds from what happened to the last end, and what is wrong; nothing is wrong if all but those that were
-            killed or raised an exception print `named` in a single line.
+            Seconds from the event to the last exit, and a description of the problem, which is empty if there is none.
         """
         with contextlib.suppress(subprocess.TimeoutExpired):
             for index in expected:
-                self.processes[index].wait(max(0.1, self.happened + PATIENCE - time.monotonic()))
-        seconds, codes = time.monotonic() - self.happened, {i: self.processes[i].poll() for i in expected}
+                self.processes[index].wait(max(0.1, self.event_time + PATIENCE - time.monotonic()))
+        seconds, codes = time.monotonic() - self.event_time, {i: self.processes[i].poll() for i in expected}
         for process in self.processes.values():
             process.kill()
             process.wait()
         if codes != expected:
             return seconds, f"exit codes {codes} instead of {expected}: {[self.printed(index) for index in codes]}"
-        told = {index: self.printed(index) for index, code in codes.items() if code > 1}
-        wrong = {index: text for index, text in told.items() if named not in text or text.count("\n") != 1}
-        return seconds, f"{named!r} is not all that is printed: {wrong}" if wrong else ""
+        outputs = {index: self.printed(index) for index, code in codes.items() if code > 1}
+        wrong = {index: text for index, text in outputs.items() if message not in text or text.count("\n") != 1}
+        return seconds, f"{message!r} is not all that is printed: {wrong}" if wrong else ""
 
 
 def absent(group: Group) -> tuple[float, str]:
-    """A worker does not come."""
+    """A worker is never started."""
     missing = group.random.randrange(group.workers)
     others = [index for index in range(group.workers) if index != missing]
     for index in others:
@@ -98,24 +99,24 @@ def absent(group: Group) -> tuple[float, str]:
 
 
 def differing(group: Group) -> tuple[float, str]:
-    """A worker has another setting: one that changes nothing of the training, but whether all train a baseline."""
+    """One worker has a different setting, which does not affect the training but decides whether to run a baseline."""
     for index in range(group.workers):
         group.start(index, *SHORT, *(["--no-baseline"] if index == group.workers - 1 else []))
     group.wait_for_imports()
     return group.end(dict.fromkeys(range(group.workers), 2), "baseline is False, but True on worker 0")
 
 
-def start_training(group: Group, mischievous: int = -1) -> int:
-    """Starts all workers, waits until they train, and returns one of them."""
+def start_training(group: Group, faulty: int = -1) -> int:
+    """Starts all workers, waits until they train, and returns the index of a random worker."""
     for index in range(group.workers):
-        group.start(index, *ENDLESS, mischief="raise" if index == mischievous else "")
+        group.start(index, *ENDLESS, fault="raise" if index == faulty else "")
     group.wait_for(0, "Epoch 2")
     return group.random.randrange(group.workers)
 
 
 def interrupted(group: Group) -> tuple[float, str]:
-    """A worker gets SIGTERM or SIGINT in training."""
-    group.strike(start_training(group), group.random.choice([signal.SIGTERM, signal.SIGINT]))
+    """A worker receives SIGTERM or SIGINT during training."""
+    group.send_signal(start_training(group), group.random.choice([signal.SIGTERM, signal.SIGINT]))
     seconds, problem = group.end(
         dict.fromkeys(range(group.workers), EXIT_INTERRUPTED),
         "interrupted: the same command with --resume continues run",
@@ -124,11 +125,11 @@ def interrupted(group: Group) -> tuple[float, str]:
 
 
 def interrupted_early(group: Group) -> tuple[float, str]:
-    """A worker gets SIGTERM while it waits for the others, of which the last one comes later."""
+    """A worker receives SIGTERM while it waits for the others, which may start later."""
     index = group.random.randrange(group.workers)
     group.start(index, *ENDLESS)
     group.wait_for(index, "cluster: ")
-    group.strike(index, signal.SIGTERM)
+    group.send_signal(index, signal.SIGTERM)
     if index > 0:
         return group.end({index: EXIT_INTERRUPTED}, "interrupted: ")
     for other in range(1, group.workers):
@@ -139,27 +140,27 @@ def interrupted_early(group: Group) -> tuple[float, str]:
 def _lost(group: Group, number: int, chief: bool) -> tuple[float, str]:
     start_training(group)
     lost = 0 if chief else group.random.randrange(1, group.workers)
-    group.strike(lost, number)
+    group.send_signal(lost, number)
     others = [index for index in range(group.workers) if index != lost]
     return group.end(dict.fromkeys(others, EXIT_WORKER_LOST), f"worker {lost} at {group.addresses[lost]} is lost")
 
 
 def raising(group: Group) -> tuple[float, str]:
-    """A worker ends by an exception in training."""
+    """A worker raises an exception during training."""
     index = group.random.randrange(group.workers)
     start_training(group, index)
     group.processes[index].wait(PATIENCE)
-    group.happened = time.monotonic()
+    group.event_time = time.monotonic()
     codes = dict.fromkeys(range(group.workers), EXIT_WORKER_LOST) | {index: 1}
     return group.end(codes, f"worker {index} at {group.addresses[index]} ended by the exception that it shows")
 
 
 def slow_chief(group: Group) -> tuple[float, str]:
-    """The chief writes for long at the end, while the others have nothing more to do."""
+    """The chief writes slowly at the end, after the other workers have finished."""
     for index in range(group.workers):
-        group.start(index, *SHORT, mischief="" if index else "slow")
+        group.start(index, *SHORT, fault="" if index else "slow")
     group.wait_for(0, "the chief writes")
-    group.happened = time.monotonic()
+    group.event_time = time.monotonic()
     seconds, problem = group.end(dict.fromkeys(range(group.workers), 0), "")
     return seconds - SLOW, problem
 
@@ -178,8 +179,8 @@ CASES = {
 }
 
 
-def run_with_mischief(mischief: str, recipe: str) -> None:
-    """Runs a recipe that raises an exception after the second epoch, or that writes slowly."""
+def run_with_fault(fault: str, recipe: str) -> None:
+    """Runs a recipe that raises an exception after ten epochs, or that writes slowly."""
     from common.checkpoints import Checkpoints
     from common.runs import Run
 
@@ -190,19 +191,19 @@ def run_with_mischief(mischief: str, recipe: str) -> None:
             raise RuntimeError("on purpose")
         begin(self, epoch, logs)
 
-    def finish_late(*arguments):
+    def finish_slowly(*arguments):
         print("the chief writes", flush=True)
         time.sleep(SLOW)
         return finish(*arguments)
 
-    if mischief == "raise":
+    if fault == "raise":
         Checkpoints.on_epoch_begin = raise_later
     else:
-        Run.finish = finish_late
+        Run.finish = finish_slowly
     runpy.run_path(recipe, run_name="__main__")
 
 
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]
-    mischief, sys.argv = sys.argv[0], sys.argv[1:]
-    run_with_mischief(mischief, sys.argv[0])
+    fault, sys.argv = sys.argv[0], sys.argv[1:]
+    run_with_fault(fault, sys.argv[0])

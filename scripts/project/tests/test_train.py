@@ -1,4 +1,4 @@
-"""A training of seconds, on the sample."""
+"""Trains on the sample for a few seconds."""
 
 import json
 import math
