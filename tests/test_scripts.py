@@ -85,11 +85,11 @@ def test_on_a_full_disk_what_was_published_stays(project, monkeypatch):
     publish_runs(project, [fake_run(0.99, 0)])
     before = (project / "README.md").read_text()
 
-    def write_text(path, text, **named):
+    def write_bytes(path, content):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     with monkeypatch.context() as full:
-        full.setattr(pathlib.Path, "write_text", write_text)
+        full.setattr(pathlib.Path, "write_bytes", write_bytes)
         with pytest.raises(publish.UserError, match=r"README.md.part: No space left on device; make room"):
             publish.publish()
     assert (project / "README.md").read_text() == before
