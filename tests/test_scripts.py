@@ -90,7 +90,7 @@ def test_on_a_full_disk_what_was_published_stays(project, monkeypatch):
 
     with monkeypatch.context() as full:
         full.setattr(pathlib.Path, "write_bytes", write_bytes)
-        with pytest.raises(publish.UserError, match=r"README.md.part: No space left on device; make room"):
+        with pytest.raises(publish.UserError, match=r"\.part: No space left on device; make room"):
             publish.publish()
     assert (project / "README.md").read_text() == before
 

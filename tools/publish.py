@@ -41,7 +41,7 @@ def publish() -> None:
     try:
         for name, picture in (("curves", curves()), ("benchmark", speeds()), ("pruning", pruning_curve())):
             if picture:
-                (published.ROOT / "results" / f"{name}.png").write_bytes(figure_png(picture))
+                write_file(published.ROOT / "results" / f"{name}.png", figure_png(picture))
         for path, text in written.items():
             write_file(path, text)
     except OSError as error:
