@@ -20,11 +20,14 @@ FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(["common.data", "common.evaluation", "common.runs", "sklearn.linear_model"])
 
 
-def run_program(*words: str, cwd: pathlib.Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+def run_program(
+    *words: str | pathlib.Path, cwd: pathlib.Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess:
     """Runs a Python program as a user would, and returns what it printed.
 
     `words` begin with a path, `-c` or `-m`. Scripts of this project are forked, if `environment` lets them.
     """
+    words = tuple(map(str, words))
     script = pathlib.Path(cwd, words[0]).resolve()
     if not (script.is_file() and script.is_relative_to(ROOT)) or environment.keys() - READ_LATE:
         return subprocess.run(

@@ -85,12 +85,12 @@ def test_on_a_full_disk_what_was_published_stays(project, monkeypatch):
     publish_runs(project, [fake_run(0.99, 0)])
     before = (project / "README.md").read_text()
 
-    def write_text(path, text, **named):
+    def write_bytes(path, content):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     with monkeypatch.context() as full:
-        full.setattr(pathlib.Path, "write_text", write_text)
-        with pytest.raises(publish.UserError, match=r"README.md.part: No space left on device; make room"):
+        full.setattr(pathlib.Path, "write_bytes", write_bytes)
+        with pytest.raises(publish.UserError, match=r"\.part: No space left on device; make room"):
             publish.publish()
     assert (project / "README.md").read_text() == before
 
@@ -98,7 +98,9 @@ def test_on_a_full_disk_what_was_published_stays(project, monkeypatch):
 def test_a_record_of_other_code_is_shown_as_stale(project):
     path = project / "recipes" / "mnist_cnn.py"
     publish_runs(project, [fake_run(0.99, 0)])
-    path.write_text(path.read_text().replace("# Shuffled already.", "# Has been shuffled."))
+    changed = path.read_text().replace("# The dataset is shuffled already.", "# Has been shuffled.")
+    assert changed != path.read_text()
+    path.write_text(changed)
     publish.publish()
     assert not [line for line in (project / "README.md").read_text().splitlines() if ", stale |" in line]
     path.write_text(path.read_text().replace("weight_decay=config.weight_decay", "weight_decay=0.0"))

@@ -41,7 +41,7 @@ def publish() -> None:
     try:
         for name, figure in (("curves", curves()), ("benchmark", speeds()), ("pruning", pruning_curve())):
             if figure:
-                (published.ROOT / "results" / f"{name}.png").write_bytes(figure_png(figure))
+                write_file(published.ROOT / "results" / f"{name}.png", figure_png(figure))
         for path, text in files.items():
             write_file(path, text)
     except OSError as error:
