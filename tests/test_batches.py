@@ -102,7 +102,7 @@ def test_another_seed_gives_another_order(stream):
     assert not np.array_equal(some[0][0], other[0][0])
 
 
-@pytest.mark.parametrize(("workers", "replicas"), [(1, 2), (2, 2), (3, 3), (2, 4)])
+@pytest.mark.parametrize(("workers", "replicas"), [(1, 2), pytest.param(2, 2, marks=pytest.mark.long), (3, 3), (2, 4)])
 def test_the_slices_of_workers_join_to_the_global_batch(stream, workers, replicas):
     stream["batch_size"] = 36
     whole = first(training_batches(**stream), 20)
@@ -257,6 +257,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
+@pytest.mark.long
 def test_the_stream_does_not_copy_the_data():
     """400 MB of examples, and 30 batches of 1 MB each."""
     run = run_program("-c", MEMORY)

@@ -14,7 +14,10 @@ from conftest import load_recipe, smoke_config
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here; on Debian: apt install chromium")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here; on Debian: apt install chromium"),
+]
 RUNS = ("cifar10_cnn/one", "mnist_cnn/two")
 # Charts as they are: not smoothed, nothing cut off, no panels over them. TensorBoard keeps such choices in the browser.
 SETTINGS = """try {

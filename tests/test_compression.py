@@ -140,6 +140,7 @@ def test_on_a_full_disk_nothing_is_left_of_what_the_teacher_says(tmp_path, monke
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.long
 def test_a_student_of_the_teacher_alone_comes_to_answer_as_it_does(tmp_path):
     """With a teacher that is sure of one class whatever the image, a student says nothing else."""
     recipe, data = load_recipe("distillation"), smoke_data("distillation")
@@ -163,6 +164,7 @@ def test_a_student_of_the_teacher_alone_comes_to_answer_as_it_does(tmp_path):
         recipe.train(dataclasses.replace(config, resume=True), data)
 
 
+@pytest.mark.long
 def test_alone_the_student_begins_as_with_the_teacher_whether_that_has_spoken_before_or_not(tmp_path):
     recipe, data = load_recipe("distillation"), smoke_data("distillation")
     recipe.build_model(recipe.Config(), data).save(tmp_path / "teacher.keras")
@@ -262,6 +264,7 @@ def test_a_teacher_that_can_not_teach_is_named(tmp_path, trouble):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_the_files_of_fewer_bits_answer_as_measured(tmp_path):
     recipe, data = load_recipe("quantization"), smoke_data("quantization")
     metrics = recipe.train(smoke_config(recipe, tmp_path / "run"), data)

@@ -22,7 +22,7 @@ import pandas as pd
 import pytest
 import requests
 import tensorflow as tf
-from conftest import load_recipe, smoke_config, smoke_data
+from conftest import load_recipe, short_set, smoke_config, smoke_data
 from PIL import Image
 
 SPLITS = ("train", "validation", "test")
@@ -64,6 +64,7 @@ def test_validation_is_cut_from_train_by_the_seed(recipe):
     assert full_sample(recipe).digest() == full_sample(recipe).digest() != data.digest()
 
 
+@short_set("dense_classifier", "linear_regression", "text_classifier")
 def test_nothing_is_fitted_on_validation_or_test(recipe, tmp_path):
     """Other validation and test examples, the same model: so only train had a say in it."""
     data = smoke_data(recipe.__name__)

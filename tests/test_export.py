@@ -14,7 +14,7 @@ import numpy as np
 import predict
 import pytest
 import tensorflow as tf
-from conftest import RECIPES, load_recipe, smoke_config
+from conftest import load_recipe, short_set, smoke_config
 from PIL import Image
 from programs import run_program
 
@@ -41,8 +41,9 @@ def outputs_of(model: keras.Model, inputs: np.ndarray) -> dict[str, tf.Tensor]:
     return outputs if isinstance(outputs, dict) else {"probabilities": outputs}
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_each_format_answers_as_the_model(run_of, name, tmp_path):
+@short_set("dense_classifier", "mnist_cnn", "text_classifier")
+def test_each_format_answers_as_the_model(run_of, recipe, tmp_path):
+    name = recipe.__name__
     result, model = artefacts.load_run(run_of(name))
     with zipfile.ZipFile(run_of(name) / "model.keras") as archive:  # Which loads without this project.
         assert b'"module": "common.' not in archive.read("config.json")
@@ -65,6 +66,7 @@ def test_each_format_answers_as_the_model(run_of, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dense_regression", "mnist_cnn", "text_classifier"])
+@pytest.mark.long
 def test_fewer_bits_are_smaller_files_of_nearly_the_same_answers(run_of, name, tmp_path):
     result, model = artefacts.load_run(run_of(name))
     data, sizes = export.run_data(result), {}
@@ -87,6 +89,7 @@ def test_fewer_bits_are_smaller_files_of_nearly_the_same_answers(run_of, name, t
 
 
 @pytest.mark.parametrize("form", sorted(export.SUFFIXES))
+@pytest.mark.long
 def test_an_export_that_answers_otherwise_is_refused(run_of, form, tmp_path, monkeypatch, capsys):
     """One weight of the exported model is another; what an earlier export left stays as it is."""
     run, save, suffix = run_of("mnist_cnn"), export.save, export.SUFFIXES[form]

@@ -133,6 +133,7 @@ print("grows:", tf.config.experimental.get_memory_growth(gpu))
 """
 
 
+@pytest.mark.long
 def test_data_can_be_loaded_before_the_run_on_a_gpu(tmp_path):
     """A GPU that TensorFlow's context is told of: memory growth is set when TensorFlow is imported."""
     run = run_program("-c", PRETENDED_GPU, str(tmp_path / "run"))
@@ -143,6 +144,7 @@ def test_data_can_be_loaded_before_the_run_on_a_gpu(tmp_path):
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="TensorFlow has oneDNN for such processors")
 @pytest.mark.parametrize(("given", "used"), [({}, True), ({"TF_ENABLE_ONEDNN_OPTS": "0"}, False)])
+@pytest.mark.long
 def test_onednn_is_used_unless_the_user_says_otherwise(given, used, monkeypatch):
     """common/startup.py: TF_ENABLE_ONEDNN_OPTS."""
     monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS", raising=False)

@@ -133,7 +133,12 @@ def test_workers_equal_one_process(trained, name, workers, names):
     assert (group["hardware"]["strategy"], group["hardware"]["devices"]) == ("multi-worker", workers)
 
 
-@pytest.mark.parametrize("case", CASES)
+SHORT_CASES = {"SIGTERM or SIGINT", "kill -9 of a worker"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in SHORT_CASES else pytest.mark.long) for case in CASES]
+)
 def test_how_several_workers_end(case, tmp_path):
     _, problem = CASES[case](Group(str(ROOT / "recipes" / "linear_regression.py"), 2, tmp_path, seed=0))
     assert not problem
@@ -311,6 +316,7 @@ def test_data_of_another_shape_end_all_before_there_are_models(addresses, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
 
 
+@pytest.mark.long
 def test_a_port_that_is_taken_ends_all_workers(addresses, tmp_path):
     host, port = addresses[1].split(":")
     command = [*LINEAR, "--cluster-timeout", "5"]
@@ -344,6 +350,7 @@ def assert_nothing_left(lines: list[str]) -> None:
 LONG = ["--workers", "2", LINEAR[0], "--", "--epochs", "100000", "--run-dir", "run", "--no-baseline"]
 
 
+@pytest.mark.long
 def test_the_launcher_saves_and_ends_all_on_a_signal(tmp_path):
     launcher, lines = launched(*LONG, cwd=tmp_path)
     launcher.send_signal(signal.SIGINT)
@@ -355,6 +362,7 @@ def test_the_launcher_saves_and_ends_all_on_a_signal(tmp_path):
     assert_nothing_left(lines)
 
 
+@pytest.mark.long
 def test_a_launcher_that_is_killed_leaves_no_worker(tmp_path):
     launcher, lines = launched(*LONG, cwd=tmp_path)
     launcher.kill()
@@ -364,6 +372,7 @@ def test_a_launcher_that_is_killed_leaves_no_worker(tmp_path):
     assert_nothing_left(lines)
 
 
+@pytest.mark.long
 def test_a_worker_that_is_asked_to_stop_before_it_can_answer_ends_all(tmp_path):
     launcher = start([str(ROOT / "scripts" / "launch.py"), *LONG], tmp_path)
     lines = [launcher.stdout.readline() for _ in range(3)]
@@ -374,6 +383,7 @@ def test_a_worker_that_is_asked_to_stop_before_it_can_answer_ends_all(tmp_path):
     assert_nothing_left(lines)
 
 
+@pytest.mark.long
 def test_a_launcher_that_nobody_reads_saves_and_ends(tmp_path):
     """Under nohup too, which has hang-ups ignored."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -390,6 +400,7 @@ def test_a_launcher_that_nobody_reads_saves_and_ends(tmp_path):
 @pytest.mark.parametrize(
     "name", ["pruning", *(pytest.param(name, marks=pytest.mark.slow) for name in RECIPES if name != "pruning")]
 )
+@pytest.mark.long
 def test_the_launcher_trains_at_default_flags(name, tmp_path):
     """With what the result is compared with, which some recipes train by several workers too."""
     words = ["--workers", "2", str(ROOT / "recipes" / f"{name}.py"), "--", "--smoke", "--data", "sample"]
@@ -398,6 +409,7 @@ def test_the_launcher_trains_at_default_flags(name, tmp_path):
     assert len(list(tmp_path.glob("runs/*/*/result.json"))) == 1
 
 
+@pytest.mark.long
 def test_a_finished_run_is_finished_for_all_workers(tmp_path):
     """Only the chief looks into the run directory; the other ends with its line."""
     words = ["--workers", "2", *LINEAR[:1], "--", "--smoke", "--no-baseline", "--run-dir", "run"]
@@ -507,6 +519,7 @@ def test_the_kubernetes_manifest_is_valid():
     assert run.returncode == 0
 
 
+@pytest.mark.long
 def test_the_slurm_script_trains(tmp_path):
     """With an `srun` that starts the tasks on this machine, with the variables that Slurm sets."""
     srun = tmp_path / "srun"

@@ -85,6 +85,7 @@ def check_training(name, tmp_path):
     assert f"common from {folder / 'common' / '__init__.py'}\n" in tested.stdout
 
 
+@pytest.mark.long
 def test_a_project_trains_to_the_weights_of_the_recipe(tmp_path):
     check_training("linear_regression", tmp_path)
 

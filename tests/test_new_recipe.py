@@ -22,6 +22,7 @@ def project(tmp_path):
     return tmp_path
 
 
+@pytest.mark.long
 def test_a_new_recipe_is_a_member(project):
     environment = {"PYTHONPATH": str(project)}
     words = ("scripts/new_recipe.py", "my_task", "--from", "linear_regression")

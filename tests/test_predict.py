@@ -69,6 +69,7 @@ def test_pictures_from_training_to_prediction(tmp_path, mode):
         assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.long
 def test_three_classes_of_texts_from_training_to_prediction(tmp_path):
     words = {"fruit": ["apple", "pear", "plum"], "metal": ["iron", "zinc", "lead"], "sea": ["wave", "tide", "salt"]}
     random = np.random.default_rng(0)

@@ -1,5 +1,6 @@
 """The README's commands run, and its figures are those of results/."""
 
+import functools
 import os
 import pathlib
 import re
@@ -80,6 +81,27 @@ def checkout(tmp_path_factory):
     return folder
 
 
+@functools.cache
+def flags_of(program: str) -> set[str]:
+    run = run_program(program, "--help")
+    assert run.returncode == 0, run.stderr
+    return set(re.findall(r"--[\w-]+", run.stdout))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_have_the_flags_of_their_programs(command):
+    """What the long test of the commands runs, this one only parses."""
+    words = shlex.split(command)
+    if words[0] == "scripts/run.sh":
+        words[:2] = [f"recipes/{words[1]}.py"]
+    programs = [word for word in words if word.endswith(".py") and (ROOT / word).is_file()]
+    known = set().union(*map(flags_of, programs)) | {"--"}
+    if programs:
+        assert {word.partition("=")[0] for word in words if word.startswith("--")} <= known
+    else:
+        assert words[0] in (*OF_A_CLUSTER, "scripts/test.sh", ".venv/bin/tensorboard") or "my_" in command, command
+
+
 def forked(words: list[str]) -> list[str]:
     """The program and flags of a command that trains, or only reads: no process of its own is needed."""
     script, *flags = words[1:]
@@ -91,6 +113,7 @@ def forked(words: list[str]) -> list[str]:
 
 @pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="the tests do not run in a virtual environment")
 @pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.long
 def test_commands_run(command, checkout):
     words = shlex.split(command)
     if words[0] in OF_A_CLUSTER:
@@ -113,6 +136,7 @@ def test_commands_run(command, checkout):
 
 @pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="the tests do not run in a virtual environment")
 @pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.long
 def test_programs_run(program, checkout):
     """After the commands, which make what these read."""
     run = subprocess.run([".venv/bin/python", "-c", program], cwd=checkout, capture_output=True, text=True, check=False)

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
-from conftest import load_recipe, run_smoke, smoke_config, smoke_data
+from conftest import load_recipe, run_smoke, short_set, smoke_config, smoke_data
 from programs import ROOT, run_program
 from worker import COMPARED_IN_FLOAT64, SMALL, STEPS, STEPS_OF_OTHERS, in_float64
 
@@ -111,6 +111,7 @@ def test_the_saved_model_takes_what_a_user_has(recipe, finished_run):
         assert np.mean((outputs - targets) ** 2) == pytest.approx(result["metrics"]["mse"], rel=1e-3)
 
 
+@short_set("dense_classifier", "mnist_cnn", "text_classifier")
 def test_the_same_command_gives_the_same_weights(recipe, finished_run, tmp_path):
     _, directory = finished_run(recipe.__name__)
     again = run_smoke(recipe.__name__, tmp_path, "--run-dir", "run", "--quiet", "--no-baseline")
@@ -119,6 +120,7 @@ def test_the_same_command_gives_the_same_weights(recipe, finished_run, tmp_path)
     assert runs[0]["weights_sha256"] == runs[1]["weights_sha256"]
 
 
+@short_set("dense_classifier", "linear_regression", "text_classifier")
 def test_mirrored_computes_what_one_device_computes(recipe, tmp_path, monkeypatch):
     """The first 20 steps, or a few more, of a training as long as that on the real set.
 
@@ -157,6 +159,7 @@ def test_mirrored_computes_what_one_device_computes(recipe, tmp_path, monkeypatc
         assert mirrored_metrics[name] == pytest.approx(value, rel=1e-4), name
 
 
+@short_set("mnist_cnn")
 def test_half_precision_and_a_copied_recipe(recipe, tmp_path):
     """bfloat16 as an Ampere GPU would choose it; from a copy, which goes by its own name."""
     copy = tmp_path / "my_task.py"
@@ -173,6 +176,7 @@ def test_half_precision_and_a_copied_recipe(recipe, tmp_path):
     assert all(np.isfinite(value) for value in result["metrics"].values())
 
 
+@short_set("linear_regression", "text_classifier")
 def test_without_validation_there_is_none(recipe, tmp_path):
     config = smoke_config(recipe, tmp_path, validation_size=0.0, epochs=1)
     metrics = recipe.train(config)
@@ -202,6 +206,7 @@ def test_linear_regression_finds_the_least_squares_weights(tmp_path):
 
 @pytest.mark.parametrize(("spread", "offset"), [(1e-4, 0.0), (1.0, 40.0), (1e5, 3e6)])
 @pytest.mark.parametrize("name", ["linear_regression", "dense_regression"])
+@pytest.mark.long
 def test_any_unit_of_columns_and_target_will_do(tmp_path, name, spread, offset):
     random = np.random.default_rng(0)
     columns = random.normal((1000, 0.003), (100, 0.001), (2000, 2))
@@ -225,6 +230,7 @@ def test_any_unit_of_columns_and_target_will_do(tmp_path, name, spread, offset):
             assert metrics[part] == pytest.approx(metrics[f"lstsq_{part}"], rel=0.02)
 
 
+@pytest.mark.long
 def test_short_and_empty_texts_are_no_trouble(tmp_path):
     """A user may ask about a text of nothing that is known, or of nothing at all."""
     recipe = load_recipe("text_classifier")
@@ -281,6 +287,7 @@ def test_log_count_ratios_are_those_of_naive_bayes():
 
 
 @pytest.mark.parametrize("name", ["dense_classifier", "dense_regression"])
+@pytest.mark.long
 def test_dense_recipes_beat_their_linear_baseline(tmp_path, name):
     recipe = load_recipe(name)
     config = recipe.Config(threads=2, deterministic=True, quiet=True, epochs=12, run_dir=str(tmp_path))

@@ -218,6 +218,7 @@ def test_interrupted_anywhere_the_end_is_the_same(tmp_path, alone, moment):
     assert not unlock(tmp_path / "run"), "unlocked by the end of the run"
 
 
+@pytest.mark.long
 def test_interrupted_at_every_stage_of_one_run(tmp_path, alone):
     for number, moment in enumerate(sorted(MOMENTS, key=lambda moment: (moment[1], moment[0] != "train", moment[2]))):
         with contextlib.suppress(KeyboardInterrupt, AlreadyFinishedError):  # The moment may have passed.
@@ -245,6 +246,7 @@ def test_several_steps_in_one_execution(tmp_path):
 
 
 @pytest.mark.parametrize("moment", [("train", 1, 0), ("validation", 1, 0)])
+@pytest.mark.long
 def test_resumed_with_other_steps_per_execution(tmp_path, monkeypatch, moment):
     """As when the machine is slower than before."""
     monkeypatch.delattr(Brake, "on_train_batch_end")  # It counts executions.
@@ -331,6 +333,7 @@ def test_a_class_may_have_any_name():
     assert model([np.eye(3)])["class"].numpy().tolist() == [b"cat", b"[UNK]", b"dog"]
 
 
+@pytest.mark.long
 def test_under_several_replicas(tmp_path):
     settings = {"strategy": "mirrored", "devices": 2}
     fit(tmp_path / "alone", **settings)
@@ -420,6 +423,7 @@ def test_checkpoints_are_as_frequent_as_they_are_fast(tmp_path, alone, monkeypat
 
 
 @pytest.mark.parametrize(("seconds", "place"), [(0, (3 * STEPS, 3, 0)), (1.1, (16, 2, 4))])
+@pytest.mark.long
 def test_a_stop_in_a_validation(tmp_path, alone, seconds, place):
     """A short one comes to its end; after a long one, the steps since the last checkpoint are repeated."""
 
@@ -450,6 +454,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, alon
     assert torture.outcome(tmp_path / "run") == alone
 
 
+@pytest.mark.long
 def test_damage_anywhere_is_noticed(tmp_path, capsys):
     """The quick part of tools/damage.py: every kind of file, some of its bytes."""
     counts = damage.damage(tmp_path, flips=100, truncations=30, random=random.Random(0))
@@ -627,6 +632,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.long
 def test_one_run_directory_one_run(tmp_path, alone):
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "run", ("train", 1, 2))
@@ -773,6 +779,7 @@ def never_full(tmp_path_factory):
         (65_000, ["can't be written"], 2, "make room, then continue with --resume"),  # Checkpoints and the model.
     ],
 )
+@pytest.mark.long
 def test_a_full_disk(tmp_path, never_full, limit, warnings, code, line):
     flags = ("--data", "sample", "--smoke", "--threads", "2", "--deterministic", "--no-baseline", "--quiet")
     command = (str(ROOT / "recipes" / "dense_classifier.py"), *flags, "--run-dir", "run")

@@ -112,6 +112,7 @@ def test_a_record_of_other_code_is_shown_as_stale(project):
     assert "1.7 min, 2 cores of Some CPU, stale,\n" in path.read_text()
 
 
+@pytest.mark.long
 def test_reproducing_goes_on_where_it_was(project, monkeypatch):
     """A seed that fails leaves those before it done."""
     commands, run_training = [], reproduce.run_training
@@ -135,6 +136,7 @@ def test_reproducing_goes_on_where_it_was(project, monkeypatch):
     assert not list((project / "runs" / "reproduce").iterdir())
 
 
+@pytest.mark.long
 def test_no_run_goes_on_with_other_code(project, monkeypatch):
     """Its first part would come from the code before."""
     commands, run_training = [], reproduce.run_training
@@ -148,6 +150,7 @@ def test_no_run_goes_on_with_other_code(project, monkeypatch):
     assert ["--resume" in command for command in commands] == [False]
 
 
+@pytest.mark.long
 def test_a_change_while_a_seed_trains_is_noticed(project, monkeypatch):
     """Or the record would hold two codes under one digest."""
     run_training = reproduce.run_training
@@ -187,6 +190,7 @@ def test_a_damaged_record_is_named_before_the_training(project, monkeypatch):
         reproduce.reproduce("linear_regression", [3], [])
 
 
+@pytest.mark.long
 def test_reproducing_trains_once_per_seed(project):
     flags = ["--smoke", "--quiet", "--no-baseline", "--data-dir", "/some/place"]
     reproduce.reproduce("linear_regression", [3, 5], flags, "short")
@@ -417,6 +421,7 @@ def test_the_code_is_the_same_to_all_versions_of_python(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.long
 def test_a_reproduction_that_is_told_to_end_saves_first(tmp_path, number):
     """SIGINT goes to all processes, as Ctrl-C does, SIGTERM to the one that was started."""
     for name in ("recipes", "scripts", "tools", "common"):
@@ -457,6 +462,7 @@ def test_a_benchmark_of_nothing_is_refused(words, monkeypatch):
         benchmark.main()
 
 
+@pytest.mark.long
 def test_benchmark_measures_all_ways_in_fresh_processes():
     before = set((ROOT / "results").glob("*"))
     run = run_program(str(ROOT / "tools" / "benchmark.py"), "mnist_cnn", "--data", "sample", "--smoke", "--rounds", "1")

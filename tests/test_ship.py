@@ -13,6 +13,8 @@ import ship
 import tables
 from conftest import load_recipe, smoke_config
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory):

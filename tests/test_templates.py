@@ -210,6 +210,7 @@ def test_table_with_classes(run, tmp_path, separator):
     assert model(raw).numpy().argmax(axis=1).tolist() == [0, 1]
 
 
+@pytest.mark.long
 def test_table_with_a_large_number(run, tmp_path):
     table = mixed_table().drop(columns="species")
     table.loc[table.index % 10 > 0, "station"] = "other"
@@ -221,6 +222,7 @@ def test_table_with_a_large_number(run, tmp_path):
     assert model.output.dtype == "float64"
 
 
+@pytest.mark.long
 def test_table_survives_a_column_that_varies_outside_train_only(run, tmp_path):
     random = np.random.default_rng(0)
     x = random.normal(size=300)

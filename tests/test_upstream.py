@@ -43,6 +43,7 @@ model.fit(data, steps_per_epoch=4, verbose=0, shuffle=False)
         (4, 1, None),
     ],
 )
+@pytest.mark.long
 def test_plain_keras_under_mirrored_strategy(rows, steps_per_execution, message):
     run = subprocess.run(
         [sys.executable, "-c", MIRRORED_FIT, str(rows), str(steps_per_execution)],
@@ -90,6 +91,7 @@ except Exception as error:
         (["logs of several workers", "symbolic build"], None),
     ],
 )
+@pytest.mark.long
 def test_plain_keras_under_multi_worker_strategy(patches, message):
     """https://github.com/keras-team/keras/issues/20585: each patch alone is not enough."""
     ports = list(map(str, load_script("launch").free_ports(2)))
@@ -168,6 +170,7 @@ print(Counted.traces, *model.predict(x, verbose=0)[:, 0], *model.evaluate(x, x[:
 """
 
 
+@pytest.mark.long
 def test_keras_still_traces_the_first_step_twice():
     """common/upstream.py: symbolic build."""
     plain, patched = (run_program("-c", TRACES, name) for name in ("plain", "patched"))
