@@ -28,8 +28,8 @@ def parse(column, rows):
     return "category", column.fillna("")
 
 
-parser = argparse.ArgumentParser()
-parser.add_argument("file_and_target", nargs=2, metavar=("FILE.csv", "TARGET"))
+parser = argparse.ArgumentParser(usage="table.py FILE.csv TARGET")
+parser.add_argument("file_and_target", nargs=2)
 path, target = parser.parse_args().file_and_target
 try:
     with open(path, encoding="utf-8-sig") as file:

@@ -102,6 +102,14 @@ def refused(run, capsys):
     return run_refused
 
 
+@pytest.mark.parametrize("name", ["table", "text_classifier"])
+def test_without_a_file_and_with_help_the_usage_is_shown(run, refused, capsys, name):
+    assert "the following arguments are required" in refused(name)
+    with pytest.raises(SystemExit, match="0"):
+        run(name, "--help")
+    assert capsys.readouterr().out.startswith(f"usage: {name}.py ")
+
+
 def test_image_classifier_names_what_is_wrong(refused, tmp_path):
     assert "nothing: 0 pictures" in refused("image_classifier", tmp_path / "nothing")
     folder = write_pictures(tmp_path / "pictures")
