@@ -81,7 +81,8 @@ def test_result_says_what_was_run(recipe, finished_run):
     steps = steps_per_epoch(data.train, recipe.Config().batch_size)
     assert tuple(result["class_names"]) == data.class_names
     assert (result["seed"], result["epochs"], result["steps"]) == (0, 2, 2 * steps)
-    assert result["command"].endswith("--smoke --data sample --run-dir run")
+    assert "--smoke --data sample --deterministic " in result["command"]
+    assert result["command"].endswith(" --run-dir run")
     seconds = result["seconds"]
     parts = sum(seconds[part] for part in ("data", "compile", "train", "evaluate"))
     assert 0 < parts < seconds["total"]
