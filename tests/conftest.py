@@ -111,5 +111,11 @@ def finished_run(tmp_path_factory) -> Callable[[str], tuple[subprocess.Completed
 def run_smoke(name: str, directory: pathlib.Path, *flags: str) -> subprocess.CompletedProcess:
     """Starts a recipe from a foreign directory; no file of this repository is in the way of its imports."""
     path = os.path.relpath(ROOT / "recipes" / f"{name}.py", directory)
-    small = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.get(name, {}).items()]
-    return run_program(path, "--smoke", "--data", "sample", "--deterministic", *small, *flags, cwd=directory)
+    return run_program(
+        path, "--smoke", "--data", "sample", "--deterministic", *small_flags(name), *flags, cwd=directory
+    )
+
+
+def small_flags(name: str) -> list[str]:
+    """The settings of `SMALL` as flags of the recipe."""
+    return [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.get(name, {}).items()]

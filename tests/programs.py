@@ -11,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 
+import tensorflow as tf
+
 ROOT = pathlib.Path(__file__).parent.parent
 NO_NETWORK = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
 
@@ -25,11 +27,13 @@ def run_program(
 ) -> subprocess.CompletedProcess:
     """Runs a Python program as a user would, and returns what it printed.
 
-    `words` begin with a path, `-c` or `-m`. Scripts of this project are forked, if `environment` lets them.
+    `words` begin with a path, `-c` or `-m`. Scripts of this project are forked, if `environment` lets them; not where
+    there is a GPU, as CUDA does not work in a fork of a process that has looked for GPUs.
     """
     words = tuple(map(str, words))
     script = pathlib.Path(cwd, words[0]).resolve()
-    if not (script.is_file() and script.is_relative_to(ROOT)) or environment.keys() - READ_LATE:
+    can_fork = script.is_file() and script.is_relative_to(ROOT) and not tf.config.list_physical_devices("GPU")
+    if not can_fork or environment.keys() - READ_LATE:
         return subprocess.run(
             [sys.executable, *words],
             cwd=cwd,

@@ -13,18 +13,15 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from conftest import load_recipe, smoke_config, smoke_data
 from programs import run_program
 
 CANARY = 42.0
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(finished_run):
     """A finished run of linear_regression, whose model has a kernel of two weights."""
-    directory = tmp_path_factory.mktemp("finished") / "run"
-    recipe = load_recipe("linear_regression")
-    recipe.train(smoke_config(recipe, directory), smoke_data("linear_regression"))
+    _, directory = finished_run("linear_regression")
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
-from conftest import load_recipe, run_smoke, short_set, smoke_config, smoke_data
+from conftest import load_recipe, run_smoke, short_set, small_flags, smoke_config, smoke_data
 from programs import ROOT, run_program
 from worker import COMPARED_IN_FLOAT64, SMALL, STEPS, STEPS_OF_OTHERS, in_float64
 
@@ -83,6 +83,7 @@ def test_result_says_what_was_run(recipe, finished_run):
     assert (result["seed"], result["epochs"], result["steps"]) == (0, 2, 2 * steps)
     assert "--smoke --data sample --deterministic " in result["command"]
     assert result["command"].endswith(" --run-dir run")
+    assert result["command"] == shlex.join(["python", *printed.args])
     seconds = result["seconds"]
     parts = sum(seconds[part] for part in ("data", "compile", "train", "evaluate"))
     assert 0 < parts < seconds["total"]
@@ -167,9 +168,7 @@ def test_half_precision_and_a_copied_recipe(recipe, tmp_path):
     copy.write_text((ROOT / "recipes" / f"{recipe.__name__}.py").read_text())
     flags = ["--smoke", "--data", "sample", "--precision", "mixed_bfloat16", "--epochs", "1"]
     # A processor without instructions for it takes minutes for what others do in seconds.
-    for name, value in SMALL.get(recipe.__name__, {}).items():
-        flags += [f"--{name}", str(value)]
-    run = run_program(str(copy), *flags, cwd=tmp_path)
+    run = run_program(str(copy), *flags, *small_flags(recipe.__name__), cwd=tmp_path)
     assert (run.returncode, run.stderr) == (0, "")
     (path,) = tmp_path.glob("runs/my_task/*/result.json")
     result = json.loads(path.read_text())

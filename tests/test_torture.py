@@ -4,8 +4,8 @@ import sys
 
 import pytest
 import torture
+from conftest import small_flags
 from programs import run_program
-from worker import SMALL
 
 pytestmark = pytest.mark.long
 SHORT = ("--", "--smoke", "--data", "sample", "--batch-size", "8", "--checkpoint-every", "2", "--no-baseline")
@@ -13,7 +13,7 @@ SHORT = ("--", "--smoke", "--data", "sample", "--batch-size", "8", "--checkpoint
 
 def test_killed_again_and_again(recipe, monkeypatch, capsys):
     """The quick part of tools/torture.py, for every recipe; in this process, as TensorFlow takes long to import."""
-    small = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.get(recipe.__name__, {}).items()]
+    small = small_flags(recipe.__name__)
     monkeypatch.setattr(sys, "argv", ["torture.py", recipe.__name__, "--kills", "3", *SHORT, *small])
     with pytest.raises(SystemExit) as ended:
         torture.main()
