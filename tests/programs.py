@@ -1,8 +1,10 @@
 """Programs of this project, started by tests.
 
-A process needs 3 s of CPU to import TensorFlow. So all programs are forked from one process that has done this.
+A process needs 3 s of CPU to import TensorFlow. So programs are forked from one process that has done this.
 """
 
+import atexit
+import concurrent.futures
 import multiprocessing
 import os
 import pathlib
@@ -15,50 +17,111 @@ import tensorflow as tf
 
 ROOT = pathlib.Path(__file__).parent.parent
 NO_NETWORK = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
-
-READ_LATE = {"COLUMNS", "TFDS_DATA_DIR", *NO_NETWORK}  # Variables that none of the imports below reads.
+# Variables that none of the imports below reads. With any other, a program is started in the usual way.
+READ_LATE = {"COLUMNS", "PYTHONPATH", "PYTHONUNBUFFERED", "TF_CONFIG", "TFDS_DATA_DIR", "TMPDIR", *NO_NETWORK}
 
 FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(["common.data", "common.evaluation", "common.runs", "sklearn.linear_model"])
 
 
+class ForkedProgram:
+    """A Python program, forked. Has the methods of `subprocess.Popen` that tests use; the output is text."""
+
+    def __init__(self, command, cwd=ROOT, env=None, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **_):
+        self.args = list(map(str, command[1:]))
+        with tempfile.TemporaryDirectory() as folder:
+            targets = []
+            for number, target in enumerate((stdout, stderr)):
+                pipe = os.path.join(folder, str(number))
+                if target == subprocess.PIPE:
+                    os.mkfifo(pipe)
+                targets.append(
+                    pipe if target == subprocess.PIPE else target if target == subprocess.STDOUT else target.name
+                )
+            environment = dict(os.environ if env is None else env)
+            self.process = FORK_SERVER.Process(target=be_program, args=(self.args, str(cwd), environment, targets))
+            self.process.start()
+            # Opening a pipe waits for the program to open its end.
+            self.stdout, self.stderr = (
+                open(target) if given == subprocess.PIPE else None
+                for given, target in zip((stdout, stderr), targets, strict=True)
+            )
+        self.pid = self.process.pid
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.returncode
+
+    def communicate(self, timeout=None):
+        with concurrent.futures.ThreadPoolExecutor(2) as threads:
+            output, errors = threads.map(lambda file: file and file.read(), (self.stdout, self.stderr))
+        self.wait(timeout)
+        for file in filter(None, (self.stdout, self.stderr)):
+            file.close()
+        return output, errors
+
+    def send_signal(self, number):
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.process.kill()
+
+
+def start_program(command: list[str | pathlib.Path], **options) -> subprocess.Popen | ForkedProgram:
+    """Starts a program as `subprocess.Popen` does, with text as output. Forks it if it is a Python script.
+
+    Not a script with a `common` of its own, nor the launcher, which does without TensorFlow; and none where there is a
+    GPU, as CUDA does not work in a fork of a process that has looked for GPUs.
+    """
+    script = pathlib.Path(options.get("cwd") or ".", *command[1:2]).resolve()
+    can_fork = command[0] == sys.executable and script.suffix == ".py" and script.is_file()
+    can_fork = can_fork and script.name != "launch.py" and not (script.parent / "common").exists()
+    changed = dict(set((options.get("env") or os.environ).items()) ^ set(os.environ.items()))
+    if not can_fork or changed.keys() - READ_LATE or tf.config.list_physical_devices("GPU"):
+        return subprocess.Popen(list(map(str, command)), text=True, **options)
+    return ForkedProgram(command, **options)
+
+
 def run_program(
     *words: str | pathlib.Path, cwd: pathlib.Path = ROOT, **environment: str
 ) -> subprocess.CompletedProcess:
-    """Runs a Python program as a user would, and returns what it printed.
-
-    `words` begin with a path, `-c` or `-m`. Scripts of this project are forked, if `environment` lets them; not where
-    there is a GPU, as CUDA does not work in a fork of a process that has looked for GPUs.
-    """
+    """Runs a Python program as a user would, and returns what it printed. `words` begin with a path, `-c` or `-m`."""
     words = tuple(map(str, words))
-    script = pathlib.Path(cwd, words[0]).resolve()
-    can_fork = script.is_file() and script.is_relative_to(ROOT) and not tf.config.list_physical_devices("GPU")
-    if not can_fork or environment.keys() - READ_LATE:
-        return subprocess.run(
-            [sys.executable, *words],
-            cwd=cwd,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        files = [str(pathlib.Path(folder, name)) for name in ("stdout", "stderr")]
-        process = FORK_SERVER.Process(target=be_program, args=(words, str(cwd), {**os.environ, **environment}, files))
-        process.start()
-        process.join()
-        output, errors = (pathlib.Path(file).read_text() for file in files)
-    return subprocess.CompletedProcess(words, process.exitcode, output, errors)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    program = start_program([sys.executable, *words], cwd=cwd, env={**os.environ, **environment}, **pipes)
+    output, errors = program.communicate()
+    return subprocess.CompletedProcess(words, program.returncode, output, errors)
 
 
-def be_program(words: tuple[str, ...], cwd: str, environment: dict[str, str], files: list[str]) -> None:
-    """Becomes `python *words`, with its output in two files."""
+def be_program(words: list[str], cwd: str, environment: dict[str, str], targets: list[str | int]) -> None:
+    """Becomes `python *words`, with its output in two files or pipes."""
+    os.setsid()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    for descriptor, path in enumerate(files, start=1):
-        with open(path, "wb") as file:
-            os.dup2(file.fileno(), descriptor)
+    tempfile.tempdir = None  # It depends on TMPDIR.
+    for descriptor, target in enumerate(targets, start=1):
+        if target == subprocess.STDOUT:
+            os.dup2(1, descriptor)
+        else:
+            with open(target, "ab") as file:
+                os.dup2(file.fileno(), descriptor)
     sys.argv = list(words)
-    sys.path.insert(0, os.path.dirname(os.path.abspath(words[0])))
-    runpy.run_path(words[0], run_name="__main__")
+    sys.path[:0] = [
+        os.path.dirname(os.path.abspath(words[0])),
+        *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)),
+    ]
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing does not call them; AutoGraph removes its files in one.

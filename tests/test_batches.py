@@ -1,6 +1,8 @@
 """Section by section: batch t from (seed, t) alone."""
 
+import functools
 import itertools
+import tempfile
 import time
 
 from common.batches import (
@@ -36,8 +38,8 @@ class Workers:
         ]
 
 
-@pytest.fixture
-def stream(recipe, tmp_path, monkeypatch):
+@functools.cache
+def handed_by(recipe):
     """What a recipe hands to `training_batches`: split, batch size, seed and augmentation."""
     handed = {}
 
@@ -48,10 +50,16 @@ def stream(recipe, tmp_path, monkeypatch):
         handed.update(split=split, batch_size=37, seed=seed, augment=augment)
         raise EnoughError
 
-    monkeypatch.setattr(recipe, "training_batches", record)
-    with pytest.raises(EnoughError):
-        recipe.train(smoke_config(recipe, tmp_path), smoke_data(recipe.__name__))
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(recipe, "training_batches", record)
+        with pytest.raises(EnoughError):
+            recipe.train(smoke_config(recipe, folder), smoke_data(recipe.__name__))
     return handed
+
+
+@pytest.fixture
+def stream(recipe):
+    return dict(handed_by(recipe))
 
 
 def first(dataset, count):
@@ -102,7 +110,10 @@ def test_another_seed_gives_another_order(stream):
     assert not np.array_equal(some[0][0], other[0][0])
 
 
-@pytest.mark.parametrize(("workers", "replicas"), [(1, 2), pytest.param(2, 2, marks=pytest.mark.long), (3, 3), (2, 4)])
+@pytest.mark.parametrize(
+    ("workers", "replicas"),
+    [pytest.param(1, 2, marks=pytest.mark.long), pytest.param(2, 2, marks=pytest.mark.long), (3, 3), (2, 4)],
+)
 def test_the_slices_of_workers_join_to_the_global_batch(stream, workers, replicas):
     stream["batch_size"] = 36
     whole = first(training_batches(**stream), 20)

@@ -160,6 +160,7 @@ def test_importing_changes_nothing_of_the_process():
     assert (run.returncode, run.stdout) == (0, ""), run.stderr
 
 
+@pytest.mark.long
 def test_a_program_whose_reader_has_seen_enough_is_interrupted():
     train = "lambda config: [print('x' * 1_000_000) for _ in range(3)]"
     words = f"from common.cli import SharedConfig, run_recipe; run_recipe({train}, SharedConfig)"
@@ -169,6 +170,7 @@ def test_a_program_whose_reader_has_seen_enough_is_interrupted():
     assert run.stderr == "interrupted: nobody reads the output any more\n"
 
 
+@pytest.mark.long
 def test_a_script_on_a_full_disk_says_so_in_one_line():
     words = "from common.cli import run_script; run_script(lambda: print('x' * 1_000_000))"
     command = f'{shlex.quote(sys.executable)} -c "{words}" > /dev/full'

@@ -81,6 +81,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.long
 def test_on_a_full_disk_nothing_half_written_is_left(folder, tmp_path):
     """The picture that was there stays."""
     (tmp_path / "full.py").write_text(FULL)

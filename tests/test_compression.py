@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import json
 
 from common import artefacts
@@ -29,19 +30,21 @@ def share_of_zeros(model):
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory):
-    """A finished run of each kind of pruning: its directory and its metrics."""
-    recipe, runs = load_recipe("pruning"), {}
-    for remove, sparsity in (("weights", 0.9), ("filters", 0.5)):
+    """Gives a finished run of a kind of pruning: its directory and its metrics."""
+    recipe = load_recipe("pruning")
+
+    @functools.cache
+    def run_of(remove, sparsity):
         directory = tmp_path_factory.mktemp(remove) / "run"
         config = smoke_config(recipe, directory, remove=remove, sparsity=sparsity, smoke=False, data="sample")
-        data = smoke_data("pruning")
-        runs[remove] = directory, recipe.train(config, data)
-    return runs
+        return directory, recipe.train(config, smoke_data("pruning"))
+
+    return run_of
 
 
-@pytest.mark.parametrize("form", ["keras", "litert"])
+@pytest.mark.parametrize("form", ["keras", pytest.param("litert", marks=pytest.mark.long)])
 def test_removed_weights_are_zeros_wherever_the_model_goes(pruned, tmp_path, form):
-    directory, metrics = pruned["weights"]
+    directory, metrics = pruned("weights", 0.9)
     result, model = artefacts.load_run(directory)
     assert share_of_zeros(model) == pytest.approx(0.9, abs=1e-4)
     kept = sum(np.count_nonzero(part) for layer in weight_matrices(model) for part in layer)
@@ -92,9 +95,10 @@ def test_the_share_rises_along_a_cubic_curve(epoch, share):
         np.testing.assert_array_equal(once, twice[0])
 
 
+@pytest.mark.long
 def test_without_its_filters_the_network_is_smaller_and_answers_the_same(pruned):
     recipe, data = load_recipe("pruning"), smoke_data("pruning")
-    directory, metrics = pruned["filters"]
+    directory, metrics = pruned("filters", 0.5)
     _, model = artefacts.load_run(directory)
     assert [bias.size for _, bias in weight_matrices(model)] == [16, 32, 64, 10]
     assert share_of_zeros(model) < 0.01

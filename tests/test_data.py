@@ -51,6 +51,7 @@ def test_no_example_is_in_two_splits(recipe):
     assert not contents["validation"] & contents["test"]
 
 
+@short_set("linear_regression", "mnist_cnn", "text_classifier")
 def test_validation_is_cut_from_train_by_the_seed(recipe):
     whole = recipe.load_data(recipe.Config(data="sample", validation_size=0.0))
     assert len(whole.validation) == 0
@@ -64,7 +65,7 @@ def test_validation_is_cut_from_train_by_the_seed(recipe):
     assert full_sample(recipe).digest() == full_sample(recipe).digest() != data.digest()
 
 
-@short_set("dense_classifier", "linear_regression", "text_classifier")
+@short_set("linear_regression", "text_classifier")
 def test_nothing_is_fitted_on_validation_or_test(recipe, tmp_path):
     """Other validation and test examples, the same model: so only train had a say in it."""
     data = smoke_data(recipe.__name__)

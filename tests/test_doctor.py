@@ -93,6 +93,7 @@ def test_missing_data_is_a_note(prepared, network, found):
     assert bool(finding.remedy) == ("sample" in found)
 
 
+@pytest.mark.long
 def test_the_program_ends_as_it_found(tmp_path):
     environment = {"HTTPS_PROXY": "http://127.0.0.1:9", "TFDS_DATA_DIR": str(tmp_path), "KERAS_BACKEND": "jax"}
     run = run_program("scripts/doctor.py", **environment)

@@ -41,7 +41,7 @@ def outputs_of(model: keras.Model, inputs: np.ndarray) -> dict[str, tf.Tensor]:
     return outputs if isinstance(outputs, dict) else {"probabilities": outputs}
 
 
-@short_set("dense_classifier", "mnist_cnn", "text_classifier")
+@short_set("mnist_cnn", "text_classifier")
 def test_each_format_answers_as_the_model(run_of, recipe, tmp_path):
     name = recipe.__name__
     result, model = artefacts.load_run(run_of(name))

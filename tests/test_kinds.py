@@ -128,7 +128,7 @@ def run_of(tmp_path_factory):
     return trained
 
 
-@pytest.mark.parametrize("name", ["masks", "series"])
+@pytest.mark.parametrize("name", ["masks", pytest.param("series", marks=pytest.mark.long)])
 def test_two_devices_learn_as_one(name, tmp_path):
     found = []
     for strategy, devices in (("none", 0), ("mirrored", 2)):

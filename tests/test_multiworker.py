@@ -23,7 +23,7 @@ import pytest
 import tensorflow as tf
 import yaml
 from conftest import RECIPES, load_recipe
-from programs import ROOT, run_program
+from programs import ROOT, run_program, start_program
 from test_readme import load_script
 from worker_cases import CASES, Group
 
@@ -57,13 +57,12 @@ def is_running(pid: int) -> bool:
 
 
 def start(command: list[str], cwd: pathlib.Path, **environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
+    return start_program(
         [sys.executable, *command],
         cwd=cwd,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         start_new_session=True,
     )
 
@@ -140,7 +139,9 @@ SHORT_CASES = {"SIGTERM or SIGINT", "kill -9 of a worker"}
     "case", [pytest.param(case, marks=() if case in SHORT_CASES else pytest.mark.long) for case in CASES]
 )
 def test_how_several_workers_end(case, tmp_path):
-    _, problem = CASES[case](Group(str(ROOT / "recipes" / "linear_regression.py"), 2, tmp_path, seed=0))
+    _, problem = CASES[case](
+        Group(str(ROOT / "recipes" / "linear_regression.py"), 2, tmp_path, seed=0, popen=start_program)
+    )
     assert not problem
 
 

@@ -47,7 +47,7 @@ def draw_all(folder: pathlib.Path, mode: str, count: int, seed: int) -> dict[pat
     return truth
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("mode", [pytest.param("L", marks=pytest.mark.long), "RGB"])
 def test_pictures_from_training_to_prediction(tmp_path, mode):
     draw_all(tmp_path / "pictures", mode, 100, seed=0)
     held_out = draw_all(tmp_path / "new", mode, 10, seed=1)
@@ -97,7 +97,7 @@ def test_three_classes_of_texts_from_training_to_prediction(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("name", ["dense_classifier", "linear_regression"])
+@pytest.mark.parametrize("name", ["dense_classifier", pytest.param("linear_regression", marks=pytest.mark.long)])
 def test_rows_from_training_to_prediction(tmp_path, name):
     """The columns are found by name, in whatever order, whatever else is in the file."""
     random = np.random.default_rng(0)
@@ -121,12 +121,9 @@ def test_rows_from_training_to_prediction(tmp_path, name):
         predict.predict(tmp_path / "run", [str(tmp_path / "other.csv")])
 
 
-@pytest.fixture(scope="module")
-def picture_run(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("run") / "mnist_cnn"
-    recipe = load_recipe("mnist_cnn")
-    recipe.train(smoke_config(recipe, directory))
-    return directory
+@pytest.fixture
+def picture_run(finished_run):
+    return finished_run("mnist_cnn")[1]
 
 
 def test_a_picture_through_standard_input_and_the_table(picture_run, tmp_path):

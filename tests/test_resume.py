@@ -32,7 +32,7 @@ import pytest
 import tensorflow as tf
 import torture
 from conftest import load_recipe, smoke_config, smoke_data
-from programs import ROOT, run_program
+from programs import FORK_SERVER, ROOT, run_program, start_program
 
 STEPS = 6
 
@@ -188,6 +188,7 @@ MOMENTS = [
 ]
 
 
+@pytest.mark.long
 def test_a_network_that_only_one_of_the_processes_trained_before(tmp_path, alone, monkeypatch):
     """As the teacher of distillation, which a resumed run finds trained: with its optimizer, Keras counts one more."""
 
@@ -206,7 +207,14 @@ def test_a_network_that_only_one_of_the_processes_trained_before(tmp_path, alone
     assert torture.outcome(tmp_path / "run") == alone
 
 
-@pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: "-".join(map(str, moment)))
+SHORT_MOMENTS = {("train", 3, 2), ("validation", 2, 1), ("end", 2, 0)}
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [pytest.param(moment, marks=() if moment in SHORT_MOMENTS else pytest.mark.long) for moment in MOMENTS],
+    ids=lambda moment: "-".join(map(str, moment)),
+)
 def test_interrupted_anywhere_the_end_is_the_same(tmp_path, alone, moment):
     with pytest.raises(KeyboardInterrupt, match="the same command with --resume continues"):
         fit(tmp_path / "run", moment)
@@ -268,6 +276,7 @@ def test_the_progress_bar_of_a_resumed_epoch_counts_what_remains(tmp_path, capsy
     assert result["steps"] == 3 * STEPS
 
 
+@pytest.mark.long
 def test_a_run_whose_config_is_damaged_is_refused(tmp_path):
     fit(tmp_path / "run", epochs=1)
     config = tmp_path / "run" / "config.json"
@@ -276,6 +285,7 @@ def test_a_run_whose_config_is_damaged_is_refused(tmp_path):
         fit(tmp_path / "run", resume=True)
 
 
+@pytest.mark.long
 def test_files_that_an_editor_has_laid_out_anew(tmp_path, alone):
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "run", ("train", 1, 3))
@@ -359,6 +369,7 @@ def test_killed_in_evaluation_or_while_the_result_is_written(tmp_path, alone, mo
     assert torture.outcome(tmp_path / "run") == alone
 
 
+@pytest.mark.long
 def test_killed_before_the_first_checkpoint(tmp_path, alone, monkeypatch):
     def die(*arguments):
         raise KeyboardInterrupt
@@ -389,6 +400,7 @@ def test_a_checkpoint_that_is_due_at_the_end_of_an_epoch_is_written(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "epoch-000002-batch-000000000").is_dir()
 
 
+@pytest.mark.long
 def test_what_else_lies_beside_the_checkpoints_stays(tmp_path, alone, capsys):
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "run", ("train", 3, 2))
@@ -405,7 +417,7 @@ def test_what_else_lies_beside_the_checkpoints_stays(tmp_path, alone, capsys):
     assert torture.outcome(tmp_path / "run") == alone
 
 
-@pytest.mark.parametrize(("guess", "first"), [(0.0, [1]), (math.inf, [])])
+@pytest.mark.parametrize(("guess", "first"), [(0.0, [1]), pytest.param(math.inf, [], marks=pytest.mark.long)])
 def test_checkpoints_are_as_frequent_as_they_are_fast(tmp_path, alone, monkeypatch, guess, first):
     """The first is due when it has been guessed to take a hundredth of the time; then, by the time that it took."""
     saved, write = [], Checkpoints._save
@@ -501,9 +513,7 @@ def test_exit_code_75_from_a_recipe(tmp_path):
     recipe = str(ROOT / "recipes" / "linear_regression.py")
     command = [sys.executable, recipe, "--deterministic", "--no-baseline", "--epochs", "200", "--run-dir", "run"]
     for number, awaited in ((signal.SIGINT, "hardware: "), (signal.SIGTERM, "Epoch 2/")):
-        process = subprocess.Popen(
-            [*command, "--resume"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        process = start_program([*command, "--resume"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         while not process.stdout.readline().startswith(awaited):
             assert process.poll() is None
         process.send_signal(number)
@@ -559,6 +569,7 @@ def test_resume_alone_takes_the_latest_unfinished_run(tmp_path, monkeypatch):
     assert sorted((tmp_path / "runs" / "linear_regression").iterdir()) == runs
 
 
+@pytest.mark.long
 def test_resume_alone_finds_a_run_with_a_name_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module, data = load_recipe("linear_regression"), smoke_data("linear_regression")
@@ -623,31 +634,36 @@ def test_other_data_are_refused(tmp_path, monkeypatch):
         fit(tmp_path / "run", resume=True)
 
 
-HOLDER = """
-import pathlib, sys, time
-from common.run_directory import lock
-lock(pathlib.Path(sys.argv[1]))
-print("locked", flush=True)
-time.sleep(600)
-"""
+def hold(directory, locked):
+    """As another process: takes the lock of a run directory, and keeps it."""
+    lock(directory)
+    locked.set()
+    time.sleep(600)
+
+
+def holder_of(directory):
+    locked = FORK_SERVER.Event()
+    holder = FORK_SERVER.Process(target=hold, args=(directory, locked))
+    holder.start()
+    locked.wait()
+    return holder
 
 
 @pytest.mark.long
-def test_one_run_directory_one_run(tmp_path, alone):
+def test_one_run_directory_one_run(tmp_path, alone, capfd):
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "run", ("train", 1, 2))
     # This process still has the lock of the run that was interrupted in it; another one may not take it.
-    held = subprocess.run([sys.executable, "-c", HOLDER, tmp_path / "run"], capture_output=True, text=True, check=False)
-    assert f"in use by process {os.getpid()} on " in held.stderr
+    other = FORK_SERVER.Process(target=hold, args=(tmp_path / "run", FORK_SERVER.Event()))
+    other.start()
+    other.join()
+    assert f"in use by process {os.getpid()} on " in capfd.readouterr().err
     shutil.copytree(tmp_path / "run", tmp_path / "other")
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, tmp_path / "other"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert holder.stdout.readline() == "locked\n"
+    holder = holder_of(tmp_path / "other")
     with pytest.raises(UserError, match=f"in use by process {holder.pid} on .*; wait for it, or choose another"):
         fit(tmp_path / "other", resume=True)
     holder.kill()
-    holder.communicate()
+    holder.join()
     fit(tmp_path / "other", resume=True)
     assert torture.outcome(tmp_path / "other") == alone
 
@@ -657,12 +673,11 @@ def test_a_run_that_is_unlocked_is_free_for_another_process(tmp_path):
     assert (tmp_path / "lock").read_text() == f"process {os.getpid()} on {platform.node()}"
     assert unlock(tmp_path)
     assert not unlock(tmp_path), "a second time"
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "locked\n"
+    holder = holder_of(tmp_path)
     with pytest.raises(UserError, match=f"in use by process {holder.pid} on "):
         lock(tmp_path)
     holder.kill()
-    holder.communicate()
+    holder.join()
 
 
 def test_a_directory_that_was_taken_meanwhile_is_left_alone(tmp_path):
@@ -725,6 +740,7 @@ class Vandal(keras.callbacks.Callback):
             self._act()
 
 
+@pytest.mark.long
 def test_logs_deleted_in_mid_training(tmp_path, alone):
     logs = tmp_path / "run" / "tensorboard"
     fit(tmp_path / "run", more=[Vandal(lambda: shutil.rmtree(logs))])
@@ -797,6 +813,7 @@ def test_a_full_disk(tmp_path, never_full, limit, warnings, code, line):
     assert read_json(tmp_path / "run" / "result.json")["weights_sha256"] == never_full
 
 
+@pytest.mark.long
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
     write = pathlib.Path.write_bytes
 
@@ -813,6 +830,7 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys)
     assert not list(tmp_path.glob("run/plots/*.png"))
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, alone, monkeypatch, capsys):
     write, calls = np.savez, []
 

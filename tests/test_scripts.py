@@ -209,6 +209,7 @@ def test_reproducing_trains_once_per_seed(project):
     assert record["runs"][0]["metrics"]["mse"] > 0
 
 
+@pytest.mark.long
 def test_a_recipe_that_fails_publishes_nothing(project):
     with pytest.raises(SystemExit, match=r"^2$"):
         reproduce.reproduce("linear_regression", [0], ["--no-such-flag"])

@@ -141,6 +141,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.long
 def test_tensorboard_serves_the_runs(runs):
     """The command of the README, on loopback: its scalars over HTTP."""
     directory = runs(load_recipe("mnist_cnn"))

@@ -112,6 +112,7 @@ def test_plain_keras_under_multi_worker_strategy(patches, message):
         assert any(message in each for each in errors), errors
 
 
+@pytest.mark.long
 def test_tensorflow_still_prints_a_banner():
     """common/startup.py: quiet_native_stderr."""
     run = subprocess.run(
@@ -140,6 +141,7 @@ strategy.distribute_datasets_from_function(lambda context: tf.data.Dataset.range
 """
 
 
+@pytest.mark.long
 def test_several_workers_still_refuse_pipelines_of_their_own():
     """common/upstream.py: replica_datasets. The crash itself comes too rarely to wait for it."""
     run = run_program("-c", OWN_PIPELINES)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 from common.cli import EXIT_INTERRUPTED
 from common.multiworker import EXIT_WORKER_LOST
@@ -23,10 +24,11 @@ LIMIT, PATIENCE, SLOW = 20, 120, 15
 
 
 class Group:
-    """Workers of a recipe, started without the launcher. Their output goes to files in `folder`."""
+    """Workers of a recipe, started by `popen`, without the launcher. Their output goes to files in `folder`."""
 
-    def __init__(self, recipe: str, workers: int, folder: pathlib.Path, seed: int):
+    def __init__(self, recipe: str, workers: int, folder: pathlib.Path, seed: int, popen: Callable = subprocess.Popen):
         self.recipe, self.workers, self.folder, self.random = recipe, workers, folder, random.Random(seed)
+        self.popen = popen
         self.addresses = [f"127.0.0.1:{port}" for port in free_ports(workers)]
         self.processes: dict[int, subprocess.Popen] = {}
         self.event_time = 0.0
@@ -38,7 +40,7 @@ class Group:
         command = [sys.executable, *([__file__, fault] if fault else []), self.recipe, *flags]
         command += ["--batch-size", str(32 * self.workers)]
         with open(self.folder / f"{index}.out", "w") as out, open(self.folder / f"{index}.err", "w") as errors:
-            process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=out, stderr=errors)
+            process = self.popen(command, cwd=self.folder, env=environment, stdout=out, stderr=errors)
         self.processes[index], self.event_time = process, time.monotonic()
 
     def printed(self, index: int, kind: str = "err") -> str:
