@@ -43,7 +43,7 @@ class ForkedProgram:
             self.process.start()
             # Opening a pipe waits for the program to open its end.
             self.stdout, self.stderr = (
-                open(target) if given == subprocess.PIPE else None
+                open(target) if given == subprocess.PIPE else None  # noqa: SIM115 (closed when it has been read)
                 for given, target in zip((stdout, stderr), targets, strict=True)
             )
         self.pid = self.process.pid
@@ -88,7 +88,7 @@ def start_program(command: list[str | pathlib.Path], **options) -> subprocess.Po
     can_fork = can_fork and script.name != "launch.py" and not (script.parent / "common").exists()
     changed = dict(set((options.get("env") or os.environ).items()) ^ set(os.environ.items()))
     if not can_fork or changed.keys() - READ_LATE or tf.config.list_physical_devices("GPU"):
-        return subprocess.Popen(list(map(str, command)), text=True, **options)
+        return subprocess.Popen(list(map(str, command)), **{"text": True, **options})
     return ForkedProgram(command, **options)
 
 

@@ -63,6 +63,7 @@ def write_pictures(folder, count=12, size=(12, 12)):
     return folder
 
 
+@pytest.mark.long
 def test_image_classifier_without_a_folder(run):
     printed, model = run("image_classifier", IMAGE_SIZE=(8, 8), EPOCHS=2)
     assert re.fullmatch(r"test accuracy [01]\.\d{4}", printed[-1])
@@ -81,6 +82,7 @@ def test_image_classifier_with_a_folder(run, tmp_path):
     assert pd.read_csv(classes).iloc[:, 0].tolist() == ["dark", "light"]
 
 
+@pytest.mark.long
 def test_image_classifier_keeps_the_parts_it_is_given(run, tmp_path):
     for part in ("Train", "val", "more"):
         write_pictures(tmp_path / "pictures" / part, count=10)
@@ -138,8 +140,12 @@ def sentences(good, bad, fill, count=120, joint=" "):
 @pytest.mark.parametrize(
     ("good", "bad", "fill", "joint"),
     [
-        (["fine", "great"], ["poor", "awful"], ["a", "film", "plot", "and", "by"], " "),
-        (["чудесно", "отлично"], ["скучно", "плохо"], ["фильм", "очень", "сюжет"], " "),
+        pytest.param(
+            ["fine", "great"], ["poor", "awful"], ["a", "film", "plot", "and", "by"], " ", marks=pytest.mark.long
+        ),
+        pytest.param(
+            ["чудесно", "отлично"], ["скучно", "плохо"], ["фильм", "очень", "сюжет"], " ", marks=pytest.mark.long
+        ),
         (["好看", "精彩"], ["难看", "无聊"], ["电影", "这部", "非常", "故事"], ""),
     ],
 )
@@ -153,6 +159,7 @@ def test_text_classifier(run, tmp_path, good, bad, fill, joint):
     np.testing.assert_array_equal(answers[0], answers[1])
 
 
+@pytest.mark.long
 def test_text_classifier_with_a_test_file(run, tmp_path):
     texts = sentences(["fine"], ["poor"], [f"word{n}" for n in range(30)])
     texts.to_csv(tmp_path / "texts.csv", index=False)
@@ -197,7 +204,7 @@ def mixed_table(rows=400):
     return table.assign(species=np.where(table["time"] >= 1_700_000_060, "nigra", "alba"), weight=table["time"] - 7e8)
 
 
-@pytest.mark.parametrize("separator", [",", ";"])
+@pytest.mark.parametrize("separator", [",", pytest.param(";", marks=pytest.mark.long)])
 def test_table_with_classes(run, tmp_path, separator):
     table = mixed_table().drop(columns="weight")
     table.to_csv(tmp_path / "table.csv", index=False, sep=separator, decimal="." if separator == "," else ",")
@@ -242,6 +249,7 @@ def test_table_survives_a_column_that_varies_outside_train_only(run, tmp_path):
     assert abs(model({"x": np.zeros(1), "rare": np.full(1, 1e9)})) < 100
 
 
+@pytest.mark.long
 def test_table_of_small_numbers_and_names_with_slashes(run, tmp_path):
     x = np.random.default_rng(0).normal(size=300)
     table = pd.DataFrame({"a/b": x, "a_b": -x, "y/t": 1e-6 * (x + 0.01)})

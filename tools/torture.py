@@ -34,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 
 from common.cli import EXIT_INTERRUPTED, Parser, run_script
 from common.multiworker import EXIT_WORKER_LOST
@@ -49,7 +50,8 @@ FIXED_FLAGS = ["--deterministic", "--no-baseline"]
 WRITTEN = "torture: a checkpoint is written"
 
 
-def main() -> None:
+def main(popen: Callable = subprocess.Popen) -> None:
+    """Runs the test; `popen` starts the trainings of a single process."""
     own_flags, recipe_flags = load_program(ROOT / "scripts" / "launch.py").own_and_recipe_flags(sys.argv[1:])
     parser = Parser(__doc__)
     parser.add_argument("recipe", choices=sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))
@@ -66,7 +68,7 @@ def main() -> None:
     if arguments.signal == "STOP" and not arguments.workers:
         parser.error("--signal STOP: a process alone has nobody to notice it; add --workers")
     with tempfile.TemporaryDirectory() as folder:
-        test = KillTest(arguments, [*(recipe_flags or STANDARD_FLAGS), *FIXED_FLAGS], pathlib.Path(folder))
+        test = KillTest(arguments, [*(recipe_flags or STANDARD_FLAGS), *FIXED_FLAGS], pathlib.Path(folder), popen)
         sys.exit(test.run())
 
 
@@ -93,10 +95,11 @@ def run_cases(recipe: str, workers: int, seed: int) -> int:
 class KillTest:
     """Compares an uninterrupted reference run with runs that are killed and resumed."""
 
-    def __init__(self, arguments: argparse.Namespace, flags: list[str], folder: pathlib.Path):
+    def __init__(self, arguments: argparse.Namespace, flags: list[str], folder: pathlib.Path, popen: Callable):
         self.recipe = str(ROOT / "recipes" / f"{arguments.recipe}.py")
         self.name, self.kills, self.signal = arguments.recipe, arguments.kills, arguments.signal
         self.flags, self.folder, self.random = flags, folder, random.Random(arguments.seed)
+        self.popen = popen
         self.workers, self.slowest_exit = arguments.workers, 0.0
         self.graceful = arguments.signal in ("TERM", "INT")
 
@@ -115,11 +118,12 @@ class KillTest:
         command = self.command(self.folder / "alone")
         if not self.workers:
             command[:1] = [sys.executable, __file__, "victim", "0"]
-        reference = subprocess.run(command, capture_output=True, text=True, check=False)
+        reference = self.popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        output, errors = reference.communicate()
         if reference.returncode:
-            print(reference.stderr, file=sys.stderr)
+            print(errors, file=sys.stderr)
             return reference.returncode
-        self.writes = reference.stdout.count(WRITTEN)
+        self.writes = output.count(WRITTEN)
         # Random kill times are chosen relative to these durations.
         seconds = json.loads((self.folder / "alone" / "result.json").read_text())["seconds"]
         self.overhead = (time.monotonic() - start if not self.graceful or self.workers else seconds["total"]) - seconds[
@@ -163,7 +167,7 @@ class KillTest:
             # Half of the signals are sent early in training, so that a run is resumed many times.
             early = self.random.uniform(0.3 * self.overhead, self.overhead + 2 * self.training / self.kills)
             delay = self.random.choice([early, self.random.uniform(0, self.overhead + self.training)])
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = self.popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         first_line = process.stdout.readline() if self.graceful else ""
         if delay is not None:
             threading.Thread(target=self.send_signal_after, args=(process, delay), daemon=True).start()
