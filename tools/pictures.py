@@ -41,13 +41,13 @@ def speeds() -> Figure | None:
         axes.set_title(machine, fontsize=10)
         draw_speeds(axes, records)
     panels[0].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
-    panels[-1].set_xlabel("examples per second, in those of the naive way: median, lowest and highest")
+    panels[-1].set_xlabel("examples per second, relative to the naive baseline: median, minimum and maximum")
     return figure
 
 
 def draw_speeds(axes: Axes, records: list[dict]) -> None:
     """Draws the panel of one machine: a dot at the median over the rounds, and a line from minimum to maximum."""
-    labels = {"recipe": "recipe", "PyTorch": "PyTorch, its better form"}
+    labels = {"recipe": "recipe", "PyTorch": "PyTorch, the faster of eager and compiled"}
     for offset, (variant, label) in zip((0.15, -0.15), labels.items(), strict=True):
         positions, samples = [], []
         for position, record in enumerate(reversed(records)):
@@ -63,7 +63,7 @@ def draw_speeds(axes: Axes, records: list[dict]) -> None:
             axes.annotate(
                 f"{median:.2f}", (values[-1], position), (4, 0), textcoords="offset points", va="center", fontsize=8
             )
-    axes.axvline(1, color="black", linewidth=0.8, label="the naive way")
+    axes.axvline(1, color="black", linewidth=0.8, label="naive baseline")
     axes.set_yticks(range(len(records)), [record["recipe"] + precision_suffix(record) for record in reversed(records)])
     axes.set_ylim(-0.6, len(records) - 0.4)
     axes.set_xscale("log", base=2)
@@ -87,7 +87,7 @@ def pruning_curve() -> Figure | None:
         deviation = statistics.stdev(run["metrics"]["accuracy"] for run in runs) if len(runs) > 1 else 0.0
         points.setdefault(kind, []).append((mean(runs, "nonzero_weights"), mean(runs, "accuracy"), deviation))
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="weights that are left", ylabel="test accuracy", xscale="log")
+    axes = figure.add_subplot(xlabel="remaining weights", ylabel="test accuracy", xscale="log")
     for kind, values in sorted(points.items()):
         weights, accuracies, deviations = zip(*sorted(values), strict=True)
         axes.errorbar(weights, accuracies, deviations, marker="o", capsize=3, label=f"{kind} removed")

@@ -1,4 +1,4 @@
-"""Writes the records in results/ to README.md, to its plots, and to the docstrings of the recipes.
+"""Writes the records in results/ to the tables and plots of README and docs/, and to the docstrings of the recipes.
 
     python tools/publish.py
 
@@ -16,9 +16,27 @@ from common.records import load_program, write_file
 import published
 from pictures import curves, pruning_curve, speeds
 from published import recipe_paths
-from tables import benchmark_table, distributed_table, result_line, results_table, shipped_tables
+from tables import (
+    CHINESE,
+    benchmark_table,
+    distributed_table,
+    recipes_table,
+    result_line,
+    results_table,
+    shipped_tables,
+)
 
 RESULT = load_program(published.ROOT / "scripts" / "new_recipe.py").RESULT
+# The pages with a generated part, and the function that formats it.
+PAGES = {
+    "README.md": recipes_table,
+    "README.zh-CN.md": lambda: recipes_table(CHINESE),
+    "docs/results.md": results_table,
+    "docs/benchmarks.md": benchmark_table,
+    "docs/small-models.md": shipped_tables,
+    "docs/hardware.md": distributed_table,
+}
+BEGIN, END = "<!-- results: written by tools/publish.py -->", "<!-- end of results -->"
 
 
 def main() -> None:
@@ -27,15 +45,14 @@ def main() -> None:
 
 
 def publish() -> None:
-    """Updates README.md, its plots and the docstrings of the recipes."""
-    readme = published.ROOT / "README.md"
-    try:
-        text = with_part(readme.read_text(), "results", results_table())
-    except OSError as error:
-        raise UserError(f"{readme}: can't be read ({error.strerror}); get it back with git") from error
-    text = with_part(text, "benchmark", benchmark_table())
-    text = with_part(text, "shipped", shipped_tables())
-    files = {readme: with_part(text, "distributed", distributed_table())}
+    """Updates the pages, the plots and the docstrings of the recipes."""
+    files = {}
+    for name, table in PAGES.items():
+        page = published.ROOT / name
+        try:
+            files[page] = with_table(page, page.read_text("utf-8"), table())
+        except OSError as error:
+            raise UserError(f"{page}: can't be read ({error.strerror}); restore it with git") from error
     for path in recipe_paths():
         files[path] = with_result_line(path, result_line(path.stem))
     try:
@@ -45,17 +62,16 @@ def publish() -> None:
         for path, text in files.items():
             write_file(path, text)
     except OSError as error:
-        raise UserError(f"{error.filename or readme}: {error.strerror}; make room, then run this again") from error
+        raise UserError(f"{error.filename or page}: {error.strerror}; make room, then run this again") from error
 
 
-def with_part(readme: str, name: str, content: str) -> str:
-    """Returns the text of README.md with the content between the markers of one part replaced."""
-    begin, end = f"<!-- {name}: written by tools/publish.py -->", f"<!-- end of {name} -->"
-    before, _, rest = readme.partition(begin)
-    _, separator, after = rest.partition(end)
+def with_table(page: pathlib.Path, text: str, table: str) -> str:
+    """Returns the text of a page with the part between the markers replaced."""
+    before, _, rest = text.partition(BEGIN)
+    _, separator, after = rest.partition(END)
     if not separator:
-        raise UserError(f"README.md: lacks {begin!r} or {end!r} behind it; put them where the figures shall stand")
-    return f"{before}{begin}\n\n{content}\n\n{end}{after}"
+        raise UserError(f"{page}: lacks {BEGIN!r} or, after it, {END!r}; put them where the table belongs")
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
 
 
 def with_result_line(path: pathlib.Path, line: str) -> str:

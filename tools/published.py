@@ -77,6 +77,12 @@ def recipe_paths() -> list[pathlib.Path]:
     return sorted((ROOT / "recipes").glob("*.py"))
 
 
+def docstring_entry(path: pathlib.Path, name: str) -> str:
+    """Returns an entry, such as Teaches or Data, in the docstring of a recipe as one line; empty if there is none."""
+    entry = re.search(rf"^{name} +(.*(?:\n {{10}}.*)*)$", path.read_text("utf-8"), flags=re.MULTILINE)
+    return " ".join(entry[1].split()) if entry else ""
+
+
 def code_sha256(path: pathlib.Path) -> str:
     """Returns the SHA-256 of the code in a Python file, ignoring comments, docstrings and formatting."""
 

@@ -1,10 +1,12 @@
 """Formats the records in results/ as Markdown tables, for tools/publish.py."""
 
 import itertools
+import re
 import statistics
 
 from published import (
     benchmarks,
+    docstring_entry,
     load_runs,
     machine_of,
     main_metric,
@@ -37,6 +39,45 @@ EXTRA = {
     "ridge_mse": "ridge regression: {}",
     "lstsq_mse": "least squares: {}",
     "noise_floor_mse": "noise floor: {}",
+}
+
+# Words of the table in README.md. A recipe without a text here gets the Teaches entry of its docstring, shortened.
+ENGLISH = {
+    "header": "recipe | what it teaches | data | test result | time",
+    "generated": "generated",
+    "accuracy": "accuracy",
+    "mse": "mean squared error",
+    "seeds": "{} seeds",
+    "missing": "not yet measured",
+    "cores": "{} CPU cores",
+    "legend": "Mean ± standard deviation over the seeds; median training time on {}. "
+    "Baselines, machines, other settings: [results](docs/results.md).",
+    "stale": "† The recipe has changed since this measurement.",
+    "uncommitted": "‡ Measured with uncommitted changes.",
+}
+# The same in README.zh-CN.md, and what each recipe teaches; tests/test_readme.py names a recipe that is missing.
+CHINESE = {
+    "header": "配方 | 教什么 | 数据 | 测试结果 | 时间",
+    "generated": "生成的数据",
+    "accuracy": "准确率",
+    "mse": "均方误差",
+    "seeds": "{} 个种子",
+    "missing": "尚未测量",
+    "cores": "{} 个 CPU 核",
+    "legend": "结果为各随机种子的均值 ± 标准差，时间为训练时间的中位数（{}）。"
+    "基线、机器与其他设置见 [results](docs/results.md)（英文）。",
+    "stale": "† 测量之后，该配方的代码有改动。",
+    "uncommitted": "‡ 测量时有未提交的改动。",
+    "cifar10_cnn": "良好的训练方法能让教程中常见的网络提高多少",
+    "cifar10_fast": "如何快速训练",
+    "dense_classifier": "softmax、one-hot 标签与分类交叉熵，用于线性不可分的类别",
+    "dense_regression": "神经网络何时优于线性模型",
+    "distillation": "以教师模型的软标签为目标，只计算一次并缓存",
+    "linear_regression": "梯度下降能找到精确解，而任何模型都无法预测噪声",
+    "mnist_cnn": "从像素到概率的卷积网络，以及细致的训练",
+    "pruning": "以零值为掩码的渐进式幅值剪枝，以及更小的网络",
+    "quantization": "三种训练后量化，用 LiteRT 在测试集上评估",
+    "text_classifier": "由模型的层统计词 n-gram，并由计数得到初始权重",
 }
 
 # Target values for tools/benchmark.py, and the mark of a value below its target.
@@ -97,15 +138,43 @@ def result_line(recipe: str) -> str:
     return f"\n{' ' * 10}".join(lines)
 
 
+def shortened(entry: str) -> str:
+    """Shortens an entry of a docstring for a table: without parentheses and what follows a colon or semicolon."""
+    return re.split("[:;]", re.sub(r" \([^)]*\)", "", entry))[0]
+
+
+def recipes_table(language: dict[str, str] = ENGLISH) -> str:
+    """Formats one row per recipe, for README.md or, in `CHINESE`, for README.zh-CN.md."""
+    lines, machines = [f"| {language['header']} |", "|---|---|---|---|---|"], set()
+    signs = {"stale": "†", "uncommitted": "‡"}
+    for path in recipe_paths():
+        record, result, time = read_record(path.stem), language["missing"], ""
+        link = f"[`{path.stem}`](recipes/{path.name})"
+        teaches = language.get(path.stem) or shortened(docstring_entry(path, "Teaches"))
+        data = shortened(docstring_entry(path, "Data")).replace("generated", language["generated"])
+        if record:
+            runs = record["runs"]
+            metric, flags, hardware = main_metric(runs), recipe_flags(runs[0]["command"]), runs[0]["hardware"]
+            link += f"<br>`{flags}`" if flags else ""
+            result = f"{language[metric]} {mean_and_deviation(runs, metric)}, {language['seeds'].format(len(runs))}"
+            result += "".join(f" {sign}" for mark, sign in signs.items() if mark in marks(record))
+            time = training_time(runs)
+            machines.add(", ".join(hardware["gpus"]) or language["cores"].format(hardware["cores"]))
+        lines.append(f"| {link} | {teaches} | {data} | {result} | {time} |")
+    lines += ["", language["legend"].format(", ".join(sorted(machines)) or language["missing"])]
+    used = [mark for mark, sign in signs.items() if any(sign in line for line in lines)]
+    return "\n".join([*lines, *(language[mark] for mark in used)])
+
+
 def results_table() -> str:
-    """Formats the results of all recipes."""
+    """Formats all results of all recipes."""
     lines = ["| recipe | data | test result | to compare | training | seeds |", "|---|---|---|---|---|---|"]
     machines = set()
     records = [
         (path, record) for path in recipe_paths() for record in (read_record(path.stem), *variant_records(path.stem))
     ]
     for path, record in records:
-        link = f"[`{path.stem}`](recipes/{path.name})"
+        link = f"[`{path.stem}`](../recipes/{path.name})"
         if not record:
             lines.append(f"| {link} | | not yet measured | | | |")
             continue
@@ -129,8 +198,8 @@ def results_table() -> str:
         machines.add(f"{machine_of(runs[0])}, TensorFlow {versions['tensorflow']}, Keras {versions['keras']}")
     lines += [
         "",
-        "Mean ± standard deviation over the seeds; the time is the median from raw data to the saved "
-        "model, less evaluation, what the result is compared with, and a `--teacher`.",
+        "Mean ± standard deviation over the seeds. The time is the median from raw data to the saved model, without "
+        "evaluation, baselines and the training of a `--teacher`.",
     ]
     lines += ["Measured on: " + "; ".join(sorted(machines)) + "."]
     return "\n".join([*lines, "", *legend_lines(lines)]).rstrip()
@@ -139,8 +208,8 @@ def results_table() -> str:
 def legend_lines(lines: list[str]) -> list[str]:
     """Returns an explanation of each mark of `published.marks` that a table uses."""
     legend = {
-        "stale": "Stale: the recipe has changed since, and was not measured again yet.",
-        "uncommitted": "Uncommitted: measured with changes that were not committed at that time.",
+        "stale": "Stale: the recipe has changed since this measurement.",
+        "uncommitted": "Uncommitted: measured with changes that were not committed.",
     }
     return [part for mark, text in legend.items() if any(f", {mark}" in line for line in lines) for part in (text, "")]
 
@@ -150,21 +219,21 @@ def benchmark_table() -> str:
     machines, lines = benchmarks(), []
     measured = list(itertools.chain(*machines.values()))
     header = (
-        "| recipe | examples a second | to the naive way | to PyTorch | share of peak | first execution | callbacks |"
+        "| recipe | examples per second | ratio to naive baseline | ratio to PyTorch | share of peak | time to first step | callbacks |"
     )
     for machine, records in machines.items():
         lines += [f"On {machine}:", "", header, "|---|---|---|---|---|---|---|", *map(benchmark_row, records), ""]
     if any(BELOW in line for line in lines):
         lines += [
-            f"{BELOW.strip()}: below what this project aims at, which is 1.2 times the naive way and PyTorch for the "
-            "three recipes of pictures, 3 times the naive way for the two of dense networks, 30, 55 and 25 % of the "
-            "peak for `cifar10_cnn`, `cifar10_fast` and `mnist_cnn`, and 3 % of the time, at most, for callbacks.",
+            f"{BELOW.strip()}: below the target. Targets: 1.2 times the naive baseline and PyTorch for the three "
+            "image recipes; 3 times the naive baseline for the two dense networks; 30, 55 and 25 % of the peak for "
+            "`cifar10_cnn`, `cifar10_fast` and `mnist_cnn`; at most 3 % of the training time in callbacks.",
             "",
         ]
     if any("recipe without callbacks" in record["examples_per_second"] for record in measured):
         lines += [
-            "Callbacks: their share of the training's own time. Where it comes with many points to both sides, it was "
-            "measured earlier, as the difference to a training without them.",
+            "Callbacks: their share of the training time. Values with a wide range, or below zero, are older "
+            "measurements: the difference to a training without callbacks.",
             "",
         ]
     lines += legend_lines(lines)
@@ -172,8 +241,8 @@ def benchmark_table() -> str:
         counts = sorted({len(record["rounds"]) for record in measured})
         names = sorted({f"{record['data']['name']} ({record['data']['source']})" for record in measured})
         lines += [
-            f"In brackets: the lowest and the highest of {' or '.join(map(str, counts))} rounds. A machine that others "
-            "share has slower days: the peak, measured in the same rounds, tells.",
+            f"Medians, with minimum and maximum of {' or '.join(map(str, counts))} rounds in parentheses. The peak is "
+            "measured in the same rounds: if it is low, other programs slowed the machine down.",
             "",
             f"Data: {', '.join(names)}.",
             "",
@@ -181,14 +250,14 @@ def benchmark_table() -> str:
     if record := read_record("target"):
         rounds, missed = len(record["rounds"]), record["naive_missed"]
         lines += [
-            f"`cifar10_cnn --epochs 5` is at {100 * record['target_validation_accuracy']:.0f} % validation accuracy in "
-            f"{'at most ' * bool(missed)}{spread(record['to_naive'])} of the time of the naive script"
-            + (f", which gave up, never there, in {missed} of {rounds} rounds" if missed else "")
+            f"`cifar10_cnn --epochs 5` reaches {100 * record['target_validation_accuracy']:.0f} % validation accuracy "
+            f"in {'at most ' * bool(missed)}{spread(record['to_naive'])} of the time of the naive baseline"
+            + (f", which did not reach it in {missed} of {rounds} rounds" if missed else "")
             + f", on {machine_of(record)}{marks(record)}.",
             "",
         ]
     if measured:
-        lines += ["![Examples per second, against the naive way](results/benchmark.png)"]
+        lines += ["![Examples per second, relative to the naive baseline](../results/benchmark.png)"]
     return "\n".join(lines).strip() or "Not yet measured."
 
 
@@ -257,16 +326,16 @@ def speedup_lines(record: dict) -> list[str]:
     if {"keras", "litert", "litert int8"} <= set(variants):
         int8, litert = variants["litert int8"], variants["litert"]
         lines += [
-            f"At batch 1, one thread, `litert int8` is {speedup(int8, litert, 1)} times as quick as `litert`, with "
+            f"At batch 1, one thread, `litert int8` is {speedup(int8, litert, 1)} times as fast as `litert`, with "
             f"{100 * int8['bytes'] / litert['bytes']:.1f} % of its bytes, and "
-            f"{speedup(int8, variants['keras'], 1)} times as quick as the Keras model, called as `model(inputs)`.",
+            f"{speedup(int8, variants['keras'], 1)} times as fast as the Keras model, called as `model(inputs)`.",
             "",
         ]
     if record["recipe"] == "pruning" and "litert" in variants and unpruned:
         full = unpruned["variants"]["litert"]
         lines += [
-            f"Compared with `mnist_cnn`, whose network this was, `litert` is {speedup(variants['litert'], full, 1)} "
-            f"times as quick at batch 1, one thread, and {speedup(variants['litert'], full, 64)} times at batch 64.",
+            f"Compared with the unpruned `mnist_cnn`, `litert` is {speedup(variants['litert'], full, 1)} "
+            f"times as fast at batch 1, one thread, and {speedup(variants['litert'], full, 64)} times at batch 64.",
             "",
         ]
     return lines
@@ -290,7 +359,7 @@ def shipped_tables() -> str:
     if runs_with_baseline := with_metric(load_runs("pruning"), "unpruned_accuracy"):
         unpruned = mean(runs_with_baseline, "unpruned_accuracy")
         lines += [
-            "| removed by `pruning` | weights left | test accuracy | points lost | seeds |",
+            "| removed by `pruning` | remaining weights | test accuracy | points lost | seeds |",
             "|---|---|---|---|---|",
         ]
         for kind, sparsity, runs in pruned():
@@ -299,7 +368,7 @@ def shipped_tables() -> str:
                 f"| {100 * sparsity:.0f} % of the {kind} | {mean(runs, 'nonzero_weights'):,.0f} "
                 f"| {mean_and_deviation(runs, 'accuracy')} | {lost:.2f} | {seeds(runs)}{uncommitted({'runs': runs})} |"
             )
-        lines += ["", "![Test accuracy by the number of weights that are left](results/pruning.png)", ""]
+        lines += ["", "![Test accuracy by the number of remaining weights](../results/pruning.png)", ""]
     distilled = [record["runs"] for record in read_records("distillation*")]
     distilled = [runs for runs in distilled if with_metric(runs, "alone_accuracy") == runs]
     if distilled:
