@@ -2,7 +2,8 @@
 
     python scripts/new_recipe.py my_task --from mnist_cnn
 
-The other tests find the new recipe in recipes/. tools/reproduce.py measures it and adds its row to README.md.
+The other tests find the new recipe in recipes/. tools/reproduce.py measures it and adds it to the tables of
+README.md and docs/.
 """
 
 import importlib.util

@@ -48,10 +48,17 @@ def fake_run(accuracy: float, seed: int) -> dict:
 def project(tmp_path, monkeypatch):
     """A copy of the project that the scripts may write to."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "README.md", tmp_path)
+    (tmp_path / "docs").mkdir()
+    for name in publish.PAGES:
+        shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(published, "ROOT", tmp_path)
     return tmp_path
+
+
+def rows(page: pathlib.Path) -> list[str]:
+    """The rows of a table of recipes."""
+    return [line for line in page.read_text("utf-8").splitlines() if line.startswith("| [`")]
 
 
 def publish_runs(project: pathlib.Path, runs: list[dict]) -> None:
@@ -63,22 +70,32 @@ def test_publishing_writes_mean_and_deviation(project):
     runs = [fake_run(accuracy, seed) for seed, accuracy in enumerate((0.991, 0.993, 0.995))]
     publish_runs(project, runs)
     publish.publish()
-    readme = (project / "README.md").read_text()
-    (row,) = [line for line in readme.splitlines() if line.startswith("| [`mnist_cnn`]")]
-    assert row.startswith("| [`mnist_cnn`](recipes/mnist_cnn.py)<br>`--epochs 15` | ")
+    page = (project / "docs" / "results.md").read_text()
+    (row,) = [line for line in page.splitlines() if line.startswith("| [`mnist_cnn`]")]
+    assert row.startswith("| [`mnist_cnn`](../recipes/mnist_cnn.py)<br>`--epochs 15` | ")
     assert "accuracy 99.30 ± 0.20 %" in row
     assert "logistic regression: 92.00 ± 0.00 % (7.30 points below)" in row
     assert "MNIST (tfds): 54,000 train, 6,000 validation, 10,000 test" in row
     assert "| 1.7 min, 2 cores of Some CPU | 0, 1, 2 |" in row
-    assert "2 cores of Some CPU, TensorFlow 2.21.0, Keras 3.15.1" in readme
+    assert "2 cores of Some CPU, TensorFlow 2.21.0, Keras 3.15.1" in page
+    short = "[`mnist_cnn`](recipes/mnist_cnn.py)<br>`--epochs 15`"
+    readme, chinese = (rows(project / name) for name in ("README.md", "README.zh-CN.md"))
+    assert re.match(
+        rf"\| {re.escape(short)} \| .+ \| MNIST \| accuracy 99.30 ± 0.20 %, 3 seeds \| 1.7 min \|$", readme[6]
+    )
+    assert re.match(
+        rf"\| {re.escape(short)} \| .+ \| MNIST \| 准确率 99.30 ± 0.20 %，3 个种子 \| 1.7 min \|$", chinese[6]
+    )
+    assert [len(readme), len(chinese)] == [len(published.recipe_paths())] * 2
+    assert "not yet measured" in readme[0]
     source = (project / "recipes" / "mnist_cnn.py").read_text()
     line = "Result    test accuracy 99.30 ± 0.20 % over 3 seeds, 1.7 min, 2 cores of Some CPU,\n"
     line += "          with --epochs 15\n"
     assert source.count(line) == 1
     assert (project / "results" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    before = readme, source
+    before = page, source
     publish.publish()
-    assert ((project / "README.md").read_text(), (project / "recipes" / "mnist_cnn.py").read_text()) == before
+    assert ((project / "docs" / "results.md").read_text(), (project / "recipes" / "mnist_cnn.py").read_text()) == before
 
 
 def test_on_a_full_disk_what_was_published_stays(project, monkeypatch):
@@ -106,13 +123,17 @@ def test_a_record_of_other_code_is_shown_as_stale(project):
     assert changed != path.read_text()
     path.write_text(changed)
     publish.publish()
-    assert not [line for line in (project / "README.md").read_text().splitlines() if ", stale |" in line]
+    assert not [row for row in rows(project / "docs" / "results.md") if ", stale |" in row]
+    assert "†" not in (project / "README.md").read_text("utf-8")
     path.write_text(path.read_text().replace("weight_decay=config.weight_decay", "weight_decay=0.0"))
     publish.publish()
-    readme = (project / "README.md").read_text()
-    (row,) = [line for line in readme.splitlines() if line.startswith("| [`mnist_cnn`]")]
+    page = (project / "docs" / "results.md").read_text()
+    (row,) = [line for line in page.splitlines() if line.startswith("| [`mnist_cnn`]")]
     assert "| 1.7 min, 2 cores of Some CPU, stale | 0 |" in row
-    assert "Stale: the recipe has changed since" in readme
+    assert "Stale: the recipe has changed since" in page
+    readme = (project / "README.md").read_text("utf-8")
+    assert "seeds † | 1.7 min |" in readme
+    assert "\n† The recipe has changed" in readme
     assert "1.7 min, 2 cores of Some CPU, stale,\n" in path.read_text()
 
 
@@ -270,13 +291,14 @@ def test_a_record_under_another_name_is_not_published(project):
     assert (project / "README.md").read_text() == before
 
 
-def test_a_readme_without_its_markers_is_left_alone(project):
-    readme = project / "README.md"
-    readme.write_text(readme.read_text().replace("<!-- end of benchmark -->", ""))
-    before = readme.read_text()
-    with pytest.raises(publish.UserError, match=r"README\.md: lacks .*benchmark.*; put them where the figures"):
+@pytest.mark.parametrize("name", publish.PAGES)
+def test_a_page_without_its_markers_is_left_alone(project, name):
+    page = project / name
+    page.write_text(page.read_text("utf-8").replace(publish.END, ""), "utf-8")
+    before = page.read_bytes()
+    with pytest.raises(publish.UserError, match=rf"{name}: lacks .*; put them where the table"):
         publish.publish()
-    assert readme.read_text() == before
+    assert page.read_bytes() == before
 
 
 def test_a_project_without_readme_or_result_line_is_left_alone(project):
@@ -287,7 +309,7 @@ def test_a_project_without_readme_or_result_line_is_left_alone(project):
         publish.publish()
     assert (readme.read_text(), path.read_text()) == before
     readme.unlink()
-    with pytest.raises(publish.UserError, match=r"README\.md: can't be read \(No such file or directory\)"):
+    with pytest.raises(publish.UserError, match=r"README\.md: can't be read \(No such file or directory\); restore it"):
         publish.publish()
 
 
@@ -297,10 +319,11 @@ def test_runs_with_other_flags_have_their_own_row(project):
     short = fake_run(0.98, 0) | {"command": "python recipes/mnist_cnn.py --epochs 3 --seed 0"}
     published.write_record("mnist_cnn-short", {"recipe": "mnist_cnn", "code_sha256": code, "runs": [short]})
     publish.publish()
-    rows = [line for line in (project / "README.md").read_text().splitlines() if line.startswith("| [`mnist_cnn`]")]
-    flags = [row.split("<br>")[1].split(" |")[0] for row in rows]
+    both = [row for row in rows(project / "docs" / "results.md") if row.startswith("| [`mnist_cnn`]")]
+    flags = [row.split("<br>")[1].split(" |")[0] for row in both]
     assert flags == ["`--epochs 15`", "`--epochs 3`"]
-    assert ["accuracy 99.00 %" in rows[0], "accuracy 98.00 %" in rows[1]] == [True, True]
+    assert ["accuracy 99.00 %" in both[0], "accuracy 98.00 %" in both[1]] == [True, True]
+    assert not [row for row in rows(project / "README.md") if "--epochs 3`" in row]
     source = (project / "recipes" / "mnist_cnn.py").read_text()
     assert "          with --epochs 15\n          test accuracy 98.00 % over 1 seeds, " in source
     assert source.count("with --epochs") == 2
@@ -311,12 +334,14 @@ def test_runs_with_other_flags_have_their_own_row(project):
 def test_a_record_of_uncommitted_code_is_shown_as_such(project):
     publish_runs(project, [fake_run(0.99, 0) | {"commit": "1234-dirty"}, fake_run(0.99, 1) | {"commit": "1234"}])
     publish.publish()
-    readme = (project / "README.md").read_text()
-    assert "| 1.7 min, 2 cores of Some CPU, uncommitted | 0, 1 |" in readme
-    assert "\nUncommitted: measured with changes" in readme
+    page = (project / "docs" / "results.md").read_text()
+    assert "| 1.7 min, 2 cores of Some CPU, uncommitted | 0, 1 |" in page
+    assert "\nUncommitted: measured with changes" in page
+    assert "2 seeds ‡ |" in (project / "README.md").read_text("utf-8")
     publish_runs(project, [fake_run(0.99, 0) | {"commit": "1234"}, fake_run(0.99, 1) | {"commit": None}])
     publish.publish()
-    assert "uncommitted" not in (project / "README.md").read_text().lower()
+    for name in ("README.md", "docs/results.md"):
+        assert not re.findall(r"‡|, uncommitted", (project / name).read_text("utf-8"))
 
 
 def test_the_curves_show_the_metric_that_a_recipe_is_judged_by(project):
@@ -360,31 +385,32 @@ def test_each_machine_has_its_own_benchmarks(project):
     names = [each.name for each in sorted((project / "results").glob("*.json"))]
     assert names == [f"benchmark-mnist_cnn-float32-2-cores-of-{each}-cpu.json" for each in ("another", "some")]
     publish.publish()
-    lines = (project / "README.md").read_text().splitlines()
+    lines = (project / "docs" / "benchmarks.md").read_text().splitlines()
     rest = "| not measured | 50 % of 400 GFLOPS | 5.0 s "
     for machine, row in (
         ("Another(R) CPU", f"| `mnist_cnn` | 1,500 | 1.50 (1.40 to 1.60) {rest}"),
         ("Some CPU", f"| `mnist_cnn` | 1,200 | 1.20 (1.10 to 1.30) {rest}"),
     ):
         assert lines[lines.index(f"On 2 cores of {machine}:") + 4] == f"{row}| 2.0 % (1.0 to 3.0) |"
-    assert "In brackets: the lowest and the highest of 3 rounds. " in "".join(lines)
+    assert "with minimum and maximum of 3 rounds in parentheses. " in "".join(lines)
     assert (project / "results" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     middles = {axes.get_title(): axes.containers[0].lines[0].get_xdata() for axes in pictures.speeds().axes}
     assert middles == {"2 cores of Another(R) CPU": [1.5], "2 cores of Some CPU": [1.2]}
     path.write_text(path.read_text().replace("weight_decay=config.weight_decay", "weight_decay=0.0"))
     publish.publish()
-    assert (project / "README.md").read_text().count("| `mnist_cnn`, stale | ") == 2
+    assert (project / "docs" / "benchmarks.md").read_text().count("| `mnist_cnn`, stale | ") == 2
 
 
 def test_a_benchmark_below_what_is_aimed_at_is_marked(project):
     fake_benchmark(project, "Some CPU", 1.2)
     publish.publish()
-    assert tables.BELOW not in (project / "README.md").read_text()
+    page = project / "docs" / "benchmarks.md"
+    assert tables.BELOW not in page.read_text()
     fake_benchmark(project, "Some CPU", 1.19)
     publish.publish()
-    readme = (project / "README.md").read_text()
-    assert "| 1.19 (1.09 to 1.29) ▼ | not measured | 50 % of 400 GFLOPS | 5.0 s | 2.0 % (1.0 to 3.0) |" in readme
-    assert "\n▼: below what this project aims at" in readme
+    text = page.read_text()
+    assert "| 1.19 (1.09 to 1.29) ▼ | not measured | 50 % of 400 GFLOPS | 5.0 s | 2.0 % (1.0 to 3.0) |" in text
+    assert "\n▼: below the target." in text
 
 
 def test_processors_of_one_name_that_differ_in_bfloat16_are_told_apart():

@@ -22,7 +22,7 @@ from conftest import load_recipe, smoke_config, smoke_data
 from programs import ROOT
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
-# Tag by TensorBoard run, as README.md explains them; {} stands for the recipe's metric.
+# Tag by TensorBoard run, as docs/tensorboard.md explains them; {} stands for the recipe's metric.
 EVERY_RECIPE = {
     ".": {"run_card", "_hparams_/session_start_info", "_hparams_/experiment", "test/{}", "learning_curves"},
     "train": {"epoch_loss", "epoch_{}", "epoch_learning_rate", "epoch_examples_per_second", "keras"},
@@ -126,9 +126,9 @@ def test_a_profile_is_written_where_asked_for(tmp_path):
     assert list((tmp_path / "tensorboard").rglob("*.xplane.pb"))
 
 
-def test_the_readme_explains_every_tag():
-    readme = (ROOT / "README.md").read_text()
-    explained = set(re.findall(r"^\| `([^`]+)` \|", readme, flags=re.MULTILINE))
+def test_the_documentation_explains_every_tag():
+    page = (ROOT / "docs" / "tensorboard.md").read_text()
+    explained = set(re.findall(r"^\| `([^`]+)` \|", page, flags=re.MULTILINE))
     written = {tag.replace("{}", "*") for names in EVERY_RECIPE.values() for tag in names}
     written = {re.sub("^_hparams_/.*", "_hparams_/*", tag) for tag in written}
     written |= {"confusion_matrix", "worst_mistakes", "examples", "examples_augmented", "predictions", "*/histogram"}

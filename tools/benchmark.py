@@ -31,7 +31,7 @@ strategy. Both train for two epochs.
 
 Round n uses seed n. Ratios are reported as median, minimum and maximum over the rounds; with five rounds, the true
 median lies between minimum and maximum in 94 % of cases. Writes results/benchmark-RECIPE-PRECISION-MACHINE.json or
-results/WORD.json, and updates README.md.
+results/WORD.json, and updates docs/.
 """
 
 import argparse

@@ -91,7 +91,7 @@ def pruning_curve() -> Figure | None:
     for kind, values in sorted(points.items()):
         weights, accuracies, deviations = zip(*sorted(values), strict=True)
         axes.errorbar(weights, accuracies, deviations, marker="o", capsize=3, label=f"{kind} removed")
-    axes.axhline(mean(runs_with_baseline, "unpruned_accuracy"), color="black", linewidth=0.8, label="nothing removed")
+    axes.axhline(mean(runs_with_baseline, "unpruned_accuracy"), color="black", linewidth=0.8, label="unpruned")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_minor_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter("{x:.2%}")

@@ -4,7 +4,7 @@
     python tools/reproduce.py pruning --variant half --sparsity 0.5 --data tfds
 
 The first command writes results/cifar10_cnn.json, the second one results/pruning-half.json. tools/publish.py then
-updates README.md and the docstrings of the recipes. Unknown flags are passed to the recipe. If interrupted, the
+updates README.md, docs/ and the docstrings of the recipes. Unknown flags are passed to the recipe. If interrupted, the
 training saves a checkpoint, and the same command resumes it.
 """
 

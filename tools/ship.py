@@ -8,7 +8,7 @@ and activations; Keras supports int8 for networks without convolutions. Measured
 of parameters and of nonzero parameters; accuracy, or mean squared error, on the whole test split; latency of a call
 with 1 and with 64 inputs, on one thread and on one thread per core; and the additional memory of the process. Each
 artefact runs in its own process. The artefacts alternate, and latencies are medians over the rounds. ONNX is skipped
-unless the packages of `[export]` are installed. Results are written to results/ship-RECIPE.json and README.md, except
+unless the packages of `[export]` are installed. Results are written to results/ship-RECIPE.json and docs/, except
 for runs with `--smoke`, on a sample, or on your own files.
 """
 

@@ -28,14 +28,14 @@ from published import (
 EXTRA = {
     "one_view_accuracy": "without averaging over views: {}",
     "alone_accuracy": "the same network without a teacher: {}",
-    "unpruned_accuracy": "nothing removed: {}",
-    "dynamic_litert_accuracy": "weights in eight bits: {}",
-    "float16_litert_accuracy": "weights in sixteen bits: {}",
-    "int8_litert_accuracy": "all in eight bits: {}",
+    "unpruned_accuracy": "unpruned: {}",
+    "dynamic_litert_accuracy": "int8 weights: {}",
+    "float16_litert_accuracy": "float16 weights: {}",
+    "int8_litert_accuracy": "int8 weights and activations: {}",
     "naive_accuracy": "the same network trained naively, for at most 10 epochs: {}",
     "logistic_regression_accuracy": "logistic regression: {}",
     "bag_of_words_accuracy": "bag-of-words logistic regression: {}",
-    "majority_accuracy": "commonest class: {}",
+    "majority_accuracy": "most frequent class: {}",
     "ridge_mse": "ridge regression: {}",
     "lstsq_mse": "least squares: {}",
     "noise_floor_mse": "noise floor: {}",
@@ -47,11 +47,11 @@ ENGLISH = {
     "generated": "generated",
     "accuracy": "accuracy",
     "mse": "mean squared error",
-    "seeds": "{} seeds",
+    "seeds": ", {} seeds",
     "missing": "not yet measured",
     "cores": "{} CPU cores",
-    "legend": "Mean ± standard deviation over the seeds; median training time on {}. "
-    "Baselines, machines, other settings: [results](docs/results.md).",
+    "legend": "Mean ± standard deviation over the seeds, and median training time on {}, with the flags below the "
+    "name. Baselines, machines and other flags: [results](docs/results.md).",
     "stale": "† The recipe has changed since this measurement.",
     "uncommitted": "‡ Measured with uncommitted changes.",
 }
@@ -61,11 +61,11 @@ CHINESE = {
     "generated": "生成的数据",
     "accuracy": "准确率",
     "mse": "均方误差",
-    "seeds": "{} 个种子",
+    "seeds": "，{} 个种子",
     "missing": "尚未测量",
     "cores": "{} 个 CPU 核",
-    "legend": "结果为各随机种子的均值 ± 标准差，时间为训练时间的中位数（{}）。"
-    "基线、机器与其他设置见 [results](docs/results.md)（英文）。",
+    "legend": "结果为各随机种子的均值 ± 标准差，时间为训练时间的中位数（{}），使用名称下方的参数。"
+    "基线、机器与其他参数见 [results](docs/results.md)（英文）。",
     "stale": "† 测量之后，该配方的代码有改动。",
     "uncommitted": "‡ 测量时有未提交的改动。",
     "cifar10_cnn": "良好的训练方法能让教程中常见的网络提高多少",
@@ -156,7 +156,7 @@ def recipes_table(language: dict[str, str] = ENGLISH) -> str:
             runs = record["runs"]
             metric, flags, hardware = main_metric(runs), recipe_flags(runs[0]["command"]), runs[0]["hardware"]
             link += f"<br>`{flags}`" if flags else ""
-            result = f"{language[metric]} {mean_and_deviation(runs, metric)}, {language['seeds'].format(len(runs))}"
+            result = f"{language[metric]} {mean_and_deviation(runs, metric)}{language['seeds'].format(len(runs))}"
             result += "".join(f" {sign}" for mark, sign in signs.items() if mark in marks(record))
             time = training_time(runs)
             machines.add(", ".join(hardware["gpus"]) or language["cores"].format(hardware["cores"]))
@@ -168,7 +168,7 @@ def recipes_table(language: dict[str, str] = ENGLISH) -> str:
 
 def results_table() -> str:
     """Formats all results of all recipes."""
-    lines = ["| recipe | data | test result | to compare | training | seeds |", "|---|---|---|---|---|---|"]
+    lines = ["| recipe | data | test result | baseline | training time | seeds |", "|---|---|---|---|---|---|"]
     machines = set()
     records = [
         (path, record) for path in recipe_paths() for record in (read_record(path.stem), *variant_records(path.stem))
@@ -218,9 +218,8 @@ def benchmark_table() -> str:
     """Formats the medians of tools/benchmark.py, one table per machine."""
     machines, lines = benchmarks(), []
     measured = list(itertools.chain(*machines.values()))
-    header = (
-        "| recipe | examples per second | ratio to naive baseline | ratio to PyTorch | share of peak | time to first step | callbacks |"
-    )
+    header = "| recipe | examples per second | ratio to naive baseline | ratio to PyTorch | share of peak "
+    header += "| time to first step | callbacks |"
     for machine, records in machines.items():
         lines += [f"On {machine}:", "", header, "|---|---|---|---|---|---|---|", *map(benchmark_row, records), ""]
     if any(BELOW in line for line in lines):
