@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 ROOT = pathlib.Path(__file__).parent.parent
-COLUMNS, LINES = 120, 24  # LINES: how many of the last lines to draw.
+COLUMNS, LINES = 120, 20  # LINES: how many of the last lines to draw.
 
 
 def main() -> None:
@@ -47,8 +47,9 @@ def main() -> None:
 def drawn(output: str, title: str) -> str:
     """Draws the last lines that a program wrote to a terminal, as SVG without external fonts."""
     console = Console(record=True, width=COLUMNS, file=io.StringIO())
-    for line in output.rstrip().splitlines()[-LINES:]:
-        console.print(Text.from_ansi(line))
+    for line in output.rstrip().replace("\r\n", "\n").split("\n")[-LINES:]:
+        console.print(Text.from_ansi(line.rpartition("\r")[2].replace("\b", "")))  # The last state of a progress bar.
+    console.print()  # Rich cuts the last line.
     return re.sub(r"@font-face {.*?}\s*", "", console.export_svg(title=title, unique_id="terminal"), flags=re.DOTALL)
 
 
