@@ -63,12 +63,12 @@ def test_the_tables_show_the_record(shipped, tmp_path, monkeypatch):
     before, timed = record["variants"]["litert"], "batch 1, one thread"
     ratio, share = before["seconds"][timed] / found["seconds"][timed], 100 * found["bytes"] / before["bytes"]
     assert lines[-1].startswith(
-        f"At batch 1, one thread, `litert int8` is {ratio:.1f} times as quick as `litert`, with "
+        f"At batch 1, one thread, `litert int8` is {ratio:.1f} times as fast as `litert`, with "
     )
     assert f"with {share:.1f} % of its bytes" in lines[-1]
     published.write_record("ship-mnist_cnn", {**record, "recipe": "mnist_cnn"})
     assert tables.shipped_tables().endswith(
-        "`litert` is 1.0 times as quick at batch 1, one thread, and 1.0 times at batch 64."
+        "`litert` is 1.0 times as fast at batch 1, one thread, and 1.0 times at batch 64."
     )
 
 
