@@ -84,7 +84,7 @@ def load_script(name: str):
 def checkout(tmp_path_factory):
     """A copy of the project with a user's own files beside it, and this environment as its `.venv`."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("recipes", "templates", "scripts", "tools", "common", "tests"):
+    for name in ("recipes", "templates", "scripts", "tools", "common", "tests", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*"):
         if path.is_file():
