@@ -40,7 +40,12 @@ def main() -> None:
     if status:
         raise UserError(f"mnist_cnn: exited with {os.waitstatus_to_exitcode(status)}; see its output above")
     path = ROOT / "results" / "terminal.svg"
-    write_file(path, drawn(output.decode().replace(sys.executable, ".venv/bin/python"), "scripts/run.sh mnist_cnn"))
+    write_file(
+        path,
+        drawn(
+            output.decode().replace(str(pathlib.Path(sys.executable).parent), ".venv/bin"), "scripts/run.sh mnist_cnn"
+        ),
+    )
     print(f"wrote {path}")
 
 
