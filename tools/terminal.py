@@ -40,12 +40,8 @@ def main() -> None:
     if status:
         raise UserError(f"mnist_cnn: exited with {os.waitstatus_to_exitcode(status)}; see its output above")
     path = ROOT / "results" / "terminal.svg"
-    write_file(
-        path,
-        drawn(
-            output.decode().replace(str(pathlib.Path(sys.executable).parent), ".venv/bin"), "scripts/run.sh mnist_cnn"
-        ),
-    )
+    text = output.decode().replace(str(pathlib.Path(sys.executable).parent), ".venv/bin")
+    write_file(path, drawn(text, "scripts/run.sh mnist_cnn"))
     print(f"wrote {path}")
 
 
