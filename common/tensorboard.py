@@ -11,7 +11,7 @@ from typing import Any
 from common.batches import Augment, training_batches
 from common.cli import RUNTIME_FLAGS, SharedConfig, warn
 from common.data import Data
-from common.evaluation import figure_png, picture_figure, text_table
+from common.evaluation import drawn_names, figure_png, picture_figure, text_table
 
 import keras
 import numpy as np
@@ -149,11 +149,14 @@ def _show_examples(data: Data, augment: Augment | None) -> None:
     for tag, augmentation in zip(("examples", "examples_augmented"), augmentations, strict=False):
         inputs, targets = next(iter(training_batches(data.train, min(25, len(data.train)), 0, augmentation)))
         labels = np.argmax(targets, axis=1) if data.task["output"] == "class" else []
-        names = [data.class_names[label] for label in labels] or [""] * len(inputs)
-        if data.task["input"] == "text":
+        text = data.task["input"] == "text"
+        class_names = data.class_names if text else drawn_names(data.class_names)
+        names = [class_names[label] for label in labels] or [""] * len(inputs)
+        if text:
             tf.summary.text(tag, text_table(inputs.numpy(), names))
         else:
-            _write_image(tag, figure_png(picture_figure(inputs.numpy(), names)))
+            title = f"{tag.replace('_', ' ')}, training split of {data.name} ({data.source})"
+            _write_image(tag, figure_png(picture_figure(inputs.numpy(), names), title))
 
 
 def _write_image(tag: str, png: bytes) -> None:
