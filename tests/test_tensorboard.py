@@ -126,6 +126,25 @@ def test_epochs_reach_the_disk_once_a_second(tmp_path, monkeypatch):
     assert third > 0
 
 
+def test_a_resumed_training_stays_one_run_without_doubled_points(tmp_path):
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    sizes = {}
+    for epochs in ((0, 1), (1, 2, 3)):  # The epoch after the checkpoint is repeated.
+        logs = tensorboard.Logs(tmp_path / "tensorboard", SharedConfig(), sizes)
+        logs.set_model(model)
+        for epoch in epochs:
+            logs.on_epoch_end(epoch, {"loss": 1.0, "val_loss": float(len(epochs))})
+            sizes = sizes or logs.sizes()
+        logs.on_train_end()
+    events = read(tmp_path)
+    assert set(events.Runs()) == {"."}
+    for split, values in (("train", [1, 1, 1, 1]), ("validation", [2, 3, 3, 3])):
+        points = events.Tensors(".", f"{split}/loss")
+        assert [event.step for event in points] == [0, 1, 2, 3]
+        assert [float(tf.make_ndarray(event.tensor_proto)) for event in points] == values
+
+
 def test_histograms_are_written_where_asked_for(runs):
     asked, not_asked = (tags(read(runs(load_recipe(name)))) for name in ("mnist_cnn", "cifar10_cnn"))
     assert "dense/kernel/histogram" in asked
