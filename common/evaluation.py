@@ -1,9 +1,12 @@
 """Evaluation on the test split: metrics, figures and the worst mistakes."""
 
 import dataclasses
+import functools
 import io
 import math
-import warnings
+import textwrap
+import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 from common.batches import Split, evaluation_batches, evaluation_steps
@@ -12,7 +15,11 @@ import keras
 import numpy as np
 import sklearn.metrics
 import tensorflow as tf
+from matplotlib import font_manager
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +55,15 @@ def evaluate_classifier(
     confusion = sklearn.metrics.confusion_matrix(true, predicted, labels=range(len(class_names)))
     confidence = probabilities.max(axis=1)
     mistakes = sorted(np.flatnonzero(true != predicted).tolist(), key=lambda example: -confidence[example])[:25]
-    labels = [(class_names[true[example]], class_names[predicted[example]]) for example in mistakes]
     records = [
-        {"example": example, "true": true_name, "predicted": predicted_name, "probability": float(confidence[example])}
-        for example, (true_name, predicted_name) in zip(mistakes, labels, strict=True)
+        {
+            "example": example,
+            "true": class_names[true[example]],
+            "predicted": class_names[predicted[example]],
+            "probability": float(confidence[example]),
+            "true_probability": float(probabilities[example, true[example]]),
+        }
+        for example in mistakes
     ]
     averages = {"precision": macro["precision"], "recall": macro["recall"], "f1": macro["f1-score"]}
     report = Report(
@@ -62,30 +74,34 @@ def evaluate_classifier(
             "worst_mistakes": records,
         },
     )
-    if len(class_names) <= 40:  # A larger figure would be unreadable and take gigabytes of memory.
-        size = max(4.0, 1.5 + 0.55 * len(class_names))
-        report.figures["confusion_matrix"] = Figure(figsize=(size, size), layout="constrained")
-        display = sklearn.metrics.ConfusionMatrixDisplay(confusion, display_labels=list(map(verbatim, class_names)))
-        axes, numbered = report.figures["confusion_matrix"].add_subplot(), len(class_names) <= 20
-        display.plot(ax=axes, cmap="Blues", colorbar=False, xticks_rotation=45, include_values=numbered)
+    report.figures["confusion_matrix"] = confusion_figure(confusion, class_names)
     shown = split.inputs if shown_inputs is None else shown_inputs
     if isinstance(shown, dict) or not mistakes:
         return report
-    shown, titles = np.asarray(shown)[mistakes], [f"{right}, not {wrong}" for right, wrong in labels]
+    shown = np.asarray(shown)[mistakes]
+
+    def titles(names: Sequence[str]) -> list[str]:
+        return [
+            f"predicted {record['probability']:.1%}: {names[predicted[record['example']]]}\n"
+            f"true {record['true_probability']:.1%}: {names[true[record['example']]]}"
+            for record in records
+        ]
+
     if shown.dtype == np.uint8:
-        report.figures["worst_mistakes"] = picture_figure(shown, titles)
+        report.figures["worst_mistakes"] = picture_figure(shown, titles(drawn_names(class_names)))
     elif shown.dtype == object:
-        report.texts["worst_mistakes"] = text_table(shown, titles)
+        report.texts["worst_mistakes"] = text_table(shown, titles(class_names))
     return report
 
 
 def evaluate_regressor(model: keras.Model, split: Split, batch_size: int, strategy: tf.distribute.Strategy) -> Report:
     """Computes mean squared error, mean absolute error and R² of a model that predicts one number per example."""
     predicted, true = _predict(model, split, batch_size, strategy), split.targets.numpy()
-    figure = Figure(figsize=(5, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="true", ylabel="predicted")
-    axes.plot(true[:2000], predicted[:2000], ".", markersize=3)
-    axes.axline((float(true.mean()), float(true.mean())), slope=1, color="black", linewidth=1)
+    figure = Figure(figsize=(5.5, 5.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="true value", ylabel="predicted value")
+    axes.plot(true[:2000], predicted[:2000], ".", markersize=3, label=f"{min(2000, len(true)):,} examples")
+    axes.axline((float(true.mean()),) * 2, slope=1, color="black", linewidth=1, label="predicted = true")
+    axes.legend()
     metric_functions = {"mse": sklearn.metrics.mean_squared_error, "mae": sklearn.metrics.mean_absolute_error}
     if len(true) > 1:  # R² needs at least two examples.
         metric_functions["r2"] = sklearn.metrics.r2_score
@@ -101,27 +117,103 @@ def _predict(model: keras.Model, split: Split, batch_size: int, strategy: tf.dis
     return predicted.astype(np.float32)
 
 
-def picture_figure(images: np.ndarray, titles: list[str]) -> Figure:
-    """Draws up to 25 uint8 images [n, height, width, channels] in a square grid, with titles."""
-    side = min(5, math.ceil(math.sqrt(len(images))))
-    figure = Figure(figsize=(1.7 * side, 1.9 * side))
-    figure.subplots_adjust(0.01, 0.01, 0.99, 0.95, hspace=0.2, wspace=0.1)
-    for place, (image, title) in enumerate(zip(images[: side**2], titles, strict=False), start=1):
-        axes = figure.add_subplot(side, side, place, xticks=[], yticks=[])
-        axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
-        axes.set_title(verbatim(title), fontsize=7)
+def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """Draws a confusion matrix. With more than 40 classes, their indices replace the names."""
+    numbered = "class (# is its index in class_names of result.json)"
+    if len(class_names) > 40:
+        figure = Figure(figsize=(9, 8), layout="constrained")
+        axes = figure.add_subplot(xlabel=f"predicted {numbered}", ylabel="true class")
+        figure.colorbar(axes.imshow(confusion, cmap="Blues"), label="examples")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(12, integer=True))
+            axis.set_major_formatter("#{x:.0f}")
+        return figure
+    names = drawn_names(class_names)
+    labels = [_wrapped(name, 40) for name in names]
+    lines = max(label.count("\n") + 1 for label in labels)
+    columns = max(_columns(line) for label in labels for line in label.split("\n"))
+    size = max(4.0, 1.5 + max(0.55, 0.17 * lines) * len(labels) + 0.09 * columns)  # In inches.
+    figure = Figure(figsize=(size, size), layout="constrained")
+    axes = figure.add_subplot()
+    sklearn.metrics.ConfusionMatrixDisplay(confusion, display_labels=labels).plot(
+        ax=axes,
+        cmap="Blues",
+        colorbar=False,
+        xticks_rotation="vertical" if columns > 3 else "horizontal",
+        include_values=len(labels) <= 20,
+    )
+    axes.set(xlabel=f"predicted {'class' if names == [*class_names] else numbered}", ylabel="true class")
     return figure
 
 
-def verbatim(text: str) -> str:
-    """Escapes dollar signs, because Matplotlib would parse the text between them as a formula."""
-    return text.replace("$", r"\$")
+def picture_figure(images: np.ndarray, titles: list[str]) -> Figure:
+    """Draws up to 25 uint8 images [n, height, width, channels] in a square grid, with titles."""
+    side = min(5, math.ceil(math.sqrt(len(images))))
+    labels = [_wrapped(title, 30) for title in titles[: side**2]]
+    lines = max(label.count("\n") + 1 for label in labels)
+    figure = Figure(figsize=(max(4.5, 1.9 * side), 0.5 + (1.8 + 0.12 * lines) * side), layout="constrained")
+    for place, (image, label) in enumerate(zip(images[: side**2], labels, strict=True), start=1):
+        axes = figure.add_subplot(side, side, place, xticks=[], yticks=[])
+        axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+        axes.set_title(label, fontsize=7)
+    return figure
+
+
+def _columns(text: str) -> int:
+    """Returns the width of a text in narrow characters; those of Chinese and Japanese have twice that width."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
+def _wrapped(text: str, columns: int) -> str:
+    """Breaks lines that are too long. Escapes dollar signs, between which Matplotlib would parse a formula."""
+    lines = [textwrap.fill(line, columns // max(map(_columns, line), default=1)) for line in text.split("\n")]
+    return "\n".join(lines).replace("$", r"\$")
+
+
+def drawn_names(class_names: Sequence[str]) -> list[str]:
+    """Returns the names of classes for a figure: `#2` for the class of index 2 if no installed font has its name."""
+    _, missing = _fonts("".join(class_names))
+    return [f"#{index}" if missing & set(name) else name for index, name in enumerate(class_names)]
+
+
+def _fonts(text: str) -> tuple[list[str], set[str]]:
+    """Returns font families that together have the characters of a text, and the characters that no font has."""
+    default = font_manager.findfont(font_manager.FontProperties())
+    families, missing = _more_fonts(frozenset(_without(set(text) - {"\n"}, default)))
+    return ["sans-serif", *families], missing
+
+
+@functools.cache
+def _more_fonts(missing: set[str]) -> tuple[list[str], set[str]]:
+    # Not Matplotlib's own list: it lacks fonts that were installed after its first use.
+    lacking = {path: _without(missing, path) for path in font_manager.findSystemFonts()} if missing else {}
+    families = []
+    while missing and lacking:
+        # The font with most of the characters; of these, a regular one.
+        path = min(lacking, key=lambda path: (len(missing & lacking[path]), "Regular" not in path, path))
+        if missing <= lacking[path]:
+            break
+        # Its path becomes the name of a family, because Matplotlib finds fonts by family only.
+        font_manager.fontManager.ttflist.append(font_manager.FontEntry(fname=path, name=path, size="scalable"))
+        families, missing = [*families, path], missing & lacking[path]
+    return families, missing
+
+
+def _without(characters: set[str], path: str) -> set[str]:
+    """Returns the characters that a font lacks: all of them if it is damaged or consists of pictures."""
+    try:
+        font = FT2Font(path)
+    except (OSError, RuntimeError):
+        return characters
+    charmap = font.get_charmap() if font.scalable else ()
+    return {character for character in characters if ord(character) not in charmap}
 
 
 def text_table(texts: np.ndarray, titles: list[str]) -> str:
     """Returns a Markdown table of titles and the first 300 characters of each text."""
-    cells = [text.decode(errors="replace").replace("|", " ").replace("\n", " ")[:300] for text in texts]
-    return "\n".join(["| class | text |", "|---|---|", *map("| {} | {} |".format, titles, cells)])
+    cells = [text.decode(errors="replace")[:300] for text in texts]
+    rows = [[cell.replace("|", " ").replace("\n", " ") for cell in row] for row in zip(titles, cells, strict=True)]
+    return "\n".join(["| class | text |", "|---|---|", *(f"| {title} | {text} |" for title, text in rows)])
 
 
 def curves_figure(history: list[dict[str, float]]) -> Figure:
@@ -133,15 +225,21 @@ def curves_figure(history: list[dict[str, float]]) -> Figure:
         for key, label in ((name, "train"), (f"val_{name}", "validation")):
             if key in history[0]:
                 axes.plot(range(1, len(history) + 1), [logs[key] for logs in history], marker=".", label=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.legend()
     return figure
 
 
-def figure_png(figure: Figure) -> bytes:
-    """Encodes a figure as PNG."""
+def figure_png(figure: Figure, title: str = "") -> bytes:
+    """Encodes a figure as PNG, with a title and with fonts that have its characters."""
+    if title and not figure.get_suptitle():
+        figure.suptitle(_wrapped(title, int(9 * figure.get_figwidth())))
+    texts = figure.findobj(Text)
+    families, missing = _fonts("".join(text.get_text() for text in texts))
+    for text in texts:
+        text.set_fontfamily(families)
+        if missing & set(text.get_text()):
+            text.set_text(text.get_text().translate(dict.fromkeys(map(ord, missing), "?")))
     png = io.BytesIO()
-    with warnings.catch_warnings():
-        # Class names may use any script; the font draws a box for a missing character.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(png, format="png", dpi=110)
+    figure.savefig(png, format="png", dpi=110)
     return png.getvalue()

@@ -227,7 +227,7 @@ class Run:
         except OSError as error:
             part.unlink(missing_ok=True)
             raise UserError(f"--run-dir {self.directory}: {error}; make room, then continue with --resume") from error
-        self._draw(report)
+        self._draw(report, data)
         unlock(self.directory)
         if not self.config.quiet:
             shown = {name: f"{value:.4f}" for name, value in metrics.items()}
@@ -243,12 +243,14 @@ class Run:
             print(f"run directory: {self.directory}\nwatch it: {shlex.join(tensorboard)}")
         return metrics
 
-    def _draw(self, report: Report) -> None:
+    def _draw(self, report: Report, data: Data) -> None:
         """Writes figures to `plots` and to TensorBoard. Warns about figures that fail."""
         for name in ("learning_curves", *report.figures):
             path = self.directory / "plots" / f"{name}.png"
+            shown = f"{'test split of ' * (name in report.figures)}{data.name} ({data.source})"
             try:
-                png = figure_png(report.figures.get(name) or curves_figure(self.watch.history))
+                figure = report.figures.get(name) or curves_figure(self.watch.history)
+                png = figure_png(figure, f"{self.recipe}: {name.replace('_', ' ')}, {shown}")
                 write_file(path, png)
                 self.logs.attempt(self.logs.show, self.watch.steps, name, png)
             except Exception as error:  # Matplotlib raises errors of many types.

@@ -11,25 +11,25 @@ from typing import Any
 from common.batches import Augment, training_batches
 from common.cli import RUNTIME_FLAGS, SharedConfig, warn
 from common.data import Data
-from common.evaluation import figure_png, picture_figure, text_table
+from common.evaluation import drawn_names, figure_png, picture_figure, text_table
 
 import keras
 import numpy as np
 import tensorflow as tf
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.custom_scalar import summary as custom_scalars
 from tensorboard.plugins.hparams import api as hparams
 from tensorboard.plugins.scalar.summary import scalar_pb
 
-# Columns of TensorBoard's HParams tab. They must be the same in all runs, or the tab hides some runs.
-_COLUMNS = hparams.hparams_config_pb(
-    hparams=[hparams.HParam(name) for name in ("recipe", "data", "seed", "epochs", "learning_rate")],
-    metrics=[hparams.Metric(f"test/{name}") for name in ("accuracy", "f1", "loss", "mse", "mae", "r2")],
-)
 _EVENT_FILES = "events.out.tfevents*"
 
 
 class Logs(keras.callbacks.TensorBoard):
     """Keras' TensorBoard callback, with additional logs of a run. Warns about the first failure, then stops logging.
+
+    Keras writes each training as two runs, `train` and `validation`. This callback writes one run, with tags such as
+    `train/loss` and `validation/loss`, because TensorBoard selects no run by default if there are more than 40.
 
     Args:
         folder: the log directory.
@@ -65,38 +65,40 @@ class Logs(keras.callbacks.TensorBoard):
                 os.truncate(file, size)
         self.writer = tf.summary.create_file_writer(str(self.folder))
 
+    _train_writer = _val_writer = property(lambda self: self.writer)  # One run, not Keras' two.
+
     def set_model(self, model):
         """Traces the learning rate before training: eager evaluation of a schedule takes milliseconds each time."""
         super().set_model(model)
+        self._train_dir = str(self.folder)  # For the profile.
         self._learning_rate = tf.function(lambda: tf.convert_to_tensor(model.optimizer.learning_rate), autograph=False)
         self._learning_rate()
 
     def on_epoch_end(self, epoch, logs=None):
-        """Writes all metrics of an epoch in two operations. Keras uses one per metric, which is slow in short epochs.
+        """Writes all metrics of an epoch in one operation. Keras uses one per metric, which is slow in short epochs.
 
         Flushes to disk at most once a second.
         """
-        values = {"train": {"learning_rate": float(self._learning_rate())}, "validation": {}}
-        for name, value in (logs or {}).items():
-            values["validation" if name.startswith("val_") else "train"][name.removeprefix("val_")] = value
-        for run, metrics in values.items():
-            summary = Summary()
-            for name, value in metrics.items():
-                summary.MergeFrom(scalar_pb(f"epoch_{name}", value))
-            if metrics:
-                tf.raw_ops.WriteRawProtoSummary(
-                    writer=(self._train_writer if run == "train" else self._val_writer)._resource,
-                    step=tf.constant(epoch, tf.int64),  # Python values make the operation ten times slower.
-                    tensor=tf.constant(summary.SerializeToString()),
-                )
+        summary = Summary()
+        for name, value in {**(logs or {}), "learning_rate": float(self._learning_rate())}.items():
+            split = "validation" if name.startswith("val_") else "train"
+            summary.MergeFrom(scalar_pb(f"{split}/{name.removeprefix('val_')}", value))
+        if epoch == 0:
+            summary.MergeFromString(_charts([name for name in logs or () if f"val_{name}" in logs]))
+        tf.raw_ops.WriteRawProtoSummary(
+            writer=self.writer._resource,
+            step=tf.constant(epoch, tf.int64),  # Python values make the operation ten times slower.
+            tensor=tf.constant(summary.SerializeToString()),
+        )
         if time.monotonic() - self._flushed >= 1:
             self._flush()
         super().on_epoch_end(epoch)  # Writes the histograms.
 
     def _flush(self) -> None:
-        for writer in (self.writer, *self._writers.values()):
-            writer.flush()
+        self.writer.flush()
         self._flushed = time.monotonic()
+
+    _close_writers = _flush  # Keras calls it at the end of training; `end` and `show` write more.
 
     def on_train_batch_end(self, batch, logs=None):
         """Omits `logs`: Keras would create a summary of each metric, but writes only those of epochs."""
@@ -115,7 +117,6 @@ class Logs(keras.callbacks.TensorBoard):
         """Writes the run card, the hyperparameters and examples of the data, before training."""
         with self.writer.as_default(step=0):
             tf.summary.text("run_card", f"```\n{json.dumps(card, indent=2)}\n```")
-            tf.summary.experimental.write_raw_pb(_COLUMNS.SerializeToString(), step=0)
             settings = {key: value for key, value in card["config"].items() if key not in RUNTIME_FLAGS}
             hparams.hparams({**settings, "recipe": card["recipe"], "data": data.name}, trial_id=name)
             _show_examples(data, augment)
@@ -132,6 +133,14 @@ class Logs(keras.callbacks.TensorBoard):
         """Writes an image, encoded as PNG."""
         with self.writer.as_default(step=step):
             _write_image(name, png)
+        self._flush()
+
+
+def _charts(names: list[str]) -> bytes:
+    """Returns the layout of TensorBoard's Custom Scalars tab: a chart per metric, with train and validation."""
+    charts = [layout_pb2.Chart(title=name, multiline={"tag": [f"^(train|validation)/{name}$"]}) for name in names]
+    categories = [layout_pb2.Category(title="train and validation", chart=charts)]
+    return custom_scalars.pb(layout_pb2.Layout(category=categories)).SerializeToString()
 
 
 def _show_examples(data: Data, augment: Augment | None) -> None:
@@ -140,11 +149,14 @@ def _show_examples(data: Data, augment: Augment | None) -> None:
     for tag, augmentation in zip(("examples", "examples_augmented"), augmentations, strict=False):
         inputs, targets = next(iter(training_batches(data.train, min(25, len(data.train)), 0, augmentation)))
         labels = np.argmax(targets, axis=1) if data.task["output"] == "class" else []
-        names = [data.class_names[label] for label in labels] or [""] * len(inputs)
-        if data.task["input"] == "text":
+        text = data.task["input"] == "text"
+        class_names = data.class_names if text else drawn_names(data.class_names)
+        names = [class_names[label] for label in labels] or [""] * len(inputs)
+        if text:
             tf.summary.text(tag, text_table(inputs.numpy(), names))
         else:
-            _write_image(tag, figure_png(picture_figure(inputs.numpy(), names)))
+            title = f"{tag.replace('_', ' ')}, training split of {data.name} ({data.source})"
+            _write_image(tag, figure_png(picture_figure(inputs.numpy(), names), title))
 
 
 def _write_image(tag: str, png: bytes) -> None:

@@ -39,14 +39,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.error = lambda message: parser.exit(2, f"error: {message}; there are none but --help\n")
+    parser.error = lambda message: parser.exit(2, f"error: {message}; the only flag is --help\n")
     parser.parse_args()
     findings = [
         check_python(sys.version_info[:2]),
         *check_packages((ROOT / "requirements.txt").read_text("utf-8").splitlines(), installed_versions()),
     ]
     if any(finding.trouble for finding in findings):
-        findings.append(Finding("machine", "not looked at before the packages are in order"))
+        findings.append(Finding("machine", "not checked until the packages are in order"))
     else:
         findings += look_at_machine()
     for finding in findings:
@@ -182,7 +182,7 @@ def check_threads(cores: int, environment: dict[str, str]) -> Finding:
     """Checks that no environment variable limits TensorFlow to fewer threads than cores."""
     for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
         if environment.get(name, str(cores)).isdigit() and int(environment.get(name, cores)) < cores:
-            message = f"{name}={environment[name]} holds it to fewer than the {cores} cores"
+            message = f"{name}={environment[name]} limits TensorFlow to fewer threads than the {cores} cores"
             return Finding("threads", message, f"unset {name}", trouble=True)
     return Finding("threads", f"{cores}, one per core")
 
@@ -198,9 +198,7 @@ def check_memory(total: int) -> Finding:
 def check_disk(folder: pathlib.Path, free: int, writable: bool) -> Finding:
     """Checks that runs or datasets can be written to a folder."""
     if not writable:
-        return Finding(
-            "disk", f"{folder} may not be written to", f"chmod u+w {folder}, or use another folder", trouble=True
-        )
+        return Finding("disk", f"{folder} is not writable", f"chmod u+w {folder}, or use another folder", trouble=True)
     if free < 2 * GIB:
         remedy = f"free some space below {folder}, or use another disk with --run-dir and --data-dir"
         return Finding(
@@ -214,9 +212,9 @@ def check_data(title: str, folder: pathlib.Path, prepared: pathlib.Path | None, 
     if prepared:
         return Finding(title, f"prepared in {prepared}")
     if network:
-        return Finding(title, "not here yet; downloaded by the first training")
-    remedy = f"run once with network, or copy a prepared set to {folder}"
-    return Finding(title, "neither here nor in reach; the recipe trains on its sample", remedy)
+        return Finding(title, "not prepared yet; the first training downloads it")
+    remedy = f"run once with a network connection, or copy the prepared data to {folder}"
+    return Finding(title, "not prepared, and not reachable; the recipe trains on its sample", remedy)
 
 
 if __name__ == "__main__":

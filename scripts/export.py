@@ -48,23 +48,23 @@ TOLERANCES = {"none": 1e-3, "float16": 1e-2, "dynamic": 0.2, "int8": 0.5}
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("run_dir", type=pathlib.Path, help="folder of a finished run")
-    parser.add_argument("--format", required=True, choices=SUFFIXES, help="what to write")
-    parser.add_argument("-o", "--output", type=pathlib.Path, help="left out: in the folder exported of the run")
-    parser.add_argument("--data-dir", default="", help="folder of prepared TFDS data, where it is not the run's")
-    parser.add_argument("--quantize", choices=TOLERANCES, default="none", help="fewer bits; int8 also of keras")
-    parser.add_argument("--tolerance", type=float, help=f"largest difference allowed (default: {TOLERANCES})")
+    parser.add_argument("--format", required=True, choices=SUFFIXES, help="format of the exported file")
+    parser.add_argument("-o", "--output", type=pathlib.Path, help="default: in the folder exported of the run")
+    parser.add_argument("--data-dir", default="", help="folder of prepared TFDS data, if not that of the run")
+    parser.add_argument("--quantize", choices=TOLERANCES, default="none", help="for litert; int8 also for keras")
+    parser.add_argument("--tolerance", type=float, help=f"largest accepted difference (default: {TOLERANCES})")
     arguments = parser.parse_args()
     result, model = artefacts.load_run(arguments.run_dir)
     folder = arguments.run_dir / "exported"
     form, quantization = arguments.format, arguments.quantize
     if quantization not in QUANTIZATIONS[form]:
-        raise UserError(f"--quantize {quantization}: not for {form}; give --format litert")
+        raise UserError(f"--quantize {quantization}: not supported for {form}; use --format litert")
     name = result["recipe"] if quantization == "none" else f"{result['recipe']}-{quantization}"
     path = arguments.output or folder / (name + SUFFIXES[form])
     if path.resolve() == (arguments.run_dir / "model.keras").resolve():
         raise UserError(f"-o {path}: is the run's own model; name another file")
     if arguments.tolerance is not None and not 0 <= arguments.tolerance < math.inf:
-        raise UserError(f"--tolerance {arguments.tolerance}: give a number from 0")
+        raise UserError(f"--tolerance {arguments.tolerance}: give a finite number, at least 0")
     data = run_data(result, arguments.data_dir)
     inputs, (examples, _) = first_inputs(data, COMPARED), data.train.arrays(slice(EXAMPLES))
     tolerance = TOLERANCES[quantization] if arguments.tolerance is None else arguments.tolerance
@@ -74,8 +74,8 @@ def main() -> None:
         agreement += f", {parity['equal_answers']:.2%} equal answers"
     print(f"parity with the Keras model: {parity['inputs']:,} inputs, {agreement}")
     if not parity["passed"]:
-        stays = "; what is there is of an earlier export" if path.exists() else ""
-        print(f"parity failed, tolerance {tolerance:g}: {path} is not written{stays}", file=sys.stderr)
+        stays = "; the file there is from an earlier export" if path.exists() else ""
+        print(f"parity failed (tolerance {tolerance:g}): {path} is not written{stays}", file=sys.stderr)
         sys.exit(3)
     print(f"exported: {path}")
 
@@ -104,7 +104,7 @@ def export(
     if suffix and path.is_dir():
         raise UserError(f"{path}: is a folder; remove it or name a file")
     if not suffix and path.exists() and not is_saved_model(path):
-        raise UserError(f"{path}: is there, and not just a SavedModel; name a new folder")
+        raise UserError(f"{path}: exists and is not a SavedModel; name a new folder")
     created = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def export(
     except (OSError, tf.errors.OpError) as error:  # TensorFlow raises OpError for SavedModels.
         where, reason = getattr(error, "filename", None), getattr(error, "strerror", None) or "can't be written"
         where = where if where and pathlib.Path(where) in path.parents else path  # Never name the temporary folder.
-        raise UserError(f"{where}: {reason}; make room there or choose another place") from error
+        raise UserError(f"{where}: {reason}; free some space there, or choose another place") from error
     finally:
         for parent in created:
             with contextlib.suppress(OSError):  # The folder is not empty: the export succeeded.
@@ -188,7 +188,7 @@ def save(
             raise failure
         if failure:  # Not inside the block above, which redirects the output.
             reason = str(failure).strip().partition("\n")[0].rpartition("): ")[2]
-            raise UserError(f"{form} has no operation for a part of the model ({reason}); choose another --format")
+            raise UserError(f"{form} does not support an operation of the model ({reason}); choose another --format")
     if form == "saved_model":
         (path / "assets.extra").mkdir()
         (path / "assets.extra" / artefacts.DESCRIPTION).write_bytes(metadata[artefacts.DESCRIPTION])
@@ -346,7 +346,7 @@ def run_data(result: dict[str, Any], data_dir: str = "") -> Data:
     )
     data = recipe.load_data(config)
     if data.digest() != result["data"]["digest"]:
-        raise UserError(f"{data.name}: not the data that the run was trained on; bring those back")
+        raise UserError(f"{data.name}: not the data that the run was trained on; restore that data")
     return data
 
 

@@ -1,6 +1,7 @@
 """TensorBoard over two finished runs, in a real browser: what its tabs say they show is really on the page."""
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import re
@@ -8,9 +9,12 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+
+from common.cli import RUNTIME_FLAGS
 
 import pytest
-from conftest import load_recipe, smoke_config
+from conftest import load_recipe, smoke_config, smoke_data
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -28,13 +32,9 @@ SETTINGS = """try {
 } catch (error) {}"""
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """A TensorBoard on loopback; its port is its own choice and stands in its first lines."""
-    folder = tmp_path_factory.mktemp("logs")
-    for name in RUNS:
-        recipe = load_recipe(name.split("/")[0])
-        recipe.train(smoke_config(recipe, folder / name, epochs=2))
+@contextlib.contextmanager
+def serve(folder: pathlib.Path) -> Iterator[str]:
+    """Gives the address of a TensorBoard on loopback. It chooses its port and prints it in its first lines."""
     program = shutil.which("tensorboard", path=pathlib.Path(sys.executable).parent)
     command = [program, "--logdir", str(folder), "--host", "127.0.0.1", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
@@ -43,9 +43,26 @@ def address(tmp_path_factory):
         # A full pipe would block the server.
         rest = threading.Thread(target=lambda: [None for _ in server.stderr])
         rest.start()
-        yield found[0]
-        server.kill()
-        rest.join()
+        try:
+            yield found[0]
+        finally:
+            server.kill()
+            rest.join()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("logs")
+    for name in RUNS:
+        recipe = load_recipe(name.split("/")[0])
+        recipe.train(smoke_config(recipe, folder / name, epochs=2))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(folder):
+    with serve(folder) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +115,39 @@ def exactly(text: str) -> re.Pattern:
     return re.compile(rf"^\s*{re.escape(text)}\s*$")
 
 
-def test_scalars(page, address, screenshot):
-    cards = open_tab(page, address, "scalars&_smoothingWeight=0&tagFilter=.*").locator("tf-scalar-card")
-    for tag in ("epoch_loss", "epoch_accuracy", "epoch_learning_rate", "epoch_examples_per_second", "test/accuracy"):
-        expect(cards.locator(".heading-label.name").filter(has_text=exactly(tag))).to_be_visible()
-    loss = cards.filter(has=page.locator(".heading-label.name", has_text=exactly("epoch_loss")))
-    lines = loss.locator(".line-plot:not(.ghost) .render-area path[d^=M]")
-    expect(lines).to_have_count(4)  # Train and validation of two runs.
+def chart(page: Page, address: str, tag: str) -> Locator:
+    """Opens the tab with the chart of one tag and gives its lines."""
+    card = open_tab(page, address, f"scalars&_smoothingWeight=0&tagFilter=^{tag}$").locator("tf-scalar-card")
+    expect(card.locator(".heading-label.name").filter(has_text=exactly(tag))).to_be_visible()
+    return card.locator(".line-plot:not(.ghost) .render-area path[d^=M]")
+
+
+@pytest.mark.parametrize("tag", ["train/loss", "validation/accuracy", "train/learning_rate"])
+def test_scalars(page, address, tag):
+    expect(chart(page, address, tag)).to_have_count(2)
+
+
+def test_train_and_validation_in_one_chart(page, address, screenshot):
+    page.goto("about:blank")
+    page.goto(f"{address}#custom_scalars&_smoothingWeight=0")
+    cards = page.locator("tf-custom-scalar-card-style, tf-custom-scalar-multi-line-chart-card")
+    expect(cards).to_have_count(2)  # Loss and accuracy.
+    for number in range(2):
+        lines = cards.nth(number).locator(".line-plot:not(.ghost) .render-area path[d^=M]")
+        expect(lines).to_have_count(4)  # Train and validation of two runs.
     screenshot("scalars")
+
+
+def test_thirty_trainings_are_shown_at_once(page, folder, tmp_path, screenshot):
+    """TensorBoard begins with an empty page if there are more than 40 runs."""
+    for number in range(30):
+        shutil.copytree(folder / RUNS[number % 2] / "tensorboard", tmp_path / "many" / str(number) / "tensorboard")
+    with serve(tmp_path / "many") as address:
+        page.goto(address)
+        expect(page.locator("runs-data-table tb-data-table-content-row")).to_have_count(30)
+        expect(page.locator("card-view").first).to_be_visible()
+        screenshot("thirty")
+        expect(chart(page, address, "train/loss")).to_have_count(30)
 
 
 def test_images(page, address, screenshot):
@@ -130,7 +172,7 @@ def test_graphs(page, address, screenshot):
     with page.expect_response(re.compile(r"/data/plugin/graphs/graph\?")):
         open_tab(page, address, "graphs")
     menu = page.locator("tf-graph-controls paper-dropdown-menu").first
-    run = f"{RUNS[1]}/tensorboard/train"
+    run = f"{RUNS[1]}/tensorboard"
     if menu.locator("input").input_value() != run:
         menu.locator("paper-item", has_text=exactly(run)).dispatch_event("click")
     expect(menu.locator("input")).to_have_value(run)
@@ -152,6 +194,14 @@ GRID = """grid => [...grid.shadowRoot.querySelectorAll('#header tr, #items tr')]
 
 
 def test_hparams_hold_all_runs_in_one_table(page, address, screenshot):
+    """All settings that differ are listed first; the table begins with five of them and test metrics."""
+    configs = []
+    for name in RUNS:
+        module = load_recipe(name.split("/")[0])
+        settings = dataclasses.asdict(smoke_config(module, ""))
+        configs.append({**settings, "data": smoke_data(module.__name__).name, "recipe": module.__name__})
+    one, other = configs
+    differ = sorted(name for name in (one.keys() & other.keys()) - RUNTIME_FLAGS if one[name] != other[name])
     page.set_viewport_size({"width": 2400, "height": 600})
     open_tab(page, address, "hparams")
     grid = page.locator("tf-hparams-table-view vaadin-grid")
@@ -162,9 +212,13 @@ def test_hparams_hold_all_runs_in_one_table(page, address, screenshot):
         if set(table) >= set(RUNS) and all(table[run].get("test/accuracy") for run in RUNS):
             break
         page.wait_for_timeout(200)
-    for run in RUNS:
-        recipe = run.split("/")[0]
-        assert (table[run]["recipe"], table[run]["epochs"]) == (recipe, f"{2:.4f}"), table
+    assert set(differ[:5]) <= set(header), header
+    for run, config in zip(RUNS, configs, strict=True):
         assert 0 < float(table[run]["test/accuracy"]) <= 1
+        for name in differ[:5]:
+            shown = table[run][name]
+            assert shown == str(config[name]) or float(shown) == pytest.approx(config[name]), (name, shown)
+    listed = page.locator("tf-hparams-query-pane .hparam-checkbox")
+    assert sorted(text.strip() for text in listed.all_inner_texts()[: len(differ)]) == differ
     screenshot("hparams")
     page.set_viewport_size({"width": 1600, "height": 1000})

@@ -79,12 +79,12 @@ def test_memory_and_disk():
     assert doctor.check_memory(2 * GIB).trouble
     assert not doctor.check_disk(HERE, 50 * GIB, True).trouble
     assert "0.5 GiB free" in doctor.check_disk(HERE, GIB // 2, True).message
-    assert "may not be written" in doctor.check_disk(HERE, 50 * GIB, False).message
+    assert "not writable" in doctor.check_disk(HERE, 50 * GIB, False).message
 
 
 @pytest.mark.parametrize(
     ("prepared", "network", "found"),
-    [(HERE, False, "prepared in here"), (None, True, "downloaded by"), (None, False, "trains on its sample")],
+    [(HERE, False, "prepared in here"), (None, True, "downloads it"), (None, False, "trains on its sample")],
 )
 def test_missing_data_is_a_note(prepared, network, found):
     finding = doctor.check_data("MNIST", HERE, prepared, network)

@@ -113,7 +113,7 @@ def test_an_export_that_answers_otherwise_is_refused(run_of, form, tmp_path, mon
     assert ended.value.code == 3
     error = capsys.readouterr().err
     assert error.startswith("parity failed")
-    assert error.endswith("what is there is of an earlier export\n")
+    assert error.endswith("the file there is from an earlier export\n")
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
     monkeypatch.setattr("sys.argv", [*words[:-1], str(tmp_path / "new" / "place" / path.name)])
     with pytest.raises(SystemExit):
@@ -198,13 +198,13 @@ def test_sixteen_bits_are_for_training_only():
     ("words", "line"),
     [
         (("--format", "litert", "-o", "model.onnx"), "model.onnx: the name must end in .tflite"),
-        (("--format", "saved_model", "-o", "full"), "full: is there, and not just a SavedModel; name a new folder"),
+        (("--format", "saved_model", "-o", "full"), "full: exists and is not a SavedModel; name a new folder"),
         (("--format", "litert", "-o", "kept.tflite"), "kept.tflite: is a folder; remove it or name a file"),
-        (("--format", "litert", "--tolerance", "nan"), "--tolerance nan: give a number from 0"),
-        (("--format", "litert", "--tolerance", "-1"), "--tolerance -1.0: give a number from 0"),
+        (("--format", "litert", "--tolerance", "nan"), "--tolerance nan: give a finite number, at least 0"),
+        (("--format", "litert", "--tolerance", "-1"), "--tolerance -1.0: give a finite number, at least 0"),
         (
             ("--format", "onnx", "-o", "full/x/model.onnx"),
-            "full/x: File exists; make room there or choose another place",
+            "full/x: File exists; free some space there, or choose another place",
         ),
     ],
 )
@@ -263,7 +263,9 @@ def test_a_folder_that_can_not_be_written_to_is_not_named_by_what_is_temporary(r
     result, model = artefacts.load_run(run_of("linear_regression"))
     monkeypatch.setattr(export.tempfile, "TemporaryDirectory", no_folder)
     path = tmp_path / "model.tflite"
-    with pytest.raises(UserError, match=rf"^{path}: Read-only file system; make room there or choose another place$"):
+    with pytest.raises(
+        UserError, match=rf"^{path}: Read-only file system; free some space there, or choose another place$"
+    ):
         export.export(model, result, "litert", path, np.zeros([1, 2], np.float32), 0.0)
 
 

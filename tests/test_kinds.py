@@ -264,7 +264,9 @@ def test_what_a_format_has_no_operation_for_is_refused_in_one_line(tmp_path, cap
     model = keras.Model(inputs, keras.layers.GRU(3)(inputs))
     result = {"recipe": "x", "class_names": [], "columns": [], "weights_sha256": "", "config": {}}
     result["task"] = {"input": "series", "output": "series"}
-    with pytest.raises(UserError, match=r"^litert has no operation for a part of the model \('tf\.\w+' op") as refused:
+    with pytest.raises(
+        UserError, match=r"^litert does not support an operation of the model \('tf\.\w+' op"
+    ) as refused:
         export.export(model, result, "litert", tmp_path / "x.tflite", np.zeros([3, 5, 2], np.float32), 1e-3)
     assert "\n" not in str(refused.value)
     assert capfd.readouterr().err == ""

@@ -312,7 +312,7 @@ def test_what_is_renamed_is_on_the_disk_first(tmp_path, monkeypatch):
 
 
 def test_a_picture_that_fails_costs_a_picture(tmp_path, alone, monkeypatch, capsys):
-    def fail(figure):
+    def fail(figure, title):
         raise MemoryError("no room for so many pixels")
 
     monkeypatch.setattr("common.runs.figure_png", fail)
