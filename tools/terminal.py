@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 ROOT = pathlib.Path(__file__).parent.parent
-COLUMNS, LINES = 120, 20  # LINES: how many of the last lines to draw.
+COLUMNS, LINES = 90, 22  # LINES: how many of the last lines to draw.
 
 
 def main() -> None:
