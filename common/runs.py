@@ -176,6 +176,7 @@ class Run:
             problem = f"{error.filename or self.directory}: {error.strerror}"
             raise UserError(f"--run-dir {problem}; choose an empty or a new one") from error
 
+    @status("saving the model")
     def finish(
         self,
         model: keras.Model,

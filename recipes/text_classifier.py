@@ -88,7 +88,6 @@ def build_tokenizer(config: Config, data: Data) -> keras.Model:
     return keras.Model(texts, keras.ops.cast(keras.ops.maximum(tokens, 0), "int32"), name="tokenizer")
 
 
-@status("tokenizing")
 def tokenized(split: Split, tokenizer: keras.Model) -> Split:
     """Token ids of the texts of a split: [n, length]."""
     batches = tf.data.Dataset.from_tensor_slices(split.inputs).batch(500).map(tokenizer, tf.data.AUTOTUNE)
@@ -128,9 +127,10 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
 
     # Tokenized once, before training.
     tokenizer = build_tokenizer(config, data)
-    train_tokens, validation_tokens, test_tokens = (
-        tokenized(split, tokenizer) for split in (data.train, data.validation, data.test)
-    )
+    with status("tokenizing"):
+        train_tokens, validation_tokens, test_tokens = (
+            tokenized(split, tokenizer) for split in (data.train, data.validation, data.test)
+        )
     ratios = log_count_ratios(train_tokens)
 
     schedule = keras.optimizers.schedules.CosineDecay(config.learning_rate, decay_steps=config.epochs * steps)
