@@ -431,7 +431,7 @@ def assert_refused(monkeypatch, capsys, recipe, flags, named):
     [
         (["--no-such-flag"], "--no-such-flag; --help lists the flags"),
         (["--strategy", "multi-worker"], "--strategy multi-worker: neither TF_CONFIG nor Slurm names workers"),
-        (["--strategy", "parameter-server"], "--strategy: 'parameter-server' is none of auto, none, mirrored"),
+        (["--strategy", "parameter-server"], "--strategy: 'parameter-server' must be one of auto, none, mirrored"),
         (["--strategy", "none", "--devices", "2"], "--strategy none: uses one device, not --devices 2"),
         (["--precision", "mixed_float16"], "--precision mixed_float16: a CPU computes it"),
         (["--data", "tfds", "--quiet"], "use --data auto, or a CSV file of your own"),
