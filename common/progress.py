@@ -4,6 +4,7 @@ import contextlib
 import math
 import sys
 import time
+from collections.abc import Callable
 
 from common.console import columns, elapsed, is_terminal, say, status_line
 
@@ -25,11 +26,17 @@ class EpochLine(keras.callbacks.ProgbarLogger):
         self.name, self.skipped, self._phase, self._logs = name, 0, "", {}
         self._status = contextlib.ExitStack()
 
+    def show(self, text: Callable[[], str]) -> None:
+        """Shows `text()` in the status line until training begins or ends."""
+        self._status.close()
+        self._status.enter_context(status_line(text))
+
     def on_train_begin(self, logs=None):
+        self._status.close()
         if self.verbose:
-            say(f"{self.name}: {self.epochs:,} epochs of {self.target:,} steps")
+            say(f"{self.name}: epochs {self.epochs:,}, steps per epoch {self.target:,}")
             self._phase, self._epoch, self._began = "compiling", 0, time.monotonic()
-            self._status.enter_context(status_line(lambda: self._line(columns(), self._phase)))
+            self.show(lambda: self._line(columns(), self._phase))
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch, self._began, self._logs = epoch, time.monotonic(), {}

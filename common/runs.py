@@ -143,6 +143,7 @@ class Run:
         say(f"data: {data.name} ({data.source}): {counts}")
         if self.settings["resumed"]:
             say(f"resumed: {self.directory}, from step {self.start_step}")
+        checkpoints.progress_bar.show(lambda: "preparing")
         self.logs = Logs(self.directory / "tensorboard", self.config, state.get("logs", {}))
         code = provenance()  # Before training: later commits do not affect this run.
         if not state:

@@ -182,7 +182,7 @@ def test_training_prints_a_line_per_epoch_and_nothing_of_keras(capsys, monkeypat
     monkeypatch.setattr(console, "shown", True)
     fit(1, EpochLine("baseline"))
     begun, *epochs = capsys.readouterr().out.splitlines()
-    assert begun == "baseline: 2 epochs of 4 steps"
+    assert begun == "baseline: epochs 2, steps per epoch 4"
     assert [re.sub(r"[\d.]+(e-\d+)?", "1", line) for line in epochs] == [
         "epoch 1/1  loss 1  mae 1  val_loss 1  val_mae 1  1:1"
     ] * 2
@@ -194,7 +194,7 @@ def test_training_in_a_terminal_ends_without_a_status_line(terminal):
     with contextlib.redirect_stdout(terminal):
         fit(1, EpochLine())
     first, *_, last = terminal.lines()
-    assert first == "training: 2 epochs of 4 steps"
+    assert first == "training: epochs 2, steps per epoch 4"
     assert re.match(r"epoch 2/2  loss \S+  mae \S+  val_loss \S+  val_mae \S+  \d\d:\d\d$", last)
     assert not console._status_lines
 
@@ -247,7 +247,7 @@ def test_run_sh_in_a_terminal_of_80_columns_wraps_nothing_and_is_never_silent(tm
     assert [line for line in lines if len(line) > 80] == []
     for line in (
         "cifar10_cnn: test split of drawn shapes (sample)",
-        "training: 1 epochs of 17 steps",
+        "training: epochs 1, steps per epoch 17",
         "run directory: run",
     ):
         assert line in lines

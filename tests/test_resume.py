@@ -278,7 +278,7 @@ def test_a_resumed_epoch_is_shown_with_the_steps_before(tmp_path, capsys, monkey
     assert phases == [*range(5, STEPS + 1), *range(1, STEPS + 1)]
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("training: ", "epoch "))]
     assert [line.partition("  ")[0] for line in shown] == [
-        f"training: 3 epochs of {STEPS} steps",
+        f"training: epochs 3, steps per epoch {STEPS}",
         "epoch 2/3",
         "epoch 3/3",
     ]
@@ -640,7 +640,7 @@ def test_other_data_are_refused(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "run", ("train", 1, 2))
     monkeypatch.setattr(Data, "digest", lambda self: "another")
-    with pytest.raises(UserError, match="not the data that this run began with"):
+    with pytest.raises(UserError, match="not the data this run began with"):
         fit(tmp_path / "run", resume=True)
 
 
