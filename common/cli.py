@@ -36,8 +36,6 @@ RUNTIME_FLAGS = {
 }
 # Errors that the user can fix wherever they occur: a full or write-protected disk.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
-
-
 # The first flag of each group of shared flags in --help.
 _GROUPS = {"data": "data", "epochs": "training", "strategy": "hardware", "baseline": "run"}
 
@@ -230,9 +228,9 @@ def _run(main: Callable[[], None]) -> NoReturn:
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)  # The exit code must not change any more.
     end_status()
-    if line:
-        print_line(line, sys.stderr if code else sys.stdout)
     try:
+        if line:
+            print_line(line, sys.stderr if code else sys.stdout)
         sys.stdout.flush()
     except OSError:  # Python would flush again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
