@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from common.cli import STOPPING, TrainingFailedError, UserError, warn
 from common.multiworker import Cluster
+from common.progress import EpochLine
 from common.records import file_sha256, read_json, rename
 
 import keras
@@ -86,7 +87,7 @@ class Checkpoints(keras.callbacks.Callback):
     `BackupAndRestore` saves neither seeds, metrics nor callbacks.
 
     A run resumed in the middle of an epoch trains only the remaining steps: other callbacks see batch numbers that
-    start at 0, and the progress bar counts the remaining steps.
+    start at 0.
 
     Args:
         folder: the folder of the checkpoints.
@@ -109,7 +110,7 @@ class Checkpoints(keras.callbacks.Callback):
     ):
         super().__init__()
         self.folder, self.every, self.others, self.about, self.resumed = folder, every, others, about, resumed
-        self.cluster, self.progress_bar = cluster, keras.callbacks.ProgbarLogger()
+        self.cluster, self.progress_bar = cluster, EpochLine()
         self._signal, self._handlers, self._step, self._saved_step, self._due = math.inf, {}, 0, 0, False
         self._failed, self._unsaved, self._last_loss = False, set(), "none before it was finite"
         self._offset = 0  # Batches of a resumed epoch that were trained before.
@@ -133,7 +134,7 @@ class Checkpoints(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
-        self.progress_bar.target = self.params["steps"] - self._offset
+        self.progress_bar.skipped = self._offset
         if self._offset:
             self._restore()
 
@@ -172,6 +173,7 @@ class Checkpoints(keras.callbacks.Callback):
         self._stop_if(self.cluster.agree_to_stop(self._signal < math.inf))
 
     def _clean_up(self) -> None:
+        self.progress_bar.on_train_end()  # Keras does not call it after an exception.
         self.model._initial_epoch = None  # Else the next `fit` would start at this epoch.
         for number, handler in self._handlers.items():
             signal.signal(number, handler)

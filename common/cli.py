@@ -11,9 +11,12 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import typing
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, NoReturn
+
+from common.console import end_status, print_line
 
 import tensorflow as tf
 
@@ -33,6 +36,8 @@ RUNTIME_FLAGS = {
 }
 # Errors that the user can fix wherever they occur: a full or write-protected disk.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+# The first flag of each group of shared flags in --help.
+_GROUPS = {"data": "data", "epochs": "training", "strategy": "hardware", "baseline": "run"}
 
 
 class UserError(Exception):
@@ -86,23 +91,42 @@ def _problem(value: Any, kind: Any) -> str:
     """Describes why a value does not fit a type, which may be `Literal` or annotated with limits; empty if it fits."""
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
-        return "" if value in choices else f"{value!r} is none of {', '.join(choices)}"
+        return "" if value in choices else f"{value!r} must be one of {', '.join(choices)}"
     number, minimum, maximum = typing.get_args(kind) or (kind, 0, math.inf)
     fits = isinstance(value, (int, float) if number is float else number)
     if not fits or (isinstance(value, bool) and number is not bool):
-        return f"{value!r} is no {number.__name__}"
+        return f"{value!r} is not {'an' if number is int else 'a'} {number.__name__}"
     if number not in (int, float) or minimum <= value < maximum:
         return ""
     limits = f"at least {minimum:,}" + (f" and less than {maximum:,}" if maximum < math.inf else "")
     return f"{value} must be {limits if math.isfinite(value) else 'finite'}"
 
 
+class _Help(argparse.HelpFormatter):
+    """Wraps the paragraphs of a description. Keeps indented lines, and lines that begin with a word and two spaces.
+
+    If such a line is too long, it continues below its text.
+    """
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        kept, blocks = re.compile(r"\w* {2,}|$"), [""]
+        for line in text.splitlines():
+            if kept.match(line) or kept.match(blocks[-1]):
+                blocks.append(line)
+            else:
+                blocks[-1] += f" {line}"
+        wrapped = []
+        for block in blocks[1:]:
+            below = " " * (start.end() if (start := kept.match(block)) else 0)
+            wrapped += textwrap.wrap(block, width, subsequent_indent=below, break_on_hyphens=False) or [""]
+        return "\n".join(wrapped)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser with one-line errors. Disallows abbreviated flags: a new flag could make them ambiguous."""
 
-    def __init__(self, description: str):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+    def __init__(self, description: str, **options: Any):
+        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raises a `UserError` instead of printing the usage."""
@@ -112,11 +136,15 @@ class Parser(argparse.ArgumentParser):
 def parse_config(config_class: type, arguments: Sequence[str], description: str = "") -> Any:
     """Parses command-line arguments into `config_class`, a dataclass. Raises a `UserError` that names an invalid flag.
 
-    A field `batch_size` becomes the flag `--batch-size`; the comment at the end of its line becomes the help text.
+    A field `batch_size` becomes the flag `--batch-size`; the comment at the end of its line becomes the help text. The
+    help lists the fields that `config_class` adds to `SharedConfig` first.
     """
-    parser = Parser(description)
+    parser = Parser(description, usage="%(prog)s [flags]")
+    groups = {title: parser.add_argument_group(title) for title in ("recipe", *_GROUPS.values())}
+    group, shared = "", [field.name for field in dataclasses.fields(SharedConfig)]
     types, comments = typing.get_type_hints(config_class, include_extras=True), field_comments(config_class)
-    for field in dataclasses.fields(config_class):
+    for field in dataclasses.fields(config_class):  # The shared fields come first, in their order.
+        group = _GROUPS.get(field.name, group) if field.name in shared else "recipe"
         kind, text = types[field.name], comments.get(field.name, "").replace("%", "%%")
         options: dict[str, Any] = {"help": f"{text} (default: {field.default!r})"}
         if kind is bool:
@@ -126,7 +154,7 @@ def parse_config(config_class: type, arguments: Sequence[str], description: str 
         elif kind is not str:
             number = (typing.get_args(kind) or (kind,))[0]
             options |= {"type": number, "metavar": number.__name__}
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **options)
+        groups[group].add_argument("--" + field.name.replace("_", "-"), default=field.default, **options)
     return config_class(**vars(parser.parse_args(arguments)))
 
 
@@ -140,9 +168,9 @@ def field_comments(config_class: type) -> dict[str, str]:
 
 
 def warn(line: str) -> None:
-    """Prints a warning to stderr."""
+    """Prints a warning to stderr, even with --quiet."""
     text = re.sub(r"{{.*?}} | \[Op:\w*\]( name: )?", "", line)  # TensorFlow's references to its own code.
-    print("warning: " + " ".join(text.split()), file=sys.stderr, flush=True)
+    print_line("warning: " + " ".join(text.split()), sys.stderr)
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -199,9 +227,10 @@ def _run(main: Callable[[], None]) -> NoReturn:
         hook(code, line)
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)  # The exit code must not change any more.
-    if line:
-        print(line, file=sys.stderr if code else sys.stdout)
+    end_status()
     try:
+        if line:
+            print_line(line, sys.stderr if code else sys.stdout)
         sys.stdout.flush()
     except OSError:  # Python would flush again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -219,6 +248,7 @@ def _exit_when_stopped() -> None:
     def exit_interrupted(number: int, frame: Any) -> None:
         with contextlib.suppress(RuntimeError, OSError):  # The signal may arrive during a `print`.
             sys.stdout.flush()
+        end_status()
         with contextlib.suppress(OSError):
             os.write(2, f"{line}\n".encode())
         for hook in exit_hooks:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import operator
 import os
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 from common.batches import Arrays, Split
 from common.cli import SharedConfig, UserError
+from common.console import print_line, status
 from common.multiworker import current_cluster
 from common.samples import drawn_shapes, handwritten_digits, written_reviews
 from common.user_files import read_image_folders, read_labelled_texts, read_table
@@ -21,7 +23,6 @@ from common.user_files import read_image_folders, read_labelled_texts, read_tabl
 import keras
 import numpy as np
 import tensorflow as tf
-from rich.console import Console
 
 NETWORK_TIMEOUT_SECONDS = 4
 
@@ -116,24 +117,30 @@ def load_table(name: str, config: SharedConfig, generate: Callable[[], Arrays], 
     if config.data == "tfds":
         raise UserError("--data tfds: this recipe generates its data; use --data auto, or a CSV file of your own")
     if config.data in ("auto", "sample"):
-        return _cut(name, "generated", task, generate(), config, started)
-    arrays, columns = read_table(_existing(config.data), target, classes)
-    return _cut(config.data, "files", task, arrays, config, started, columns=columns)
+        with status(f"generating {name}"):
+            return _cut(name, "generated", task, generate(), config, started)
+    path = _existing(config.data)
+    with status(f"loading {path}"):
+        arrays, columns = read_table(path, target, classes)
+        return _cut(config.data, "files", task, arrays, config, started, columns=columns)
 
 
 def _load(dataset: Dataset, kind: str, config: SharedConfig, read_files: Callable[[pathlib.Path], Arrays]) -> Data:
     started, task = time.perf_counter(), {"input": kind, "output": "class"}
+    name, source, read = dataset.sample_title, "sample", dataset.sample
     if config.data not in ("auto", "tfds", "sample"):
-        return _cut(config.data, "files", task, read_files(_existing(config.data)), config, started)
-    if config.data != "sample":
+        name, source, read = config.data, "files", functools.partial(read_files, _existing(config.data))
+    elif config.data != "sample":
         try:
-            return _cut(dataset.title, "tfds", task, _read_tfds(dataset, config), config, started)
+            if not prepared_version(dataset, config):
+                _download(dataset, config)
+            name, source, read = dataset.title, "tfds", functools.partial(_read_tfds, dataset, config)
         except DataUnavailableError as error:
             if config.data == "tfds":
                 raise
-            line = f"Not {dataset.title}: training on the sample, {dataset.sample_title}. {error}"
-            Console(soft_wrap=True, highlight=False, markup=False).print(line, style="bold")
-    return _cut(dataset.sample_title, "sample", task, dataset.sample(), config, started)
+            print_line(f"Not {dataset.title}: training on the sample, {name}. {error}", bold=True)
+    with status(f"loading {name}"):
+        return _cut(name, source, task, read(), config, started)
 
 
 def _existing(path: str) -> pathlib.Path:
@@ -158,8 +165,6 @@ def _read_tfds(dataset: Dataset, config: SharedConfig) -> Arrays:
     # Imported here, because the import is slow and other sources do not need it.
     import tensorflow_datasets as tfds
 
-    if not prepared_version(dataset, config):
-        _download(dataset, config)
     prepared, arrays = prepared_version(dataset, config), {}
     try:
         builder = tfds.builder_from_directory(prepared)
@@ -169,7 +174,7 @@ def _read_tfds(dataset: Dataset, config: SharedConfig) -> Arrays:
             arrays[split] = (examples[dataset.inputs].numpy(), class_names[examples["label"].numpy()])
         return arrays
     except Exception as error:  # TFDS does not wrap errors of TensorFlow, its parsers or the disk.
-        raise UserError(f"{prepared}: a file is missing or damaged; delete it all, to prepare it anew") from error
+        raise UserError(f"{prepared}: a file is missing or damaged; delete this folder to prepare it again") from error
 
 
 def _download(dataset: Dataset, config: SharedConfig) -> None:
@@ -180,7 +185,7 @@ def _download(dataset: Dataset, config: SharedConfig) -> None:
     folder = tfds_folder(config)
     try:
         if not reachable(dataset.probe):
-            raise ConnectionError(f"{dataset.probe.split('/')[2]} is out of reach")
+            raise ConnectionError(f"{dataset.probe.split('/')[2]} can't be reached")
         tfds.builder(dataset.folder, data_dir=folder).download_and_prepare()
     except Exception as error:  # TFDS does not wrap errors of its downloader, its parsers or the disk.
         if prepared_version(dataset, config):  # Another process has prepared it at the same time.

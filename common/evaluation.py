@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.batches import Split, evaluation_batches, evaluation_steps
+from common.console import status
 
 import keras
 import numpy as np
@@ -32,6 +33,7 @@ class Report:
     texts: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
+@status("evaluating")
 def evaluate_classifier(
     model: keras.Model,
     split: Split,
@@ -94,6 +96,7 @@ def evaluate_classifier(
     return report
 
 
+@status("evaluating")
 def evaluate_regressor(model: keras.Model, split: Split, batch_size: int, strategy: tf.distribute.Strategy) -> Report:
     """Computes mean squared error, mean absolute error and R² of a model that predicts one number per example."""
     predicted, true = _predict(model, split, batch_size, strategy), split.targets.numpy()

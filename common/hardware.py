@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 from common.cli import STOPPING, SharedConfig, UserError
+from common.console import print_line
 from common.multiworker import SILENCE, Cluster
 from common.upstream import apply_patch
 
@@ -150,7 +151,7 @@ def apply(
         if not config.quiet:
             warning = "TensorFlow opens this port to all networks, and whoever reaches it can run code here"
             waiting = f"{cluster.name(cluster.index)} waits up to {config.cluster_timeout} s for the others"
-            print(f"cluster: {waiting}. {warning}: keep it behind a firewall", flush=True)
+            print_line(f"cluster: {waiting}. {warning}: keep it behind a firewall")
         return _multi_worker(cluster, bool(gpus), config.cluster_timeout)
     return _tpu() if strategy == "tpu" else _mirrored("GPU" if gpus else "CPU", devices)
 

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from common import upstream
+from common import console, upstream
 from common.batches import Augment, steps_per_epoch
 from common.checkpoints import EPOCH_OVER, Checkpoints, newest_checkpoint
 from common.cli import RUNTIME_FLAGS, SharedConfig, UserError, warn
+from common.console import say, status
 from common.data import Data
 from common.evaluation import Report, curves_figure, figure_png
 from common.hardware import apply, choose, describe_machine
@@ -57,6 +58,7 @@ def start_run(config: SharedConfig, **files: str) -> "Run":
         except OSError as error:
             raise UserError(f"--{name} {path}: can't be read ({error.strerror}); give another file") from error
     cluster = (current_cluster or [Cluster(workers, index)])[0] if chosen["strategy"] == "multi-worker" else Cluster()
+    console.shown = cluster.chief and not config.quiet
     # Layer names must not depend on earlier runs in this process. Before `apply`, because it also resets the dtype
     # policy.
     keras.utils.clear_session()
@@ -74,10 +76,9 @@ def start_run(config: SharedConfig, **files: str) -> "Run":
 
     directory, settings, checkpoint = cluster.from_chief(find_run() if cluster.chief else None)
     keras.utils.set_random_seed(config.seed)
-    if cluster.chief and not config.quiet:
-        gpus = ", ".join(name for name, _ in machine.gpus) or "no GPU"
-        reasons = ", ".join(f"{name} {value} ({reason})" for name, (value, reason) in choices.items())
-        print(f"hardware: {machine.processor}, {machine.cores} cores, {gpus}: {reasons}", flush=True)
+    gpus = ", ".join(name for name, _ in machine.gpus) or "no GPU"
+    reasons = ", ".join(f"{name} {value} ({reason})" for name, (value, reason) in choices.items())
+    say(f"hardware: {machine.processor}, {machine.cores} cores, {gpus}: {reasons}")
     hardware = dataclasses.asdict(machine) | chosen
     return Run(recipe, config, pathlib.Path(directory), strategy, hardware, started, settings, checkpoint, cluster)
 
@@ -103,8 +104,8 @@ class Run:
 
     @property
     def verbose(self) -> int:
-        """The value to pass to `fit`: a progress bar in a terminal, otherwise a line per epoch."""
-        return 0 if self.config.quiet or not self.cluster.chief else 1 if sys.stdout.isatty() else 2
+        """The value to pass to `fit`: 1, or 0 with `--quiet` and on workers other than the chief."""
+        return int(self.cluster.chief and not self.config.quiet)
 
     @property
     def start_step(self) -> int:
@@ -138,11 +139,11 @@ class Run:
         if not self.cluster.chief:
             return [self.watch, *more, checkpoints]
         self._write_settings(data)
-        if not self.config.quiet:
-            counts = ", ".join(f"{count:,} {split}" for split, count in data.counts().items())
-            print(f"data: {data.name} ({data.source}): {counts}", flush=True)
-            if self.settings["resumed"]:
-                print(f"resumed: {self.directory}, from step {self.start_step}", flush=True)
+        counts = ", ".join(f"{count:,} {split}" for split, count in data.counts().items())
+        say(f"data: {data.name} ({data.source}): {counts}")
+        if self.settings["resumed"]:
+            say(f"resumed: {self.directory}, from step {self.start_step}")
+        checkpoints.progress_bar.show(lambda: "preparing")
         self.logs = Logs(self.directory / "tensorboard", self.config, state.get("logs", {}))
         code = provenance()  # Before training: later commits do not affect this run.
         if not state:
@@ -162,9 +163,9 @@ class Run:
             self.directory.mkdir(parents=True, exist_ok=True)
             lock(self.directory)
             if self.settings.setdefault("data_digest", self.data_digest) != self.data_digest:
-                raise UserError(f"{data.name}: not the data that this run began with; bring those back, or start anew")
+                raise UserError(f"{data.name}: not the data this run began with; restore it, or start a new run")
             if not self.settings["resumed"] and set(os.listdir(self.directory)) - IGNORED_FILES:
-                raise UserError(f"--run-dir {self.directory}: another process was faster; choose a new folder")
+                raise UserError(f"--run-dir {self.directory}: another process uses it now; choose a new folder")
             write_json(self.directory / "config.json", self.settings)
             for name in ("plots", "checkpoints"):
                 (self.directory / name).mkdir(exist_ok=True)
@@ -176,7 +177,15 @@ class Run:
             problem = f"{error.filename or self.directory}: {error.strerror}"
             raise UserError(f"--run-dir {problem}; choose an empty or a new one") from error
 
-    def finish(self, model: keras.Model, data: Data, report: Report, extra: dict[str, float]) -> dict[str, float]:
+    @status("saving the model")
+    def finish(
+        self,
+        model: keras.Model,
+        data: Data,
+        report: Report,
+        extra: dict[str, float] | None = None,
+        baselines: dict[str, float] | None = None,
+    ) -> dict[str, float]:
         """Saves the model, the plots and `result.json`, prints the result, and returns all metrics.
 
         Args:
@@ -184,9 +193,11 @@ class Run:
                 the most probable class.
             data: the training data.
             report: the test metrics.
-            extra: additional metrics, such as those of a baseline.
+            extra: additional metrics that are only shown, such as a lower bound of the error.
+            baselines: test metrics of baselines, such as `naive_accuracy`: a name, then that of a metric of `report`.
+                If the model is worse, the output says so.
         """
-        metrics, watch = {**report.metrics, **extra}, self.watch
+        metrics, watch = {**report.metrics, **(extra or {}), **(baselines or {})}, self.watch
         if not self.cluster.chief:
             return metrics
         self.logs.attempt(self.logs.end, watch.steps, metrics, report.texts)
@@ -229,20 +240,23 @@ class Run:
             raise UserError(f"--run-dir {self.directory}: {error}; make room, then continue with --resume") from error
         self._draw(report, data)
         unlock(self.directory)
-        if not self.config.quiet:
-            shown = {name: f"{value:.4f}" for name, value in metrics.items()}
-            shown |= {
-                "parameters": f"{result['parameters']:,}",
-                "training seconds": f"{result['seconds']['train']:,.0f}",
-            }
-            shown["examples per second"] = f"{result['examples_per_second'] or math.nan:,.0f}"
-            print(f"{self.recipe}: test split of {data.name} ({data.source})")
-            for name, value in shown.items():
-                print(f"  {name.replace('_', ' '):<32} {value:>12}")
-            tensorboard = [sys.executable, "-m", "tensorboard.main", "--logdir", str(self.directory)]
-            print(f"run directory: {self.directory}\nwatch it: {shlex.join(tensorboard)}")
+        shown = {name: f"{value:.4f}" for name, value in metrics.items()}
+        shown |= {"parameters": f"{result['parameters']:,}", "training seconds": f"{result['seconds']['train']:,.0f}"}
+        shown["examples per second"] = f"{result['examples_per_second'] or math.nan:,.0f}"
+        say(f"{self.recipe}: test split of {data.name} ({data.source})")
+        for name, value in shown.items():
+            say(f"  {name.replace('_', ' '):<32} {value:>12}")
+        for line in below_baseline(report.metrics, baselines or {}):
+            say(line, bold=True)
+        say(f"run directory: {self.directory}")
+        program = pathlib.Path(sys.executable).with_name("tensorboard")
+        shorter = min(str(program), os.path.relpath(program), key=len)
+        command = [shorter] if program.exists() else [sys.executable, "-m", "tensorboard.main"]
+        say("watch it:")
+        say(f"  {shlex.join([*command, '--logdir', str(self.directory)])}")
         return metrics
 
+    @status("drawing plots")
     def _draw(self, report: Report, data: Data) -> None:
         """Writes figures to `plots` and to TensorBoard. Warns about figures that fail."""
         for name in ("learning_curves", *report.figures):
@@ -255,6 +269,18 @@ class Run:
                 self.logs.attempt(self.logs.show, self.watch.steps, name, png)
             except Exception as error:  # Matplotlib raises errors of many types.
                 warn(f"{path}: can't be written ({error})")
+
+
+def below_baseline(metrics: dict[str, float], baselines: dict[str, float]) -> list[str]:
+    """Returns a line for each baseline that is better than the model: lower for errors and losses, else higher."""
+    lines = []
+    for name, value in baselines.items():
+        metric = max((metric for metric in metrics if name.endswith(f"_{metric}")), key=len)
+        own, lower = metrics[metric], metric in ("loss", "mse", "mae")
+        if value < own if lower else value > own:
+            sign, note = (">", " (lower is better)") if lower else ("<", "")
+            lines.append(f"below the baseline: {metric} {own:.4f} {sign} {name} {value:.4f}{note}")
+    return lines
 
 
 def once(run: Run, make: Callable[[], Any]) -> Any:

@@ -6,6 +6,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
+from common.console import status_line
+
 # The recipes need the TensorFlow backend, whatever the user's Keras configuration says.
 os.environ["KERAS_BACKEND"] = "tensorflow"
 # Errors are raised as exceptions; the native log only repeats them among harmless messages.
@@ -37,7 +39,7 @@ def quiet_native_stderr() -> Iterator[None]:
             os.close(saved)
 
 
-with quiet_native_stderr():
+with status_line(lambda: "importing TensorFlow"), quiet_native_stderr():
     import tensorflow as tf
 
     # TensorFlow's Python logger warns about retracing if a process builds several models.

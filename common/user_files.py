@@ -37,7 +37,7 @@ def read_labelled_texts(path: pathlib.Path, text_column: str, label_column: str)
             for split, found in _class_files(path, "texts", [".txt"]).items()
         }
     if text_column == label_column:
-        raise UserError(f"--text-column {text_column}: is the --label-column too; name another")
+        raise UserError(f"--text-column {text_column}: also the --label-column; give another column")
     table = read_csv(path, [text_column, label_column], "name others with --text-column and --label-column")
     texts = np.array([text.encode() for text in _filled(path, table[text_column])], object)
     return {"train": (texts, _filled(path, table[label_column]).astype(str))}
@@ -48,7 +48,7 @@ def read_table(path: pathlib.Path, target: str, classes: bool) -> tuple[Arrays, 
     table = read_csv(path, [target], "name another with --target")
     inputs = table.drop(columns=target)
     if inputs.empty:
-        raise UserError(f"{path}: no column but {target!r}; add the inputs")
+        raise UserError(f"{path}: {target!r} is the only column; add input columns")
     targets = _filled(path, table[target]).astype(str) if classes else numbers(path, table[[target]])[:, 0]
     return {"train": (numbers(path, inputs), targets)}, tuple(inputs.columns)
 
@@ -63,18 +63,18 @@ def _class_files(folder: pathlib.Path, kind: str, suffixes: list[str]) -> dict[s
     if splits and "train" not in splits:
         raise UserError(f"{folder}: has a folder {next(iter(splits.values())).name!r} but none called 'train'; add it")
     for other in folders.keys() - splits if splits else ():
-        raise UserError(f"{folders[other]}: no folder of a split; those are train, validation and test")
+        raise UserError(f"{folders[other]}: not a split; name the folder train, validation or test")
     found = {}
     for split, place in (splits or {"train": folder}).items():
         found[split] = []
         for class_folder in sorted(place.glob("[!.]*/")):
             if re.search("[\ud800-\udfff]", class_folder.name):  # Surrogates for bytes that are not UTF-8.
-                raise UserError(f"{str(class_folder)!r}: no name for a class; rename the folder, in UTF-8")
+                raise UserError(f"{str(class_folder)!r}: not a valid class name; rename the folder, in UTF-8")
             files = [path for path in sorted(class_folder.glob("[!.]*")) if path.suffix.lower() in suffixes]
             if not files:
                 raise UserError(f"{class_folder}: no {kind} in this folder; add some or remove it")
             for subfolder in class_folder.glob("[!.]*/"):
-                raise UserError(f"{subfolder}: a folder within that of a class; move its files there, or remove it")
+                raise UserError(f"{subfolder}: a folder inside the folder of a class; move its files up, or remove it")
             found[split] += [(file, class_folder.name) for file in files]
         if not found[split]:
             raise UserError(f"{place}: no folders of {kind}; make one for each class")
@@ -129,7 +129,7 @@ def read_csv(path: pathlib.Path, columns: list[str], remedy: str = "rename one")
             names = pd.read_csv(path, header=None, nrows=1, **options).iloc[0].str.strip()
             table = pd.read_csv(path, **options)
     except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        problem = f"rows have other numbers of values than the first line ({str(error).strip()})"
+        problem = f"some rows have more or fewer values than the first line ({str(error).strip()})"
         raise UserError(f"{path}: {problem}; correct them, or put values with commas into quotes") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as CSV ({error}); save it as UTF-8 with commas") from error
@@ -152,7 +152,7 @@ def numbers(path: pathlib.Path, columns: pd.DataFrame) -> np.ndarray:
         found = columns.apply(pd.to_numeric, errors="coerce").to_numpy(np.float32)
     for row, column in np.argwhere(~(abs(found) < 1e15)):  # Keeps sums of squares finite.
         cell, name = columns.iloc[row, column], columns.columns[column]
-        problem = f"{cell!r} is {'no number' if np.isnan(found[row, column]) else 'not between -1e15 and 1e15'}"
+        problem = f"{cell!r} is {'not a number' if np.isnan(found[row, column]) else 'not between -1e15 and 1e15'}"
         problem, remedy = (problem, "correct it (decimals have a point)") if cell.strip() else ("empty", "fill it")
         raise UserError(f"{path}, row {row + 2}, column {name!r}: {problem}; {remedy} or remove the row")
     return found

@@ -21,6 +21,7 @@ from common.batches import (
     training_batches,
 )
 from common.cli import Count, Positive, Share, SharedConfig, run_recipe
+from common.console import status
 from common.data import CIFAR10, Data, load_images
 from common.evaluation import evaluate_classifier
 from common.optimizers import Muon
@@ -99,10 +100,11 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         verbose=run.verbose,
     )
     report = evaluate_classifier(model, data.test, data.class_names, config.batch_size, run.strategy)
-    extra_metrics = {"naive_accuracy": naive_accuracy(config, data)} if config.baseline else {}
-    return run.finish(model, data, report, extra_metrics)
+    baselines = {"naive_accuracy": naive_accuracy(config, data)} if config.baseline else {}
+    return run.finish(model, data, report, baselines=baselines)
 
 
+@status("training the baseline")
 def naive_accuracy(config: Config, data: Data) -> float:
     """Test accuracy of the same model, trained as in tutorials."""
     model = build_model(config, data)

@@ -17,6 +17,7 @@ from common.batches import (
     training_batches,
 )
 from common.cli import Count, Positive, SharedConfig, run_recipe
+from common.console import status
 from common.data import Data, load_table
 from common.evaluation import evaluate_classifier
 from common.runs import start_run
@@ -96,10 +97,11 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         verbose=run.verbose,
     )
     report = evaluate_classifier(model, data.test, data.class_names, config.batch_size, run.strategy)
-    extra_metrics = {"logistic_regression_accuracy": logistic_regression_accuracy(data)} if config.baseline else {}
-    return run.finish(model, data, report, extra_metrics)
+    baselines = {"logistic_regression_accuracy": logistic_regression_accuracy(data)} if config.baseline else {}
+    return run.finish(model, data, report, baselines=baselines)
 
 
+@status("fitting the baseline: logistic regression")
 def logistic_regression_accuracy(data: Data) -> float:
     """Test accuracy of a linear model on the same examples."""
 

@@ -17,6 +17,7 @@ from common.batches import (
     training_batches,
 )
 from common.cli import Count, Positive, SharedConfig, run_recipe
+from common.console import status
 from common.data import Data, load_table
 from common.evaluation import evaluate_regressor
 from common.optimizers import FusedAdam
@@ -103,11 +104,11 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     )
     report = evaluate_regressor(model, data.test, config.batch_size, run.strategy)
     extra_metrics = {"noise_floor_mse": NOISE**2} if data.source == "generated" else {}
-    if config.baseline:
-        extra_metrics["ridge_mse"] = ridge_mse(data)
-    return run.finish(model, data, report, extra_metrics)
+    baselines = {"ridge_mse": ridge_mse(data)} if config.baseline else {}
+    return run.finish(model, data, report, extra_metrics, baselines)
 
 
+@status("fitting the baseline: ridge regression")
 def ridge_mse(data: Data) -> float:
     """Test error of a linear model with ridge penalty on the same examples."""
     linear = make_pipeline(StandardScaler(), sklearn.linear_model.Ridge())

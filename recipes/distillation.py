@@ -23,9 +23,11 @@ from common.batches import (
     training_batches,
 )
 from common.cli import Count, Positive, Share, SharedConfig, UserError, run_recipe
+from common.console import status
 from common.data import CIFAR10, Data, load_images
 from common.evaluation import evaluate_classifier
 from common.optimizers import Muon
+from common.progress import EpochLine
 from common.records import file_sha256
 from common.runs import once, start_run
 
@@ -64,6 +66,7 @@ def build_model(config: Config, data: Data, width: int = 1) -> keras.Model:
     return keras.Model(images, keras.layers.Softmax(dtype="float32")(logits), name="distillation")
 
 
+@status("computing the logits of the teacher")
 def teacher_logits(path: pathlib.Path, data: Data) -> np.ndarray:
     """The teacher's logits for the training images, then for the validation images: [n, classes]; cached on disk."""
     part = path.with_name(f"part-{os.getpid()}.npz")  # Renamed when complete.
@@ -126,7 +129,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         0.0, total_steps - warmup_steps, warmup_target=config.learning_rate, warmup_steps=warmup_steps
     )
 
-    def fit(build, training, validation, augment, from_logits=False, callbacks=(), start_step=0):
+    def fit(build, training, validation, augment, callbacks, from_logits=False, start_step=0):
         with run.strategy.scope():
             model = build()
             model.compile(
@@ -143,7 +146,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             epochs=config.epochs,
             validation_data=evaluation_batches(validation, config.batch_size, run.strategy),
             validation_steps=evaluation_steps(validation, config.batch_size),
-            callbacks=list(callbacks),
+            callbacks=callbacks,
             verbose=run.verbose,
         )
         return model
@@ -162,18 +165,20 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     callbacks = run.callbacks(data, augment)
     if not config.teacher:
         if not once(run, lambda: any(path.parent.glob("logits-*"))):  # A resumed run may have computed them.
-            teacher = fit(lambda: build_model(config, data, width=4), data.train, data.validation, augment)
+            teacher = fit(
+                lambda: build_model(config, data, width=4), data.train, data.validation, augment, [EpochLine("teacher")]
+            )
             once(run, lambda: teacher.save(path))
         logits = once(run, lambda: teacher_logits(path, data))
     taught = [
         Split({"image": split.inputs, "teacher_logits": part}, split.targets)
         for split, part in zip((data.train, data.validation), np.split(logits, [len(data.train)]), strict=True)
     ]
-    fit(lambda: with_teacher(student, config), *taught, augment_taught, True, callbacks, run.start_step)
+    fit(lambda: with_teacher(student, config), *taught, augment_taught, callbacks, True, run.start_step)
     if config.baseline:
-        fit(lambda: alone, data.train, data.validation, augment)
-    extra_metrics = {"alone_accuracy": evaluate(alone).metrics["accuracy"]} if config.baseline else {}
-    return run.finish(student, data, evaluate(student), extra_metrics)
+        fit(lambda: alone, data.train, data.validation, augment, [EpochLine("baseline, without a teacher")])
+    baselines = {"alone_accuracy": evaluate(alone).metrics["accuracy"]} if config.baseline else {}
+    return run.finish(student, data, evaluate(student), baselines=baselines)
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from common.cli import Count, Positive, Share, SharedConfig, run_recipe
 from common.data import MNIST, Data, load_images
 from common.evaluation import evaluate_classifier
 from common.optimizers import FusedAdam
+from common.progress import EpochLine
 from common.runs import start_run
 
 import keras
@@ -171,7 +172,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     report = evaluate(model)
     extra_metrics = {"nonzero_weights": float(sum(np.count_nonzero(weight) for weight in model.get_weights()))}
     if config.baseline:
-        extra_metrics["unpruned_accuracy"] = evaluate(fit([], start_step=0)).metrics["accuracy"]
+        extra_metrics["unpruned_accuracy"] = evaluate(fit([EpochLine("without pruning")], 0)).metrics["accuracy"]
     return run.finish(model, data, report, extra_metrics)
 
 

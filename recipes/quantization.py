@@ -22,6 +22,7 @@ from common.batches import (
     training_batches,
 )
 from common.cli import Count, Positive, Share, SharedConfig, run_recipe
+from common.console import status
 from common.data import CIFAR10, Data, load_images
 from common.evaluation import evaluate_classifier
 from common.optimizers import Muon
@@ -135,6 +136,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     )
     report = evaluate_classifier(model, data.test, data.class_names, config.batch_size, run.strategy)
 
+    @status("quantizing")
     def quantize() -> dict[str, float]:
         keras.config.set_dtype_policy("float32")  # Also if the training used another precision.
         network = build_model(config, data)  # On one device, whatever strategy trained it.

@@ -19,6 +19,7 @@ from common.batches import (
     training_batches,
 )
 from common.cli import Count, Positive, Share, SharedConfig, UserError, run_recipe
+from common.console import status
 from common.data import IMDB, Data, load_texts
 from common.evaluation import evaluate_classifier
 from common.optimizers import FusedAdam
@@ -50,6 +51,7 @@ def load_data(config: Config) -> Data:
     return load_texts(IMDB, config, config.text_column, config.label_column)
 
 
+@status("learning the vocabulary")
 def build_tokenizer(config: Config, data: Data) -> keras.Model:
     """Maps raw texts to the ids of their distinct words, pairs and triples. Fitted on the training split only."""
     words = keras.layers.TextVectorization(
@@ -125,9 +127,10 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
 
     # Tokenized once, before training.
     tokenizer = build_tokenizer(config, data)
-    train_tokens, validation_tokens, test_tokens = (
-        tokenized(split, tokenizer) for split in (data.train, data.validation, data.test)
-    )
+    with status("tokenizing"):
+        train_tokens, validation_tokens, test_tokens = (
+            tokenized(split, tokenizer) for split in (data.train, data.validation, data.test)
+        )
     ratios = log_count_ratios(train_tokens)
 
     schedule = keras.optimizers.schedules.CosineDecay(config.learning_rate, decay_steps=config.epochs * steps)
@@ -158,9 +161,10 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     )
     texts = keras.Input([], dtype="string", name="text")
     from_text = keras.Model(texts, model(tokenizer(texts)), name="text_classifier")
-    return run.finish(from_text, data, report, baselines(data) if config.baseline else {})
+    return run.finish(from_text, data, report, baselines=baselines(data) if config.baseline else {})
 
 
+@status("fitting the baselines")
 def baselines(data: Data) -> dict[str, float]:
     """Test accuracy of always predicting the most frequent class, and of a linear model on word counts."""
 

@@ -17,6 +17,7 @@ import shutil
 import sys
 
 from common.cli import Parser, UserError, run_script
+from common.console import print_line
 from common.records import commit
 
 import nbformat
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--notebook", action="store_true", help="also write the recipe as a notebook, train.ipynb")
     arguments = parser.parse_args()
     write(arguments.folder, project_files(find_recipe(arguments.recipe), arguments.notebook))
-    print(f"wrote {arguments.folder}; its README.md says how to install, train and resume")
+    print_line(f"wrote {arguments.folder}; its README.md says how to install, train and resume")
 
 
 def find_recipe(name: str) -> pathlib.Path:
@@ -49,7 +50,7 @@ def find_recipe(name: str) -> pathlib.Path:
         if os.path.isfile(path):
             if {"Config", "train", "main"} <= {getattr(node, "name", "") for node in parse(path).body}:
                 return path
-            raise UserError(f"{path}: no recipe, which defines Config, train and main; give another file")
+            raise UserError(f"{path}: not a recipe, which defines Config, train and main; give another file")
     names = ", ".join(sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))
     raise UserError(f"{name}: no such recipe; choose one of {names}, or give the path of your own")
 
@@ -168,7 +169,7 @@ def write(folder: pathlib.Path, files: dict[str, bytes]) -> None:
         if exists and any(folder.iterdir()):
             raise UserError(f"{folder}: is not empty; name a new folder")
         if not exists and os.path.lexists(folder):
-            raise UserError(f"{folder}: is no folder; name a new one")
+            raise UserError(f"{folder}: not a folder; name a new one")
         if not folder.parent.is_dir():
             raise UserError(f"{folder}: there is no folder {folder.parent}; create it first")
         # An existing folder is kept: its parent may be read-only, and a shell may use it as working directory.

@@ -12,6 +12,7 @@ import pathlib
 import re
 
 from common.cli import Parser, UserError, run_script
+from common.console import print_line
 
 RESULT = r"^Result    .*(?:\n {10}.*)*$"  # The Result entry of a docstring, with its continuation lines.
 ROOT = pathlib.Path(__file__).parent.parent
@@ -23,8 +24,10 @@ def main() -> None:
     parser.add_argument("--from", dest="original", required=True, help="name of the recipe to copy")
     arguments = parser.parse_args()
     new_recipe(ROOT, arguments.name, arguments.original.removesuffix(".py"))
-    print(f"wrote recipes/{arguments.name}.py and tests/test_{arguments.name}.py")
-    print(f"next: scripts/run.sh {arguments.name} --smoke; scripts/test.sh tests/test_{arguments.name}.py")
+    print_line(f"wrote recipes/{arguments.name}.py and tests/test_{arguments.name}.py")
+    print_line("next:")
+    print_line(f"  scripts/run.sh {arguments.name} --smoke")
+    print_line(f"  scripts/test.sh tests/test_{arguments.name}.py")
 
 
 def new_recipe(root: pathlib.Path, name: str, original: str) -> None:
@@ -35,13 +38,13 @@ def new_recipe(root: pathlib.Path, name: str, original: str) -> None:
         names = ", ".join(sorted(path.stem for path in target.parent.glob("*.py")))
         raise UserError(f"--from {original}: no such recipe; choose one of {names}")
     if not re.fullmatch(r"[a-z][a-z0-9_]{,99}", name):
-        raise UserError(f"{name}: no name for a recipe; use up to 100 small letters, digits and _, a letter first")
+        raise UserError(f"{name}: not a valid name; use up to 100 small letters, digits and _, a letter first")
     for path in (target, test):
         if path.exists():
             raise UserError(f"{path.relative_to(root)}: exists already; choose another name")
     # The folder of a script comes first on the import path, so recipes/json.py would shadow Python's json module.
     if keyword.iskeyword(name) or importlib.util.find_spec(name):
-        raise UserError(f"{name}: Python has a use of its own for this name; choose another")
+        raise UserError(f"{name}: Python itself uses this name; choose another")
     # Replace only the name of the recipe, not the same word elsewhere, as in keras.distillation.
     own_name = rf'(?<=recipes/){original}(?=\.py)|(?<="){original}(?=")'
     text = re.sub(own_name, name, source.read_text(encoding="utf-8"))

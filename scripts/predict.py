@@ -18,13 +18,14 @@ import tempfile
 
 from common import artefacts
 from common.cli import Parser, UserError, run_script
+from common.console import is_terminal, status_line
 from common.user_files import numbers, read_csv, read_image, read_texts
 
 import numpy as np
-import rich
 import tensorflow as tf
+from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 
 def main() -> None:
@@ -38,7 +39,8 @@ def main() -> None:
         if arguments.json:
             print("\n".join(map(json.dumps, predictions)))
         else:
-            rich.print(as_table(predictions))
+            # In a file, each row is one line.
+            Console(width=None if is_terminal(sys.stdout) else 100_000).print(as_table(predictions))
         sys.stdout.flush()
     except OSError as error:
         if not isinstance(error, BrokenPipeError):  # The reader, such as `head`, closed the pipe.
@@ -67,11 +69,13 @@ def predict(path: pathlib.Path, files: list[str]) -> list[dict]:
                 problem = "a folder" if path.is_dir() else "no such file"
                 raise UserError(f"{title}: {problem}; give files to predict, or - for standard input")
         try:
-            titles, inputs = read(description, sources)
+            with status_line(lambda: "reading"):
+                titles, inputs = read(description, sources)
         except UserError as error:
             line = str(error).replace(str(pathlib.Path(folder, "standard_input")), "standard input")
             raise UserError(line) from error
-    outputs = model(inputs)
+    with status_line(lambda: "predicting"):
+        outputs = model(inputs)
     rows = (tf.nest.map_structure(operator.itemgetter(row), outputs) for row in range(len(titles)))
     return [{"input": title, **write(description, row)} for title, row in zip(titles, rows, strict=True)]
 
@@ -138,7 +142,7 @@ WRITERS = {"class": write_class, "number": write_number}
 def as_table(predictions: list[dict]) -> Table:
     """Formats the predictions as a table, without the probabilities of the other classes."""
     columns = [name for name in predictions[0] if name != "probabilities"]
-    table = Table(*columns)
+    table = Table(*(Column(name, overflow="fold") for name in columns))
     for prediction in predictions:
         cells = (prediction[name] for name in columns)
         table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else escape(str(cell)) for cell in cells))

@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import re
 import shlex
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from common.cli import (
     STOPPING,
     AlreadyFinishedError,
     Count,
+    Parser,
     Share,
     SharedConfig,
     TrainingFailedError,
@@ -53,6 +55,44 @@ def test_help_shows_the_comment_of_each_field(capsys):
     assert "step size of the optimizer" in shown
 
 
+def test_help_lists_the_flags_in_groups_within_80_columns(recipe, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parse_config(recipe.Config, ["--help"], recipe.__doc__)
+    shown = capsys.readouterr().out
+    assert [line for line in shown.splitlines() if len(line) > 80] == []
+    titles = re.findall(r"^(\w+):$", shown, flags=re.MULTILINE)
+    assert titles == ["options", "recipe", "data", "training", "hardware", "run"]
+    groups = dict(zip(titles, re.split(r"^\w+:$", shown, flags=re.MULTILINE)[1:], strict=True))
+    own = {field.name for field in dataclasses.fields(recipe.Config)} - {
+        field.name for field in dataclasses.fields(SharedConfig)
+    }
+    flags = {title: re.findall(r"^  --([\w-]+)", text, flags=re.MULTILINE) for title, text in groups.items()}
+    assert {name.replace("-", "_") for name in flags["recipe"]} == own
+    assert flags["data"] == ["data", "data-dir", "validation-size"]
+    assert (flags["training"][0], flags["hardware"][0], flags["run"][-1]) == ("epochs", "strategy", "quiet")
+
+
+def test_the_description_keeps_its_entries_and_commands(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "42")
+    parser = Parser(
+        "Title: a sentence of several words\nin a paragraph.\n\n    a command\n\nData      many long words of text"
+    )
+    assert (
+        parser.format_help().splitlines()[2:9]
+        == [
+            "Title: a sentence of several words in a",
+            "paragraph.",
+            "",
+            "    a command",
+            "",
+            "Data      many long words of",
+            "          text",
+        ]
+        or parser.format_help()
+    )
+
+
 def test_every_field_has_a_comment(recipe):
     comments = field_comments(recipe.Config)
     for field in dataclasses.fields(recipe.Config):
@@ -91,12 +131,12 @@ def test_bad_flags_are_named(flags, named):
     ("values", "named"),
     [
         ({"batch_size": 0}, "--batch-size: 0 must be at least 1"),
-        ({"batch_size": "8"}, "--batch-size: '8' is no int"),
-        ({"batch_size": True}, "--batch-size: True is no int"),
+        ({"batch_size": "8"}, "--batch-size: '8' is not an int"),
+        ({"batch_size": True}, "--batch-size: True is not an int"),
         ({"learning_rate": float("nan")}, "--learning-rate: nan must be finite"),
         ({"warmup": 1}, "--warmup: 1 must be at least 0 and less than 1"),
-        ({"strategy": "fast"}, "--strategy: 'fast' is none of auto, none, mirrored"),
-        ({"checkpoint_every": "5 hours"}, "--checkpoint-every: '5 hours' is no int"),
+        ({"strategy": "fast"}, "--strategy: 'fast' must be one of auto, none, mirrored"),
+        ({"checkpoint_every": "5 hours"}, "--checkpoint-every: '5 hours' is not an int"),
     ],
 )
 def test_limits_hold_in_python_too(values, named):

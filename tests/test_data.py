@@ -139,12 +139,12 @@ def test_auto_falls_back_to_the_sample_and_says_so(no_network, capsys):
     assert (data.source, data.name) == ("sample", "drawn shapes")
     (line,) = capsys.readouterr().out.strip().splitlines()
     assert line.startswith("Not CIFAR-10: training on the sample, drawn shapes.")
-    assert "www.cs.toronto.edu is out of reach" in line
+    assert "www.cs.toronto.edu can't be reached" in line
     assert "copy a prepared cifar10 folder there" in line
 
 
 def test_tfds_without_network_is_refused(no_network, tmp_path):
-    with pytest.raises(UserError, match=r"No MNIST in .*empty: storage.googleapis.com is out of reach"):
+    with pytest.raises(UserError, match=r"No MNIST in .*empty: storage.googleapis.com can't be reached"):
         load_images(MNIST, SharedConfig(data="tfds"), (28, 28))
     assert not (tmp_path / "empty").exists()
 
@@ -260,7 +260,7 @@ def test_a_set_with_a_damaged_shard_is_named(tmp_path, way):
         shard.write_bytes({"flipped": flipped, "cut": content[:999], "emptied": b""}.get(way, first))
     with pytest.raises(UserError) as told:
         load_images(MNIST, SharedConfig(data_dir=str(tmp_path)), (28, 28))
-    assert str(told.value) == f"{shard.parent}: a file is missing or damaged; delete it all, to prepare it anew"
+    assert str(told.value) == f"{shard.parent}: a file is missing or damaged; delete this folder to prepare it again"
 
 
 # The user's own files.

@@ -334,9 +334,9 @@ def launched(*words: str, cwd: pathlib.Path) -> tuple[subprocess.Popen, list[str
     lines = []
     for line in launcher.stdout:
         lines.append(line)
-        if line.startswith("[0] Epoch 2"):
+        if line.startswith("[0] epoch 1/"):
             break
-    assert lines[-1].startswith("[0] Epoch 2"), launcher.stderr.read()
+    assert lines[-1].startswith("[0] epoch 1/"), launcher.stderr.read()
     return launcher, lines
 
 

@@ -175,10 +175,10 @@ def dangling(path):
     ("recipe", "folder", "prepare", "named"),
     [
         ("nowhere", "new", None, "nowhere: no such recipe; choose one of cifar10_cnn, "),
-        (str(ROOT / "scripts" / "doctor.py"), "new", None, "doctor.py: no recipe"),
+        (str(ROOT / "scripts" / "doctor.py"), "new", None, "doctor.py: not a recipe"),
         ("mnist_cnn", "there", full, "there: is not empty; name a new folder"),
-        ("mnist_cnn", "there", file, "there: is no folder; name a new one"),
-        ("mnist_cnn", "there", dangling, "there: is no folder; name a new one"),
+        ("mnist_cnn", "there", file, "there: not a folder; name a new one"),
+        ("mnist_cnn", "there", dangling, "there: not a folder; name a new one"),
         ("mnist_cnn", "there/new", file, "create it first"),
         ("mnist_cnn", "no/new", None, "create it first"),
         ("mnist_cnn", "a" * 300, None, "can't be written (File name too long)"),

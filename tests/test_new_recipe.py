@@ -60,10 +60,10 @@ def test_only_the_name_of_the_recipe_is_another(project, original):
     ("name", "original", "named"),
     [
         ("my_task", "nowhere", "--from nowhere: no such recipe; choose one of cifar10_cnn, "),
-        ("My Task", "mnist_cnn", "My Task: no name for a recipe"),
+        ("My Task", "mnist_cnn", "My Task: not a valid name"),
         ("mnist_cnn", "mnist_cnn", "exists already"),
-        ("json", "mnist_cnn", "json: Python has a use of its own"),
-        ("class", "mnist_cnn", "class: Python has a use of its own"),
+        ("json", "mnist_cnn", "json: Python itself uses this name"),
+        ("class", "mnist_cnn", "class: Python itself uses this name"),
         ("my_task", "../scripts/doctor", "no such recipe"),
         ("a" * 300, "mnist_cnn", "up to 100 small letters"),
     ],

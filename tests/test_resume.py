@@ -21,6 +21,7 @@ from common.checkpoints import Checkpoints, newest_checkpoint
 from common.cli import AlreadyFinishedError, SharedConfig, TrainingFailedError, UserError, run_recipe
 from common.data import Data
 from common.evaluation import evaluate_regressor
+from common.progress import EpochLine
 from common.records import provenance, read_json, read_run, rename, write_json
 from common.run_directory import lock, unlock
 from common.runs import start_run, with_class_names
@@ -265,13 +266,22 @@ def test_resumed_with_other_steps_per_execution(tmp_path, monkeypatch, moment):
     assert torture.outcome(tmp_path / "run") == torture.outcome(tmp_path / "alone")
 
 
-def test_the_progress_bar_of_a_resumed_epoch_counts_what_remains(tmp_path, capsys):
+def test_a_resumed_epoch_is_shown_with_the_steps_before(tmp_path, capsys, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "run", ("train", 1, 3), epochs=3)
     capsys.readouterr()
-    fit(tmp_path / "run", epochs=3, verbose=2, resume=True)
-    shown = [line.partition(" ")[0] for line in capsys.readouterr().out.splitlines() if line[0].isdigit()]
-    assert shown == ["2/2", f"{STEPS}/{STEPS}"]
+    phases = []
+    monkeypatch.setattr(
+        EpochLine, "on_train_batch_end", lambda line, batch, logs: phases.append(line.skipped + batch + 1)
+    )
+    fit(tmp_path / "run", epochs=3, verbose=2, resume=True, quiet=False)
+    assert phases == [*range(5, STEPS + 1), *range(1, STEPS + 1)]
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("training: ", "epoch "))]
+    assert [line.partition("  ")[0] for line in shown] == [
+        f"training: epochs 3, steps per epoch {STEPS}",
+        "epoch 2/3",
+        "epoch 3/3",
+    ]
     result = read_json(tmp_path / "run" / "result.json")
     assert result["steps"] == 3 * STEPS
 
@@ -512,7 +522,7 @@ def test_exit_code_75_from_a_recipe(tmp_path):
     """As a process: once before training, once in it; then to the end."""
     recipe = str(ROOT / "recipes" / "linear_regression.py")
     command = [sys.executable, recipe, "--deterministic", "--no-baseline", "--epochs", "200", "--run-dir", "run"]
-    for number, awaited in ((signal.SIGINT, "hardware: "), (signal.SIGTERM, "Epoch 2/")):
+    for number, awaited in ((signal.SIGINT, "hardware: "), (signal.SIGTERM, "epoch 1/")):
         process = start_program([*command, "--resume"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         while not process.stdout.readline().startswith(awaited):
             assert process.poll() is None
@@ -630,7 +640,7 @@ def test_other_data_are_refused(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "run", ("train", 1, 2))
     monkeypatch.setattr(Data, "digest", lambda self: "another")
-    with pytest.raises(UserError, match="not the data that this run began with"):
+    with pytest.raises(UserError, match="not the data this run began with"):
         fit(tmp_path / "run", resume=True)
 
 
@@ -694,7 +704,7 @@ def test_a_directory_that_was_taken_meanwhile_is_left_alone(tmp_path):
                 with pytest.raises(UserError, match="in use by another process; wait for it"):
                     run.callbacks(splits())
         else:
-            with pytest.raises(UserError, match="another process was faster; choose a new folder"):
+            with pytest.raises(UserError, match="another process uses it now; choose a new folder"):
                 run.callbacks(splits())
         assert {path.name: path.read_text() for path in directory.iterdir() if path.name in content} == content
         assert {path.name for path in directory.iterdir()} == {"lock", *content}

@@ -210,7 +210,7 @@ class KillTest:
                     in_training = self.signal == "STOP" or self.random.random() < 0.5
                     if not in_training:
                         send_signal_within(self.overhead + self.training)
-            elif in_training and line.startswith("[0] Epoch "):
+            elif in_training and line.startswith("[0] training: "):
                 in_training = False
                 send_signal_within(self.compiling + self.training)
             elif ended := re.match(r"\[launch] worker (\d+) (ended with|died of signal) (\d+)", line):
