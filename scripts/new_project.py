@@ -15,11 +15,13 @@ import pathlib
 import re
 import shutil
 import sys
+import tomllib
 
 from common.cli import Parser, UserError, run_script
 from common.records import commit
 
 import nbformat
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -90,9 +92,9 @@ def needed_files(recipe: pathlib.Path) -> list[pathlib.Path]:
 
 def requirements(files: list[pathlib.Path], notebook: bool) -> list[str]:
     """Returns the packages that the files import, with the version ranges of this project."""
-    text = "\n".join((ROOT / name).read_text() for name in ("requirements-dev.txt", "requirements.txt"))
-    lines = re.findall(r"^([\w.-]+)([<>=~!][^\s#]*)", text, flags=re.MULTILINE)
-    known = {canonicalize_name(name): name + versions for name, versions in lines}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    known = {canonicalize_name(Requirement(line).name): line for line in lines}
     distributions = importlib.metadata.packages_distributions()
     needed = {"pytest", "ipykernel"} if notebook else {"pytest"}
     for path in files:
