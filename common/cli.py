@@ -100,7 +100,7 @@ def _problem(value: Any, kind: Any) -> str:
 class Parser(argparse.ArgumentParser):
     """A parser with one-line errors. Disallows abbreviated flags: a new flag could make them ambiguous."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str | None):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
 
