@@ -143,8 +143,8 @@ def as_notebook(source: str) -> str:
     tree, lines, cells, end, previous = ast.parse(source), source.splitlines(), [], 0, None
     for node in tree.body:
         text, end = "\n".join(lines[end : node.end_lineno]), node.end_lineno
-        if node is tree.body[0] and ast.get_docstring(tree):
-            title, _, rest = ast.get_docstring(tree).partition("\n")
+        if node is tree.body[0] and (docstring := ast.get_docstring(tree)):
+            title, _, rest = docstring.partition("\n")
             cells.append(nbformat.v4.new_markdown_cell(f"# {title}\n\n```\n{rest.strip()}\n```"))
         elif isinstance(previous, ast.Import | ast.ImportFrom) and isinstance(node, ast.Import | ast.ImportFrom):
             cells[-1].source += f"\n{text}"  # `text` includes blank lines between import groups.
