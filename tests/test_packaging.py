@@ -11,6 +11,8 @@ import sys
 import tomllib
 import zipfile
 
+from common.upstream import PATCHES
+
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -85,6 +87,15 @@ def test_workflows_run_what_exists(path):
     named = set(re.findall(r"[\w.-]*/?[\w-]+\.(?:sh|py|txt)\b", "\n".join(commands)))
     missing = {name for name in named if not (ROOT / name).is_file()}
     assert missing <= {"upstream.txt"}  # Written by a step before.
+
+
+def test_the_weekly_workflow_applies_patches_to_any_version(tmp_path):
+    steps = yaml.safe_load((ROOT / ".github" / "workflows" / "newest.yml").read_text())["jobs"]["newest"]["steps"]
+    (command,) = (step["run"] for step in steps if step.get("run", "").startswith("sed "))
+    (tmp_path / "common").mkdir()
+    path = shutil.copy(ROOT / "common" / "upstream.py", tmp_path / "common")
+    subprocess.run(shlex.split(command), cwd=tmp_path, check=True)
+    assert path.read_text().count('">=0"') == len(PATCHES)
 
 
 def test_the_image_is_built_from_files_that_exist():
