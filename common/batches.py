@@ -160,8 +160,8 @@ def training_batches(
     Returns:
         A `tf.data.Dataset` of (inputs, targets); a `DistributedDataset` if there are several replicas.
     """
-    strategy = strategy or tf.distribute.get_strategy()
-    replicas, steps = strategy.num_replicas_in_sync, steps_per_epoch(split, batch_size)
+    distribution = strategy or tf.distribute.get_strategy()
+    replicas, steps = distribution.num_replicas_in_sync, steps_per_epoch(split, batch_size)
     rows = min(batch_size, len(split)) // replicas
     if not rows:
         raise UserError(f"--devices {replicas}: there are {len(split)} training examples; use fewer devices")
@@ -180,7 +180,7 @@ def training_batches(
             inputs, targets, BatchRandom(batch_seed, rows * replicas, turns, itertools.count(), replica, replicas)
         )
 
-    return _stream(replica_batch, strategy, start_step)
+    return _stream(replica_batch, distribution, start_step)
 
 
 def evaluation_batches(split: Split, batch_size: int, strategy: tf.distribute.Strategy | None = None) -> Any:
@@ -191,8 +191,8 @@ def evaluation_batches(split: Split, batch_size: int, strategy: tf.distribute.St
     """
     if not len(split):
         return None
-    strategy = strategy or tf.distribute.get_strategy()
-    replicas, steps = strategy.num_replicas_in_sync, evaluation_steps(split, batch_size)
+    distribution = strategy or tf.distribute.get_strategy()
+    replicas, steps = distribution.num_replicas_in_sync, evaluation_steps(split, batch_size)
     if len(split) // steps < replicas:
         problem = f"a batch of {len(split) // steps} examples (of {len(split)}) leaves devices without any"
         raise UserError(f"--devices {replicas}: {problem}; use fewer devices or larger batches")
@@ -202,7 +202,7 @@ def evaluation_batches(split: Split, batch_size: int, strategy: tf.distribute.St
         first, end = step * len(split) // steps, (step + 1) * len(split) // steps
         return _gather(split, tf.range(*(first + part * (end - first) // replicas for part in (replica, replica + 1))))
 
-    return _stream(replica_batch, strategy, 0, steps)
+    return _stream(replica_batch, distribution, 0, steps)
 
 
 def _gather(split: Split, examples: tf.Tensor) -> tuple:

@@ -52,13 +52,13 @@ def _encoded(value: Any, arrays: list[np.ndarray]) -> Any:
     """Encodes a value as JSON. Appends arrays to `arrays` and stores their index; TypeError for unsupported types."""
     if value is None or type(value) in (bool, int, float, str):
         return value
-    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufcSU":
-        arrays.append(np.asarray(value))
-        return {"array" if isinstance(value, np.ndarray) else "scalar": len(arrays) - 1}
     if type(value) is dict:
         return {"dict": [[_encoded(part, arrays) for part in pair] for pair in value.items()]}
     if type(value) in (list, tuple, set, frozenset):
         return {type(value).__name__: [_encoded(part, arrays) for part in value]}
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufcSU":
+        arrays.append(np.asarray(value))
+        return {"array" if isinstance(value, np.ndarray) else "scalar": len(arrays) - 1}
     raise TypeError(type(value).__name__)
 
 
@@ -138,7 +138,7 @@ class Checkpoints(keras.callbacks.Callback):
         if self._offset:
             self._restore()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch, logs: Any = None):
         done, steps = self._offset + batch + 1, self.params["steps"]
         if self._offset and done == steps and not self.model.stop_training:
             self.model.stop_training = EPOCH_OVER
@@ -273,7 +273,7 @@ class Checkpoints(keras.callbacks.Callback):
         for old, new in itertools.zip_longest(saved, current):
             if old != new:
                 raise UserError(f"{checkpoint}: holds {old} where this training has {new}; start a new run")
-        arrays = []
+        self._state, arrays = state, []
         if self.cluster.chief:
             with np.load(checkpoint / "arrays.npz") as file:
                 arrays = [file[name] for name in file.files]
@@ -287,7 +287,7 @@ class Checkpoints(keras.callbacks.Callback):
 
     def _restore(self) -> None:
         """Restores variables, metrics and callbacks, after `fit` and other callbacks have initialized them."""
-        state, variables = self.resumed[1], self._variables()
+        state, variables = self._state, self._variables()
         # View as the dtype of the variable: NumPy files have no bfloat16.
         for variable, values in zip(variables, self._arrays, strict=False):
             variable.assign(values.view(tf.as_dtype(variable.dtype).as_numpy_dtype))

@@ -125,7 +125,7 @@ class _Help(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """A parser with one-line errors. Disallows abbreviated flags: a new flag could make them ambiguous."""
 
-    def __init__(self, description: str, **options: Any):
+    def __init__(self, description: str | None, **options: Any):
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:

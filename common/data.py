@@ -245,7 +245,7 @@ def _cut(
         inputs[split], targets[split] = tf.nest.map_structure(operator.itemgetter(rows), arrays.get(split, train))
     if task["output"] == "class":
         about["class_names"] = class_names = tuple(np.unique(targets["train"]).tolist())
-        if len(class_names) < 2:
+        if len(class_names) == 1:
             remedy = "add another, or give a smaller --validation-size"
             raise UserError(f"{name}: only one class to train on, {class_names[0]!r}; {remedy}")
         for split in splits:

@@ -117,7 +117,9 @@ def choose(machine: Machine, config: SharedConfig, workers: int = 0) -> dict[str
 
 
 def apply(
-    choices: dict[str, tuple[Any, str]], config: SharedConfig, cluster: Cluster | None = None
+    choices: dict[str, tuple[Any, str]],
+    config: SharedConfig,
+    cluster: Cluster = None,  # pyright: ignore[reportArgumentType]: needed by "multi-worker" alone
 ) -> tf.distribute.Strategy:
     """Configures TensorFlow and Keras according to `choices`, from `choose`. Waits for all workers, if there are any.
 

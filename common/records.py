@@ -81,9 +81,9 @@ def read_run(folder: pathlib.Path) -> dict[str, Any]:
 
 def load_program(path: pathlib.Path) -> types.ModuleType:
     """Imports a recipe or a script as a module named after its file. Raises a `UserError` if there is no file."""
-    if not path.is_file():
+    specification = importlib.util.spec_from_file_location(path.stem, path) if path.is_file() else None
+    if not specification or not specification.loader:  # No such file, or not named *.py.
         raise UserError(f"{path}: no such program; give the name of one in that folder, or copy yours there")
-    specification = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(specification)
     sys.modules[path.stem] = module  # Dataclasses look up their module.
     specification.loader.exec_module(module)
@@ -99,7 +99,7 @@ def file_sha256(path: pathlib.Path) -> str:
 def code_sha256() -> str:
     """Returns the SHA-256 of the source files of the main program and of `common`."""
     modules = [module for name, module in sorted(sys.modules.items()) if name.split(".")[0] in ("__main__", "common")]
-    files = [module.__file__ for module in modules if getattr(module, "__file__", None)]
+    files = [file for module in modules if (file := getattr(module, "__file__", None))]
     return hashlib.sha256(b"".join(pathlib.Path(file).read_bytes() for file in files)).hexdigest()
 
 

@@ -60,7 +60,7 @@ def lock(directory: pathlib.Path) -> None:
         file = open(path, "a+b", buffering=0)  # noqa: SIM115
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        with file:
+        with file:  # pyright: ignore[reportGeneralTypeIssues]: it is open, because only `flock` raises this
             holder = path.read_text(errors="replace") or "another process"
         raise UserError(f"--run-dir {directory}: in use by {holder}; wait for it, or choose another") from error
     except OSError as error:

@@ -335,7 +335,7 @@ class _Watch(keras.callbacks.Callback):
             self._traced = True
             self.compile_seconds += took
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch, logs: Any = None):
         self._tick()
         if self.model.stop_training == EPOCH_OVER:  # Reset here, so that later callbacks can stop training.
             self.model.stop_training = False

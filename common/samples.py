@@ -47,7 +47,7 @@ def _draw(label: str, count: int, random: np.random.Generator) -> np.ndarray:
         return random.uniform(low, high, (count, channels, 1, 1)).astype(np.float32)
 
     # Background: a colour gradient with random dots. Axis 1 holds the colour channels.
-    rows, columns = np.float32(np.mgrid[-1:1:32j, -1:1:32j])
+    rows, columns = np.mgrid[-1:1:32j, -1:1:32j].astype(np.float32)
     dark, bright = uniform(20, 235, 3), uniform(20, 235, 3)
     pictures = dark + (bright - dark) * (1 + rows * uniform(-1, 1) + columns * uniform(-1, 1)) / 2
     for _ in range(8):

@@ -39,7 +39,8 @@ class Logs(keras.callbacks.TensorBoard):
     """
 
     def __init__(self, folder: pathlib.Path, config: SharedConfig, sizes: dict[str, int]):
-        self.folder, self.failed, self.writer, self._flushed = folder, False, None, 0.0
+        self.folder, self.failed, self._flushed = folder, False, 0.0
+        self.writer: Any = None  # until `_open`
         profile, histograms = (2, 4) if config.profile else 0, int(config.histograms)
         super().__init__(str(folder), histogram_freq=histograms, profile_batch=profile, write_graph=not sizes)
         for name in dir(keras.callbacks.TensorBoard):

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -41,12 +41,14 @@ def main() -> None:
     )
     parser.error = lambda message: parser.exit(2, f"error: {message}; the only flag is --help\n")
     parser.parse_args()
-    findings = [
-        check_python(sys.version_info[:2]),
-        *check_packages((ROOT / "requirements.txt").read_text("utf-8").splitlines(), installed_versions()),
-    ]
+    findings = [check_python(sys.version_info[:2])]
+    if not findings[0].trouble:
+        import tomllib  # New in Python 3.11.
+
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+        findings += check_packages(project["dependencies"], installed_versions())
     if any(finding.trouble for finding in findings):
-        findings.append(Finding("machine", "not checked until the packages are in order"))
+        findings.append(Finding("machine", "not checked until Python and the packages are in order"))
     else:
         findings += look_at_machine()
     for finding in findings:
@@ -106,11 +108,7 @@ def check_packages(requirements: Iterable[str], installed: dict[str, str]) -> It
     from packaging.requirements import Requirement
 
     remedy = f"{sys.executable} -m pip install -r requirements.txt -c constraints.txt"
-    for line in requirements:
-        line = line.partition("#")[0].strip()
-        if not line or line.startswith("-"):
-            continue
-        requirement = Requirement(line)
+    for requirement in map(Requirement, requirements):
         version = installed.get(requirement.name.lower().replace("_", "-"))
         if version is None:
             yield Finding(requirement.name, "not installed", remedy, trouble=True)
@@ -178,7 +176,7 @@ def check_patch(item: tuple[str, Any]) -> Finding:
     return Finding(f"patch {name!r}", f"{message}: {patch.reason}", remedy, trouble=True)
 
 
-def check_threads(cores: int, environment: dict[str, str]) -> Finding:
+def check_threads(cores: int, environment: Mapping[str, str]) -> Finding:
     """Checks that no environment variable limits TensorFlow to fewer threads than cores."""
     for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
         if environment.get(name, str(cores)).isdigit() and int(environment.get(name, cores)) < cores:

@@ -167,9 +167,8 @@ class Launcher:
     def write(self, target: TextIO | None, text: str) -> None:
         """Writes without buffering. If that fails (closed pipe, full disk), asks the workers to save and exit."""
         try:
-            os.write(target.fileno(), text.encode(target.encoding, "backslashreplace"))
-        except AttributeError:  # The process has no such stream.
-            pass
+            if target:  # Else the process has no such stream.
+                os.write(target.fileno(), text.encode(target.encoding, "backslashreplace"))
         except OSError:
             if not self.signals:
                 self.pass_on(signal.SIGTERM, None)

@@ -15,12 +15,14 @@ import pathlib
 import re
 import shutil
 import sys
+import tomllib
 
 from common.cli import Parser, UserError, run_script
 from common.console import print_line
 from common.records import commit
 
 import nbformat
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -91,9 +93,9 @@ def needed_files(recipe: pathlib.Path) -> list[pathlib.Path]:
 
 def requirements(files: list[pathlib.Path], notebook: bool) -> list[str]:
     """Returns the packages that the files import, with the version ranges of this project."""
-    text = "\n".join((ROOT / name).read_text() for name in ("requirements-dev.txt", "requirements.txt"))
-    lines = re.findall(r"^([\w.-]+)([<>=~!][^\s#]*)", text, flags=re.MULTILINE)
-    known = {canonicalize_name(name): name + versions for name, versions in lines}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    known = {canonicalize_name(Requirement(line).name): line for line in lines}
     distributions = importlib.metadata.packages_distributions()
     needed = {"pytest", "ipykernel"} if notebook else {"pytest"}
     for path in files:
@@ -142,8 +144,8 @@ def as_notebook(source: str) -> str:
     tree, lines, cells, end, previous = ast.parse(source), source.splitlines(), [], 0, None
     for node in tree.body:
         text, end = "\n".join(lines[end : node.end_lineno]), node.end_lineno
-        if node is tree.body[0] and ast.get_docstring(tree):
-            title, _, rest = ast.get_docstring(tree).partition("\n")
+        if node is tree.body[0] and (docstring := ast.get_docstring(tree)):
+            title, _, rest = docstring.partition("\n")
             cells.append(nbformat.v4.new_markdown_cell(f"# {title}\n\n```\n{rest.strip()}\n```"))
         elif isinstance(previous, ast.Import | ast.ImportFrom) and isinstance(node, ast.Import | ast.ImportFrom):
             cells[-1].source += f"\n{text}"  # `text` includes blank lines between import groups.

@@ -28,7 +28,7 @@ if nvidia-smi --list-gpus >/dev/null 2>&1; then files+=(requirements-gpu.txt); f
 if [ "$purpose" = test ]; then files+=(requirements-dev.txt); fi
 installed=$root/.venv/installed
 for file in "${files[@]}"; do
-    checksum=$(cd "$root" && cat "$file" requirements.txt constraints.txt pyproject.toml | cksum)
+    checksum=$(cd "$root" && cat "$file" constraints.txt pyproject.toml | cksum)
     if [ "$(cat "$installed/$file" 2>/dev/null)" != "$checksum" ]; then
         echo "installing $file" >&2
         (cd "$root" && "$python" -m pip install --quiet --disable-pip-version-check \
