@@ -29,9 +29,8 @@ def print_line(line: str, file: TextIO | None = None, bold: bool = False) -> Non
 
     Keeps a line that begins with a space, such as a row of a table or a command to copy. In files, lines stay whole.
     """
-    file = file or sys.stdout
     with _lock:
-        if is_terminal(file):
+        if is_terminal(file or sys.stdout):
             if not line.startswith(" "):
                 line = textwrap.fill(
                     line, columns(), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False

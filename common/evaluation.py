@@ -103,7 +103,8 @@ def evaluate_regressor(model: keras.Model, split: Split, batch_size: int, strate
     figure = Figure(figsize=(5.5, 5.5), layout="constrained")
     axes = figure.add_subplot(xlabel="true value", ylabel="predicted value")
     axes.plot(true[:2000], predicted[:2000], ".", markersize=3, label=f"{min(2000, len(true)):,} examples")
-    axes.axline((float(true.mean()),) * 2, slope=1, color="black", linewidth=1, label="predicted = true")
+    mean = float(true.mean())
+    axes.axline((mean, mean), slope=1, color="black", linewidth=1, label="predicted = true")
     axes.legend()
     metric_functions = {"mse": sklearn.metrics.mean_squared_error, "mae": sklearn.metrics.mean_absolute_error}
     if len(true) > 1:  # R² needs at least two examples.

@@ -42,7 +42,7 @@ class EpochLine(keras.callbacks.ProgbarLogger):
         self._epoch, self._began, self._logs = epoch, time.monotonic(), {}
 
     def on_train_batch_end(self, batch, logs=None):
-        self._phase, self._logs = f"{self.skipped + batch + 1}/{self.target}", logs
+        self._phase, self._logs = f"{self.skipped + batch + 1}/{self.target}", logs or {}
 
     def on_test_begin(self, logs=None):
         self._phase = "validating"
@@ -54,7 +54,7 @@ class EpochLine(keras.callbacks.ProgbarLogger):
         """Does nothing: `on_epoch_end` shows the validation metrics."""
 
     def on_epoch_end(self, epoch, logs=None):
-        self._phase, self._logs = "", logs
+        self._phase, self._logs = "", logs or {}
         if self.verbose:
             say(self._line(columns() if is_terminal(sys.stdout) else math.inf))
 
@@ -84,7 +84,7 @@ class EpochLine(keras.callbacks.ProgbarLogger):
         kept: list[str] = []
         for name in sorted(parts, key=importance):
             more = sorted([*kept, name], key=place)
-            longer = "  ".join([*begin, *map(parts.get, more), end])
+            longer = "  ".join([*begin, *(parts[metric] for metric in more), end])
             if len(longer) <= space:
                 kept, line = more, longer
         return line

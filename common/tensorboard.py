@@ -80,12 +80,12 @@ class Logs(keras.callbacks.TensorBoard):
 
         Flushes to disk at most once a second.
         """
-        summary = Summary()
-        for name, value in {**(logs or {}), "learning_rate": float(self._learning_rate())}.items():
+        logs, summary = logs or {}, Summary()
+        for name, value in {**logs, "learning_rate": float(self._learning_rate())}.items():
             split = "validation" if name.startswith("val_") else "train"
             summary.MergeFrom(scalar_pb(f"{split}/{name.removeprefix('val_')}", value))
         if epoch == 0:
-            summary.MergeFromString(_charts([name for name in logs or () if f"val_{name}" in logs]))
+            summary.MergeFromString(_charts([name for name in logs if f"val_{name}" in logs]))
         tf.raw_ops.WriteRawProtoSummary(
             writer=self.writer._resource,
             step=tf.constant(epoch, tf.int64),  # Python values make the operation ten times slower.
