@@ -93,7 +93,7 @@ def test_the_weekly_workflow_applies_patches_to_any_version(tmp_path):
     steps = yaml.safe_load((ROOT / ".github" / "workflows" / "newest.yml").read_text())["jobs"]["newest"]["steps"]
     (command,) = (step["run"] for step in steps if step.get("run", "").startswith("sed "))
     (tmp_path / "common").mkdir()
-    path = shutil.copy(ROOT / "common" / "upstream.py", tmp_path / "common")
+    path = pathlib.Path(shutil.copy(ROOT / "common" / "upstream.py", tmp_path / "common"))
     subprocess.run(shlex.split(command), cwd=tmp_path, check=True)
     assert path.read_text().count('">=0"') == len(PATCHES)
 
