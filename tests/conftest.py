@@ -64,7 +64,7 @@ def short_set(*names: str) -> pytest.MarkDecorator:
 def pytest_report_header(config):
     """Says what is run, and how long that takes about."""
     if config.option.markexpr.startswith("not long"):
-        return "the short set: about ten minutes on two cores; scripts/test.sh --all: about thirty"
+        return "the short set: about five minutes on two cores; scripts/test.sh --all: about twenty"
     return None
 
 

@@ -183,7 +183,7 @@ def test_exit_codes(monkeypatch, capsys, raised, code, line):
     assert capsys.readouterr() == (("", line) if code else (line, ""))
 
 
-@pytest.mark.parametrize("number", STOPPING)
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_script_that_is_stopped_leaves_nothing_behind(number, tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # What a shell starts in the background ignores it.
     words = [sys.executable, "-c", STOPPED, str(tmp_path)]

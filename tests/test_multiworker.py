@@ -304,6 +304,7 @@ def one_line(errors: str, named: str) -> None:
     assert named in errors
 
 
+@pytest.mark.long
 def test_data_of_another_shape_end_all_before_there_are_models(addresses, tmp_path):
     """TensorFlow could not bring the models together. And --data may differ: the files of each worker have a place."""
     rows = "\n".join(f"{number},{number % 7},{number % 3}" for number in range(60))

@@ -34,7 +34,12 @@ def arguments(monkeypatch):
     monkeypatch.setattr(sys, "argv", [])
 
 
-@pytest.mark.parametrize("name", RECIPES)
+SOME_IN_THE_SHORT_SET = [
+    pytest.param(name, marks=() if name in ("cifar10_cnn", "text_classifier") else pytest.mark.long) for name in RECIPES
+]
+
+
+@pytest.mark.parametrize("name", SOME_IN_THE_SHORT_SET)
 def test_a_project_holds_the_recipe_and_just_what_it_imports(name, tmp_path):
     folder = make(name, tmp_path / "project")
     text = (ROOT / "recipes" / f"{name}.py").read_text()
@@ -103,7 +108,7 @@ def notebook_of(name, tmp_path):
     return folder, notebook
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", SOME_IN_THE_SHORT_SET)
 def test_a_notebook_holds_the_recipe_without_main(name, tmp_path):
     folder, notebook = notebook_of(name, tmp_path)
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")

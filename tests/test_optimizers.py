@@ -73,7 +73,7 @@ def test_it_can_be_made_again_from_its_configuration():
     assert float(again.learning_rate) == pytest.approx(0.02)
 
 
-@pytest.mark.parametrize("weight_decay", [None, 0.1])
+@pytest.mark.parametrize("weight_decay", [pytest.param(None, marks=pytest.mark.long), 0.1])
 def test_adam_in_one_operation_equals_keras(weight_decay):
     inputs = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32)
     outcomes, operations = [], []

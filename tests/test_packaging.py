@@ -39,9 +39,9 @@ def lines_of(name: str) -> list[str]:
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("requirements*.txt")), ids=lambda path: path.stem)
 def test_requirements_files_install_what_pyproject_lists(path):
-    """One list of packages: `requirements-gpu.txt` is the extra `gpu`."""
+    """`requirements.txt` lists the same packages; `requirements-gpu.txt` is the extra `gpu`."""
     _, _, extra = path.stem.partition("-")
-    assert lines_of(path.name) == [f"-e .[{extra}]" if extra else "-e ."]
+    assert lines_of(path.name) == ([f"-e .[{extra}]"] if extra else ["-e .", *PROJECT["dependencies"]])
     assert not extra or EXTRAS[extra]
 
 
