@@ -112,7 +112,12 @@ def test_another_seed_gives_another_order(stream):
 
 @pytest.mark.parametrize(
     ("workers", "replicas"),
-    [pytest.param(1, 2, marks=pytest.mark.long), pytest.param(2, 2, marks=pytest.mark.long), (3, 3), (2, 4)],
+    [
+        pytest.param(1, 2, marks=pytest.mark.long),
+        pytest.param(2, 2, marks=pytest.mark.long),
+        pytest.param(3, 3, marks=pytest.mark.long),
+        (2, 4),
+    ],
 )
 def test_the_slices_of_workers_join_to_the_global_batch(stream, workers, replicas):
     stream["batch_size"] = 36

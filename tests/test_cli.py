@@ -8,7 +8,6 @@ import sys
 
 from common.cli import (
     EXIT_INTERRUPTED,
-    STOPPING,
     AlreadyFinishedError,
     Count,
     Parser,

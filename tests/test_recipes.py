@@ -118,7 +118,7 @@ def test_the_saved_model_takes_what_a_user_has(recipe, finished_run):
         assert np.mean((outputs - targets) ** 2) == pytest.approx(result["metrics"]["mse"], rel=1e-3)
 
 
-@short_set("dense_classifier", "mnist_cnn", "text_classifier")
+@short_set("mnist_cnn", "text_classifier")
 def test_the_same_command_gives_the_same_weights(recipe, finished_run, tmp_path):
     _, directory = finished_run(recipe.__name__)
     again = run_smoke(recipe.__name__, tmp_path, "--run-dir", "run", "--quiet", "--no-baseline")
@@ -127,7 +127,7 @@ def test_the_same_command_gives_the_same_weights(recipe, finished_run, tmp_path)
     assert runs[0]["weights_sha256"] == runs[1]["weights_sha256"]
 
 
-@short_set("dense_classifier", "linear_regression", "text_classifier")
+@short_set("linear_regression", "text_classifier")
 def test_mirrored_computes_what_one_device_computes(recipe, tmp_path, monkeypatch):
     """The first 20 steps, or a few more, of a training as long as that on the real set.
 

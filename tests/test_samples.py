@@ -30,6 +30,7 @@ def test_digits_and_shapes_are_bytes():
         assert (inputs.shape[1:], inputs.dtype) == (shape, np.uint8)
 
 
+@pytest.mark.long
 def test_a_linear_model_fails_on_the_shapes():
     """The recipe reaches over 80 %; `results/` holds no figure of the sample, so this is the only bound."""
     linear = sklearn.linear_model.SGDClassifier(loss="log_loss", max_iter=5, tol=None, random_state=0)
