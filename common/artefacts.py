@@ -116,7 +116,7 @@ def load_run(run_dir: pathlib.Path) -> tuple[dict[str, Any], keras.Model]:
             raise ValueError("it is not the file that the training wrote")
         return result, load_keras(path)
     except Exception as error:  # Keras raises errors of many types, also for files that could do harm.
-        raise UserError(f"{path}: can't be read ({error}); train again, or take another run") from error
+        raise UserError(f"{path}: can't be read ({error}); train again, or give another run") from error
 
 
 def load_keras(path: pathlib.Path) -> keras.Model:

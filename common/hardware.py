@@ -77,7 +77,7 @@ def choose(machine: Machine, config: SharedConfig, workers: int = 0) -> dict[str
     elif strategy == "tpu" and not machine.tpus:
         problem = "--strategy tpu: TensorFlow finds no TPU; install the packages for it, or leave it out"
     elif config.devices > 1 and (strategy == "tpu" or (strategy == "multi-worker" and not gpus)):
-        problem = f"--devices {config.devices}: not with --strategy {strategy}, which takes what there is; leave it out"
+        problem = f"--devices {config.devices}: not supported with --strategy {strategy}; leave it out"
     elif config.devices > gpus > 0:
         problem = f"--devices {config.devices}: this machine has {gpus} GPU(s); ask for fewer"
     elif config.devices > local:

@@ -106,6 +106,6 @@ def resumed_settings(directory: pathlib.Path, settings: dict[str, Any]) -> dict[
         unlock(directory)
         result, model = read_json(directory / "result.json", *RESULT), directory / "model.keras"
         if not model.is_file() or file_sha256(model) != result["model_sha256"]:
-            raise UserError(f"{model}: missing, or not what the training wrote; get it back, or start a new run")
+            raise UserError(f"{model}: missing or changed since the training; restore it, or start a new run")
         raise AlreadyFinishedError(f"{directory}: finished already; a new run needs another folder, and no --resume")
     return {**saved, "resumed": saved["resumed"] + 1}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from common.console import status_line
 
-# The recipes need the TensorFlow backend, whatever the user's Keras configuration says.
+# The recipes need the TensorFlow backend. This overrides the user's Keras configuration.
 os.environ["KERAS_BACKEND"] = "tensorflow"
 # Errors are raised as exceptions; the native log only repeats them among harmless messages.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -139,7 +139,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     @status("quantizing")
     def quantize() -> dict[str, float]:
         keras.config.set_dtype_policy("float32")  # Also if the training used another precision.
-        network = build_model(config, data)  # On one device, whatever strategy trained it.
+        network = build_model(config, data)  # Outside the strategy's scope: on one device.
         network.set_weights(model.get_weights())
         (images, _), extra_metrics, sizes = data.train.arrays(slice(config.representative_images)), {}, {}
         for kind in ("float32", "dynamic", "float16", "int8"):

@@ -39,14 +39,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.error = lambda message: parser.exit(2, f"error: {message.removeprefix('argument ')}\n")
-    parser.add_argument("recipe", type=pathlib.Path, help="its file")
-    parser.add_argument("--workers", type=int, required=True, help="how many processes")
-    parser.add_argument("--max-restarts", type=int, default=3, help="how often all start again (default: 3)")
+    parser.add_argument("recipe", type=pathlib.Path, help="path of the recipe")
+    parser.add_argument("--workers", type=int, required=True, help="number of processes")
+    parser.add_argument(
+        "--max-restarts", type=int, default=3, help="number of restarts after a worker was lost (default: 3)"
+    )
     arguments, unknown = parser.parse_known_args(own_flags)
     if unknown:
-        parser.error(f"{' '.join(unknown)}: no flags of the launcher; put those of the recipe behind a --")
+        parser.error(f"{' '.join(unknown)}: not flags of the launcher; put the flags of the recipe after --")
     if not arguments.recipe.is_file():
-        parser.error(f"{arguments.recipe}: no such file; name a recipe, as recipes/mnist_cnn.py")
+        parser.error(f"{arguments.recipe}: no such file; give the path of a recipe, such as recipes/mnist_cnn.py")
     if arguments.workers < 1 or arguments.max_restarts < 0:
         parser.error("--workers: give 1 or more, and --max-restarts 0 or more")
     gpus = gpu_count()
@@ -92,12 +94,12 @@ class Launcher:
                 if code in codes:
                     return code
             if own_errors := [code for code in codes if code > 0 and code != EXIT_WORKER_LOST]:
-                self.say("not started again: a worker ended by an error of its own, see above")
+                self.say("not restarted: a worker failed with an error, see above")
                 return own_errors[0]
             if restarts < max_restarts:
                 self.say(f"restart {restarts + 1} of at most {max_restarts}")
                 self.flags.append("--resume")
-        self.say(f"workers died, and --max-restarts is {max_restarts}; add --resume behind the -- to continue")
+        self.say(f"workers died, and --max-restarts is {max_restarts}; add --resume after the -- to continue")
         return EXIT_WORKER_LOST
 
     def run_once(self, temporary: str) -> list[int]:

@@ -437,7 +437,7 @@ def test_after_an_error_of_its_own_no_worker_is_started_again(tmp_path):
     run = run_program("scripts/launch.py", "--workers", "2", str(mistaken))
     assert run.returncode == 1
     assert run.stdout.count("ended with 1") == 2
-    assert run.stdout.splitlines()[-1] == "[launch] not started again: a worker ended by an error of its own, see above"
+    assert run.stdout.splitlines()[-1] == "[launch] not restarted: a worker failed with an error, see above"
 
 
 def test_what_the_launcher_cannot_print_does_not_stop_it(tmp_path):
@@ -461,7 +461,7 @@ def test_what_the_launcher_cannot_print_does_not_stop_it(tmp_path):
         (["--workers", "2", "recipes/none.py"], "recipes/none.py: no such file"),
         (
             ["--workers", "2", LINEAR[0], "--epochs", "1"],
-            "--epochs 1: no flags of the launcher; put those of the recipe",
+            "--epochs 1: not flags of the launcher; put the flags of the recipe after --",
         ),
         (["--workers", "0", LINEAR[0]], "--workers: give 1 or more"),
         (["--workers", "two", LINEAR[0]], "--workers: invalid int value: 'two'"),

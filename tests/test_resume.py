@@ -545,7 +545,7 @@ def test_a_finished_run_is_finished_while_its_model_is_there(tmp_path):
     model = tmp_path / "run" / "model.keras"
     for do_damage in (lambda: model.write_bytes(model.read_bytes()[:-1]), model.unlink):
         do_damage()
-        with pytest.raises(UserError, match=r"model\.keras: missing, or not what the training wrote;"):
+        with pytest.raises(UserError, match=r"model\.keras: missing or changed since the training;"):
             fit(tmp_path / "run", epochs=1, resume=True)
         assert not unlock(tmp_path / "run"), "unlocked with the refusal"
 

@@ -187,7 +187,7 @@ def test_a_change_while_a_seed_trains_is_noticed(project, monkeypatch):
 
     flags = ["--smoke", "--quiet", "--no-baseline"]
     monkeypatch.setattr(reproduce, "run_training", change)
-    with pytest.raises(reproduce.UserError, match=r"^seed 3: the code was changed while it trained; "):
+    with pytest.raises(reproduce.UserError, match=r"^seed 3: the code changed during training; "):
         reproduce.reproduce("linear_regression", [3], flags)
     assert not list((project / "results").iterdir())
     assert not list((project / "runs" / "reproduce").glob("*/*"))
@@ -249,8 +249,8 @@ def test_an_unknown_recipe_is_named():
     [
         ("../recipes/mnist_cnn", "no recipe '../recipes/mnist_cnn'; choose one of cifar10_cnn, "),
         ("mnist_cnn --seeds 0 1 0", "--seeds 0 1 0: give each once"),
-        ("mnist_cnn --smoke", "--smoke: not for results that are published; leave it out"),
-        ("mnist_cnn --seed=3", "--seed: not for results that are published; leave it out"),
+        ("mnist_cnn --smoke", "--smoke: not allowed for published results; leave it out"),
+        ("mnist_cnn --seed=3", "--seed: not allowed for published results; leave it out"),
         ("mnist_cnn --variant ../a", "--variant ../a: give letters, digits, - and _"),
     ],
 )
@@ -267,7 +267,7 @@ def test_a_damaged_record_is_named(project, text):
     path = project / "results" / "mnist_cnn.json"
     path.write_text(text)
     before = (project / "README.md").read_text()
-    with pytest.raises(publish.UserError, match=r"mnist_cnn\.json: not written by .*; get it back with git"):
+    with pytest.raises(publish.UserError, match=r"mnist_cnn\.json: not written by .*; restore it with git"):
         publish.publish()
     assert (project / "README.md").read_text() == before
 
@@ -277,7 +277,7 @@ def test_a_figure_that_is_changed_by_hand_is_not_published(project):
     path = project / "results" / "mnist_cnn.json"
     path.write_text(path.read_text().replace('"accuracy": 0.99,', '"accuracy": 0.999,'))
     before = (project / "README.md").read_text()
-    with pytest.raises(publish.UserError, match=r"mnist_cnn\.json: changed since it was written; get it back with git"):
+    with pytest.raises(publish.UserError, match=r"mnist_cnn\.json: changed since it was written; restore it with git"):
         publish.publish()
     assert (project / "README.md").read_text() == before
 
@@ -477,7 +477,7 @@ def test_a_reproduction_that_is_told_to_end_saves_first(tmp_path, number):
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == EXIT_INTERRUPTED, errors
     assert "interrupted: " in errors
-    assert errors.endswith("reproduce: the same command, as it is, goes on there\n")
+    assert errors.endswith("reproduce: repeat the same command to continue\n")
     assert "Traceback" not in errors
     assert not list(tmp_path.glob("results/*"))
 

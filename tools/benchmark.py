@@ -84,7 +84,7 @@ def compare_speed(arguments: argparse.Namespace, folder: pathlib.Path) -> dict[s
                 ROOT / "tools" / "pytorch_twin.py", str(folder), *flags, "--seed", str(seed)
             )
     else:
-        print("no PyTorch: its twins are left out; pip install -r requirements-benchmark.txt")
+        print("PyTorch is not installed, so its twins are skipped; pip install -r requirements-benchmark.txt")
     rounds = alternate({"peak": in_keras("peak"), **variants}, arguments.rounds, "examples_per_second")
     flops, peak = described["training_flops_per_example"], statistics.median(run["peak"]["flops"] for run in rounds)
 
@@ -231,10 +231,12 @@ def main() -> None:
     recipes = [path.stem for path in recipe_paths()]
     parser = Parser(__doc__)
     parser.add_argument("what", choices=[*recipes, "target", *DISTRIBUTED], help="a recipe, or a comparison: see above")
-    parser.add_argument("--data", default="auto", help="as for the recipe")
-    parser.add_argument("--data-dir", default="", help="as for the recipe")
-    parser.add_argument("--precision", choices=("float32", "mixed_bfloat16"), default="float32", help="of the recipe")
-    parser.add_argument("--rounds", type=int, help="how often each way is run (default: 5, or 1 with --smoke)")
+    parser.add_argument("--data", default="auto", help="the flag of the recipe")
+    parser.add_argument("--data-dir", default="", help="the flag of the recipe")
+    parser.add_argument(
+        "--precision", choices=("float32", "mixed_bfloat16"), default="float32", help="precision of the recipe"
+    )
+    parser.add_argument("--rounds", type=int, help="number of rounds (default: 5, or 1 with --smoke)")
     parser.add_argument("--naive-epochs", type=int, default=20, help="when the naive script gives up (default: 20)")
     parser.add_argument("--smoke", action="store_true", help="a few examples and epochs; writes no record")
     arguments = parser.parse_args()
@@ -243,7 +245,7 @@ def main() -> None:
     if min(arguments.rounds, arguments.naive_epochs) < 1:
         parser.error("--rounds and --naive-epochs: give 1 or more")
     if arguments.what not in recipes and arguments.precision != "float32":
-        parser.error("--precision: goes with a recipe")
+        parser.error("--precision: needs a recipe")
     read_records("*")  # Report a damaged record now, not after hours of training.
     # Hash the code before the measurements: it may be edited meanwhile.
     code = code_sha256(ROOT / "recipes" / f"{arguments.what if arguments.what in recipes else 'cifar10_cnn'}.py")

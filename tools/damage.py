@@ -34,9 +34,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--flips", type=int, default=1000, help="how many single bytes (default: 1000)")
-    parser.add_argument("--truncations", type=int, default=100, help="how many cuts (default: 100)")
-    parser.add_argument("--seed", type=int, default=0, help="decides files and places")
+    parser.add_argument("--flips", type=int, default=1000, help="number of flipped bytes (default: 1000)")
+    parser.add_argument("--truncations", type=int, default=100, help="number of truncated files (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of files and positions")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         counts = damage(pathlib.Path(folder), arguments.flips, arguments.truncations, random.Random(arguments.seed))

@@ -261,15 +261,15 @@ def train_naively(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("recipe", help="its name, as cifar10_cnn")
+    parser.add_argument("recipe", help="name of the recipe, such as cifar10_cnn")
     parser.add_argument("way", choices=["naive", "recipe", "describe", "peak", "target"])
-    parser.add_argument("--data", default="auto", help="as for the recipe")
-    parser.add_argument("--data-dir", default="", help="as for the recipe")
+    parser.add_argument("--data", default="auto", help="the flag of the recipe")
+    parser.add_argument("--data-dir", default="", help="the flag of the recipe")
     parser.add_argument("--smoke", action="store_true", help="a few examples and epochs")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order (default: 0)")
-    parser.add_argument("--precision", default="float32", help="as for the recipe (default: float32)")
+    parser.add_argument("--precision", default="float32", help="the flag of the recipe (default: float32)")
     parser.add_argument("--naive-epochs", type=int, default=20, help="when the naive script gives up (default: 20)")
-    parser.add_argument("--folder", type=pathlib.Path, help="where a description is written to")
+    parser.add_argument("--folder", type=pathlib.Path, help="folder for a description")
     arguments = parser.parse_args()
     if arguments.way == "target":
         figures = train_naively(arguments)

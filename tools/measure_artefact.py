@@ -24,8 +24,8 @@ CALLS = 30
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("model", type=pathlib.Path, help="folder of a run, or what scripts/export.py wrote")
-    parser.add_argument("inputs", type=pathlib.Path, help="what to answer, as numpy.save wrote it")
-    parser.add_argument("--threads", type=int, default=0, help="for one operation; 0: one per core")
+    parser.add_argument("inputs", type=pathlib.Path, help="inputs, a file from numpy.save")
+    parser.add_argument("--threads", type=int, default=0, help="threads per operation; 0: one per core")
     arguments = parser.parse_args()
     tf.config.threading.set_intra_op_parallelism_threads(arguments.threads)
     tf.config.threading.set_inter_op_parallelism_threads(arguments.threads)

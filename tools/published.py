@@ -57,9 +57,9 @@ def read_record(name: str) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror}); get it back with git") from error
+        raise UserError(f"{path}: can't be read ({error.strerror}); restore it with git") from error
     except ValueError as error:
-        raise UserError(f"{path}: {error}; get it back with git, or measure again") from error
+        raise UserError(f"{path}: {error}; restore it with git, or measure again") from error
 
 
 def read_records(pattern: str) -> list[dict[str, Any]]:

@@ -27,8 +27,8 @@ from published import code_sha256, recipe_paths, without_data_dir, write_record
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("recipe", help="its published runs are replaced")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run each (default: 0 1 2)")
+    parser.add_argument("recipe", help="name of the recipe; its published results are replaced")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run per seed (default: 0 1 2)")
     parser.add_argument("--variant", default="", help="a name for runs with other flags than those of the table")
     arguments, flags = parser.parse_known_args()
     if not re.fullmatch(r"[\w-]*", arguments.variant):
@@ -37,7 +37,7 @@ def main() -> None:
         raise UserError(f"--seeds {' '.join(map(str, arguments.seeds))}: give each once")
     for flag in ("--seed", "--smoke", "--run-dir", "--resume"):
         if flag in (word.partition("=")[0] for word in flags):
-            raise UserError(f"{flag}: not for results that are published; leave it out")
+            raise UserError(f"{flag}: not allowed for published results; leave it out")
     reproduce(arguments.recipe, arguments.seeds, flags, arguments.variant)
     publish()
 
@@ -61,12 +61,12 @@ def reproduce(recipe: str, seeds: list[int], flags: list[str], variant: str = ""
         command = [sys.executable, str(path), *flags, "--seed", str(seed), "--run-dir", str(directory)]
         exit_code = run_training(command + ["--resume"] * directory.exists())
         if exit_code == EXIT_INTERRUPTED:
-            print("reproduce: the same command, as it is, goes on there", file=sys.stderr)
+            print("reproduce: repeat the same command to continue", file=sys.stderr)
         if exit_code:
             sys.exit(exit_code)  # The recipe has printed the reason.
         if code_hashes() != initial:
             shutil.rmtree(directory)
-            raise UserError(f"seed {seed}: the code was changed while it trained; the same command trains it anew")
+            raise UserError(f"seed {seed}: the code changed during training; the same command trains it again")
         result = json.loads((directory / "result.json").read_text())
         # The published command omits the data folder of this machine, which does not affect the result.
         result["command"] = shlex.join(

@@ -44,8 +44,8 @@ export = load_program(ROOT / "scripts" / "export.py")
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("run_dir", type=pathlib.Path, help="folder of a finished run")
-    parser.add_argument("--data-dir", default="", help="folder of prepared TFDS data, where it is not the run's")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured (default: 5)")
+    parser.add_argument("--data-dir", default="", help="folder of prepared TFDS data, if not that of the run")
+    parser.add_argument("--rounds", type=int, default=5, help="number of measurements of each (default: 5)")
     arguments = parser.parse_args()
     record = ship(arguments.run_dir, arguments.data_dir, arguments.rounds)
     Console(width=max(Console().width, 140)).print(as_table(record))  # Narrower columns would truncate the numbers.
@@ -74,7 +74,7 @@ def ship(run_dir: pathlib.Path, data_dir: str, rounds: int) -> dict[str, Any]:
         tolerance = export.TOLERANCES[quantization]
         parity = export.export(model, result, form, paths[name], inputs, tolerance, quantization, examples)
         if not parity["passed"]:
-            print(f"parity failed: {name} answers otherwise than the model: {parity}", file=sys.stderr)
+            print(f"parity failed: {name} differs from the model: {parity}", file=sys.stderr)
             sys.exit(3)
         outputs = artefacts.load(paths[name]).answer(data.test.inputs.numpy())
         variants[name] = {"parity": parity, "bytes": size(paths[name]), **counts, **metric(outputs, data.test)}

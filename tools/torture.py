@@ -55,18 +55,18 @@ def main(popen: Callable = subprocess.Popen) -> None:
     own_flags, recipe_flags = load_program(ROOT / "scripts" / "launch.py").own_and_recipe_flags(sys.argv[1:])
     parser = Parser(__doc__)
     parser.add_argument("recipe", choices=sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))
-    parser.add_argument("--kills", type=int, default=20, help="how often (default: 20)")
+    parser.add_argument("--kills", type=int, default=20, help="number of signals (default: 20)")
     parser.add_argument("--signal", choices=("KILL", "TERM", "INT", "STOP"), default="KILL")
-    parser.add_argument("--workers", type=int, default=0, help="train with so many processes (default: one)")
-    parser.add_argument("--seed", type=int, default=0, help="decides the moments, as far as a clock can")
-    parser.add_argument("--cases", action="store_true", help="every way in which several workers can end, three times")
+    parser.add_argument("--workers", type=int, default=0, help="number of worker processes (default: a single process)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random times")
+    parser.add_argument("--cases", action="store_true", help="test every end of a multi-worker training, three times")
     arguments = parser.parse_args(own_flags)
     if arguments.cases:
         if arguments.workers < 2:
-            parser.error("--cases: for several workers; add --workers 2 or more")
+            parser.error("--cases: needs --workers 2 or more")
         sys.exit(run_cases(str(ROOT / "recipes" / f"{arguments.recipe}.py"), arguments.workers, arguments.seed))
     if arguments.signal == "STOP" and not arguments.workers:
-        parser.error("--signal STOP: a process alone has nobody to notice it; add --workers")
+        parser.error("--signal STOP: a single process has no other worker that notices it; add --workers")
     with tempfile.TemporaryDirectory() as folder:
         test = KillTest(arguments, [*(recipe_flags or STANDARD_FLAGS), *FIXED_FLAGS], pathlib.Path(folder), popen)
         sys.exit(test.run())
