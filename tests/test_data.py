@@ -15,6 +15,7 @@ from common.batches import Split
 from common.cli import SharedConfig, UserError
 from common.data import CIFAR10, IMDB, MNIST, Data, load_images, load_texts, tfds_folder
 from common.records import weights_sha256
+from common.user_files import read_image
 
 import damage
 import keras
@@ -330,6 +331,17 @@ def test_each_kind_of_picture_file_is_read(tmp_path):
     data = load_images(MNIST, SharedConfig(data=str(tmp_path)), SIZE)
     found = [np.asarray(getattr(data, split).inputs)[:, 4, 4, 0] for split in SPLITS]
     np.testing.assert_allclose(sorted(np.concatenate(found)), np.repeat([30, 60, 90, 120, 150, 180], 2), atol=1)
+
+
+def test_a_photo_is_turned_as_its_camera_noted(tmp_path):
+    """EXIF orientation 6: the camera stood on its side, so the top row of the file is the right column."""
+    photo = Image.fromarray(np.repeat(np.uint8([[255], [0], [0], [0]]), 4, axis=1))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "photo.png", exif=exif)
+    expected = np.zeros((4, 4, 1), np.uint8)
+    expected[:, 3] = 255
+    np.testing.assert_array_equal(read_image(tmp_path / "photo.png", (4, 4, 1)), expected)
 
 
 def test_transparent_palette_and_deep_pictures_keep_what_they_show(tmp_path):
