@@ -10,6 +10,7 @@ import sys
 import types
 from collections.abc import Callable
 
+from common import console
 from common.cli import SharedConfig
 from common.data import Data
 from common.hardware import apply, choose, describe_machine
@@ -69,8 +70,9 @@ def pytest_report_header(config):
 
 
 @pytest.fixture(autouse=True)
-def signal_handlers():
-    """What a recipe does on SIGINT and SIGTERM is not for the tests that follow."""
+def process_state(monkeypatch):
+    """A recipe's signal handlers, and its --quiet, are not for the tests that follow."""
+    monkeypatch.setattr(console, "shown", True)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
