@@ -286,7 +286,7 @@ def test_a_record_under_another_name_is_not_published(project):
     publish_runs(project, [fake_run(0.99, 0)])
     before = (project / "README.md").read_text()
     (project / "results" / "mnist_cnn.json").rename(project / "results" / "benchmark-mnist_cnn.json")
-    with pytest.raises(publish.UserError, match=r"benchmark-mnist_cnn\.json: written under another name; get it back"):
+    with pytest.raises(publish.UserError, match=r"benchmark-mnist_cnn\.json: written under another name; restore it"):
         publish.publish()
     assert (project / "README.md").read_text() == before
 

@@ -412,6 +412,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys, recipe, make, named):
 
 
 def assert_refused(monkeypatch, capsys, recipe, flags, named):
+    capsys.readouterr()  # Of what prepared the case.
     module = load_recipe(recipe)
     monkeypatch.setattr(sys, "argv", ["recipe.py", *flags])
     with pytest.raises(SystemExit) as left:
