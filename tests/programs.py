@@ -123,5 +123,8 @@ def be_program(words: list[str], cwd: str, environment: dict[str, str], targets:
     ]
     try:
         runpy.run_path(words[0], run_name="__main__")
+    except Exception:  # As Python itself: the hook of the program first, then the functions of atexit.
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
     finally:
         atexit._run_exitfuncs()  # multiprocessing does not call them; AutoGraph removes its files in one.

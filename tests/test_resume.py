@@ -644,32 +644,36 @@ def test_other_data_are_refused(tmp_path, monkeypatch):
         fit(tmp_path / "run", resume=True)
 
 
-def hold(directory, locked):
-    """As another process: takes the lock of a run directory, and keeps it."""
-    lock(directory)
-    locked.set()
-    time.sleep(600)
+def hold(directory, answer):
+    """As another process: takes the lock of a run directory and keeps it, or says why it can't."""
+    try:
+        lock(directory)
+    except UserError as error:
+        answer.send(str(error))
+    else:
+        answer.send("locked")
+        time.sleep(600)
 
 
 def holder_of(directory):
-    locked = FORK_SERVER.Event()
-    holder = FORK_SERVER.Process(target=hold, args=(directory, locked))
+    """Starts a process that takes the lock of a run directory; returns the process and its answer."""
+    here, there = FORK_SERVER.Pipe()
+    holder = FORK_SERVER.Process(target=hold, args=(directory, there))
     holder.start()
-    locked.wait()
-    return holder
+    return holder, here.recv()
 
 
 @pytest.mark.long
-def test_one_run_directory_one_run(tmp_path, alone, capfd):
+def test_one_run_directory_one_run(tmp_path, alone):
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "run", ("train", 1, 2))
     # This process still has the lock of the run that was interrupted in it; another one may not take it.
-    other = FORK_SERVER.Process(target=hold, args=(tmp_path / "run", FORK_SERVER.Event()))
-    other.start()
-    other.join()
-    assert f"in use by process {os.getpid()} on " in capfd.readouterr().err
+    holder, answer = holder_of(tmp_path / "run")
+    holder.join()
+    assert f"in use by process {os.getpid()} on " in answer
     shutil.copytree(tmp_path / "run", tmp_path / "other")
-    holder = holder_of(tmp_path / "other")
+    holder, answer = holder_of(tmp_path / "other")
+    assert answer == "locked"
     with pytest.raises(UserError, match=f"in use by process {holder.pid} on .*; wait for it, or choose another"):
         fit(tmp_path / "other", resume=True)
     holder.kill()
@@ -683,7 +687,8 @@ def test_a_run_that_is_unlocked_is_free_for_another_process(tmp_path):
     assert (tmp_path / "lock").read_text() == f"process {os.getpid()} on {platform.node()}"
     assert unlock(tmp_path)
     assert not unlock(tmp_path), "a second time"
-    holder = holder_of(tmp_path)
+    holder, answer = holder_of(tmp_path)
+    assert answer == "locked"
     with pytest.raises(UserError, match=f"in use by process {holder.pid} on "):
         lock(tmp_path)
     holder.kill()
