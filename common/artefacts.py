@@ -76,7 +76,7 @@ def optional_package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.split(".")[0].replace("_", "-")
-        raise UserError(f"the package {package} is missing; .venv/bin/pip install -e '.[export]'") from error
+        raise UserError(f"the package {package} is missing; run .venv/bin/pip install -e '.[export]'") from error
 
 
 def load(path: pathlib.Path, threads: int = 0) -> Artefact:

@@ -246,11 +246,11 @@ def _cut(
     if task["output"] == "class":
         about["class_names"] = class_names = tuple(np.unique(targets["train"]).tolist())
         if len(class_names) == 1:
-            remedy = "add another, or give a smaller --validation-size"
+            remedy = "add examples of another class"
             raise UserError(f"{name}: only one class to train on, {class_names[0]!r}; {remedy}")
         for split in splits:
             for unknown in map(str, np.setdiff1d(targets[split], class_names)):
-                remedy = "add training examples of it, or cut the splits yourself"
+                remedy = "add training examples of it, or remove it"
                 raise UserError(f"{name}: class {unknown!r} is in {split} but not in train; {remedy}")
             targets[split] = np.eye(len(class_names), dtype=np.float32)[np.searchsorted(class_names, targets[split])]
     elif task["output"] == "number":

@@ -123,7 +123,7 @@ def _predict(model: keras.Model, split: Split, batch_size: int, strategy: tf.dis
 
 def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
     """Draws a confusion matrix. With more than 40 classes, their indices replace the names."""
-    numbered = "class (# is its index in class_names of result.json)"
+    numbered = "class\n(# is its index in\nclass_names of result.json)"
     if len(class_names) > 40:
         figure = Figure(figsize=(9, 8), layout="constrained")
         axes = figure.add_subplot(xlabel=f"predicted {numbered}", ylabel="true class")

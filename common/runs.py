@@ -240,9 +240,10 @@ class Run:
             raise UserError(f"--run-dir {self.directory}: {error}; make room, then continue with --resume") from error
         self._draw(report, data)
         unlock(self.directory)
-        shown = {name: f"{value:.4f}" for name, value in metrics.items()}
+        shown = {name: shown_number(value) for name, value in metrics.items()}
         shown |= {"parameters": f"{result['parameters']:,}", "training seconds": f"{result['seconds']['train']:,.0f}"}
-        shown["examples per second"] = f"{result['examples_per_second'] or math.nan:,.0f}"
+        if result["examples_per_second"]:
+            shown["examples per second"] = f"{result['examples_per_second']:,.0f}"
         say(f"{self.recipe}: test split of {data.name} ({data.source})")
         for name, value in shown.items():
             say(f"  {name.replace('_', ' '):<32} {value:>12}")
@@ -271,15 +272,24 @@ class Run:
                 warn(f"{path}: can't be written ({error})")
 
 
+def shown_number(value: float) -> str:
+    """Formats a metric with four digits."""
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4e}"
+
+
 def below_baseline(metrics: dict[str, float], baselines: dict[str, float]) -> list[str]:
-    """Returns a line for each baseline that is better than the model: lower for errors and losses, else higher."""
+    """Returns a line for each baseline that is better than the model: lower for errors and losses, else higher.
+
+    Errors within 1 % count as equal: a baseline may be the exact solution, which no training can beat.
+    """
     lines = []
     for name, value in baselines.items():
         metric = max((metric for metric in metrics if name.endswith(f"_{metric}")), key=len)
         own, lower = metrics[metric], metric in ("loss", "mse", "mae")
-        if value < own if lower else value > own:
+        if value < 0.99 * own if lower else value > own:
             sign, note = (">", " (lower is better)") if lower else ("<", "")
-            lines.append(f"below the baseline: {metric} {own:.4f} {sign} {name} {value:.4f}{note}")
+            other = f"{name.replace('_', ' ')} {shown_number(value)}"
+            lines.append(f"below the baseline: {metric} {shown_number(own)} {sign} {other}{note}")
     return lines
 
 

@@ -87,13 +87,15 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     )
     report = evaluate_regressor(model, data.test, 1000, run.strategy)
     extra_metrics = {"noise_floor_mse": NOISE**2} if data.source == "generated" else {}
+    baselines = {}
     if config.baseline:
-        extra_metrics |= compare_with_least_squares(model, data)
-    return run.finish(model, data, report, extra_metrics)
+        weights, baselines = compare_with_least_squares(model, data)
+        extra_metrics |= weights
+    return run.finish(model, data, report, extra_metrics, baselines)
 
 
-def compare_with_least_squares(model: keras.Model, data: Data) -> dict[str, float]:
-    """The learned weights and bias, and the exact least-squares solution for the same examples."""
+def compare_with_least_squares(model: keras.Model, data: Data) -> tuple[dict[str, float], dict[str, float]]:
+    """The learned and the exact least-squares weights for the same examples, and the error of the exact ones."""
     kernel, bias = model.get_layer("line").get_weights()
     mean, variance, _ = model.get_layer("normalize").get_weights()
     weights = kernel[:, 0] / np.sqrt(variance)
@@ -107,7 +109,7 @@ def compare_with_least_squares(model: keras.Model, data: Data) -> dict[str, floa
     extra_metrics = {name: float(value) for name, value in zip(names, learned, strict=True)}
     extra_metrics |= {f"lstsq_{name}": float(value) for name, value in zip(names, exact, strict=True)}
     errors = with_ones(data.test) @ exact - np.asarray(data.test.targets)[:, 0]
-    return {**extra_metrics, "lstsq_mse": float(np.mean(errors**2))}
+    return extra_metrics, {"lstsq_mse": float(np.mean(errors**2))}
 
 
 def main() -> None:

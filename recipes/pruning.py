@@ -171,9 +171,10 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             model.compile(loss=loss)
     report = evaluate(model)
     extra_metrics = {"nonzero_weights": float(sum(np.count_nonzero(weight) for weight in model.get_weights()))}
+    baselines = {}
     if config.baseline:
-        extra_metrics["unpruned_accuracy"] = evaluate(fit([EpochLine("without pruning")], 0)).metrics["accuracy"]
-    return run.finish(model, data, report, extra_metrics)
+        baselines["unpruned_accuracy"] = evaluate(fit([EpochLine("without pruning")], 0)).metrics["accuracy"]
+    return run.finish(model, data, report, extra_metrics, baselines)
 
 
 def main() -> None:

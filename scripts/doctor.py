@@ -1,9 +1,10 @@
-"""Checks this machine for anything that would prevent training, and prints a remedy for each problem.
+"""Checks this machine for what prevents training; prints a remedy for each.
 
     python scripts/doctor.py
 
-The exit code is 0 if there is no problem, otherwise 2. A dataset that is not available is reported, but is not a
-problem: the recipes then train on their samples.
+The exit code is 0 if there is no problem, otherwise 2. A dataset that is not
+available is reported, but is not a problem: the recipes then train on their
+samples.
 """
 
 import argparse

@@ -1,15 +1,20 @@
-"""Trains a recipe with several worker processes on this machine, and restarts all of them when one dies.
+"""Trains a recipe with several workers on this machine; restarts all if one dies.
 
     python scripts/launch.py --workers 2 recipes/cifar10_cnn.py -- --epochs 2
-    python scripts/launch.py --workers 2 --max-restarts 10 recipes/cifar10_cnn.py -- --run-dir runs/my_run
+    python scripts/launch.py --workers 2 --max-restarts 10 \\
+        recipes/cifar10_cnn.py -- --run-dir runs/my_run
 
-Flags after `--` are passed to the recipe. Every line of output is prefixed with the index of the worker. The workers
-share the CPU cores and GPUs of this machine. When a worker dies, the others exit, and the launcher restarts all of them
-from the last checkpoint. Ctrl-C and SIGTERM save a checkpoint, end all workers and exit with 75; a second Ctrl-C kills
-them. The exit code is that of the recipe, or 76 if the maximum number of restarts is reached. A worker that exits with
-an error of its own (exit code 1) would fail again, so nothing is restarted.
+Flags after `--` are passed to the recipe. Every line of output is prefixed
+with the index of the worker. The workers share the CPU cores and GPUs of this
+machine. When a worker dies, the others exit, and the launcher restarts all of
+them from the last checkpoint. Ctrl-C and SIGTERM save a checkpoint, end all
+workers and exit with 75; a second Ctrl-C kills them. The exit code is that of
+the recipe, or 76 if the maximum number of restarts is reached. A worker that
+exits with an error of its own (exit code 1) would fail again, so nothing is
+restarted.
 
-You don't need this script on several machines: Slurm or Kubernetes starts the workers there.
+You don't need this script on several machines: Slurm or Kubernetes starts the
+workers there.
 """
 
 import argparse
@@ -106,7 +111,7 @@ class Launcher:
         """Starts all workers, waits until they exit, and returns their exit codes."""
         addresses = [f"127.0.0.1:{port}" for port in free_ports(self.workers)]
         self.say(f"{self.workers} workers on {', '.join(addresses)}: TensorFlow opens these ports to all networks, "
-            "not to this machine alone; keep it behind a firewall")  # fmt: skip
+            "not to this machine alone; keep them behind a firewall")  # fmt: skip
         self.processes, readers, environment = [], [], {**os.environ, "TMPDIR": temporary}
         environment["LAUNCHER_PID"] = str(os.getpid())  # Workers exit when this process is gone.
         for index in range(self.workers):

@@ -37,7 +37,7 @@ def main() -> None:
     predictions = predict(arguments.model, arguments.files)
     try:
         if arguments.json:
-            print("\n".join(map(json.dumps, predictions)))
+            print("\n".join(json.dumps(prediction, ensure_ascii=False) for prediction in predictions))
         else:
             # In a file, each row is one line.
             Console(width=None if is_terminal(sys.stdout) else 100_000).print(as_table(predictions))

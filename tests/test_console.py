@@ -202,9 +202,9 @@ def test_training_in_a_terminal_ends_without_a_status_line(terminal):
 @pytest.mark.parametrize(
     ("baselines", "expected"),
     [
-        ({"naive_accuracy": 0.45}, ["below the baseline: accuracy 0.4100 < naive_accuracy 0.4500"]),
+        ({"naive_accuracy": 0.45}, ["below the baseline: accuracy 0.4100 < naive accuracy 0.4500"]),
         ({"naive_accuracy": 0.41}, []),
-        ({"ridge_mse": 0.01}, ["below the baseline: mse 0.0200 > ridge_mse 0.0100 (lower is better)"]),
+        ({"ridge_mse": 0.01}, ["below the baseline: mse 0.0200 > ridge mse 0.0100 (lower is better)"]),
         ({"ridge_mse": 0.03, "majority_accuracy": 0.1}, []),
         ({"linear_top_accuracy": 0.5}, []),
     ],

@@ -4,6 +4,7 @@ import statistics
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from published import benchmarks, load_runs, main_metric, mean, precision_suffix, pruned, recipe_paths, with_metric
 
 
@@ -18,6 +19,7 @@ def curves() -> Figure | None:
         metric = main_metric(runs)
         split, prefix = ("validation", "val_") if runs[0]["data"]["validation"] else ("training", "")
         axes = figure.add_subplot(-(-len(published) // 3), 3, position, title=recipe, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(f"{split} {'accuracy' if metric == 'accuracy' else 'mean squared error'}")
         for run in runs:
             # If the loss is the metric, the history contains it only as the loss.

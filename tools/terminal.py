@@ -1,4 +1,4 @@
-"""Draws results/terminal.svg for README: what the first command of README prints.
+"""Draws results/terminal.svg for README: the end of a training in the terminal.
 
     python tools/terminal.py
 
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 ROOT = pathlib.Path(__file__).parent.parent
-COLUMNS, LINES = 90, 22  # LINES: how many of the last lines to draw.
+COLUMNS, LINES = 80, 22  # LINES: how many of the last lines to draw.
 
 
 def main() -> None:
