@@ -63,7 +63,7 @@ def test_choices_in_a_cluster(machine, flags, workers, expected):
     [
         (LAPTOP, {"strategy": "multi-worker"}, "--strategy multi-worker: neither TF_CONFIG nor Slurm names workers"),
         (LAPTOP, {"strategy": "tpu"}, "--strategy tpu: TensorFlow finds no TPU"),
-        (TPU, {"devices": 2}, "--devices 2: not with --strategy tpu"),
+        (TPU, {"devices": 2}, "--devices 2: not supported with --strategy tpu"),
         (with_gpus(T4), {"devices": 2}, "--devices 2: this machine has 1 GPU"),
         (LAPTOP, {"strategy": "none", "devices": 2}, "--strategy none: uses one device, not --devices 2"),
         (LAPTOP, {"precision": "mixed_float16"}, "--precision mixed_float16: a CPU computes"),
