@@ -195,7 +195,7 @@ def _download(dataset: Dataset, config: SharedConfig) -> None:
         if isinstance(error, OSError | tf.errors.OpError) and not isinstance(error, network):
             raise UserError(f"--data-dir {folder}: can't be written ({reason}); make room or name another") from error
         raise DataUnavailableError(
-            f"No {dataset.title} in {folder}: {reason}. Real data: run once with network, or copy a prepared "
+            f"No {dataset.title} in {folder}: {reason}. To train on it, run once with network, or copy a prepared "
             f"{dataset.folder} folder there"
         ) from error
 

@@ -41,7 +41,7 @@ class Config(SharedConfig):
     label_smoothing: Share = 0.05  # share of each label that is spread evenly over all classes
     shift: int = 2  # maximum random shift of a training image along each axis, in pixels
     remove: Literal["weights", "filters"] = "weights"  # what to prune: single weights, or whole filters and units
-    sparsity: Share = 0.9  # share of them that is removed at the end
+    sparsity: Share = 0.9  # share of the weights or filters that is removed at the end
     pruned_by: Share = 0.6  # share of training after which this sparsity is reached; the rest is fine-tuning
 
 

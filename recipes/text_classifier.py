@@ -42,7 +42,7 @@ class Config(SharedConfig):
     label_smoothing: Share = 0.1  # share of each label that is spread evenly over all classes
     start: float = 0.25  # scale of the log-count ratios used as initial weights; 0: zeros
     vocabulary: Annotated[int, 3, 2_000_000] = 200_000  # number of words in the vocabulary: the most frequent ones
-    length: Annotated[int, 3, math.inf] = 1000  # maximum number of words read per text, and of n-grams kept, the rarest
+    length: Annotated[int, 3, math.inf] = 1000  # maximum number of words per text, and of its n-grams; keeps the rarest
     text_column: str = "text"  # the column with the text, with --data FILE.csv
     label_column: str = "label"  # the column with the class, with --data FILE.csv
 

@@ -4,7 +4,7 @@
     python scripts/compare.py --recipe mnist_cnn --sort accuracy
     python scripts/compare.py runs/mnist_cnn/one runs/mnist_cnn/two -o curves.png
 
-Without run directories, compares all runs below runs/. The table shows the settings that differ, the metrics of the
+Without run directories, compares all runs below runs/. Each recipe has a table with the settings that differ, the metrics of the
 test split, size and time. If the terminal is too narrow for it, its columns continue in a second table.
 """
 
@@ -64,9 +64,16 @@ def main() -> None:
         with contextlib.suppress(OSError):
             part.unlink()
         raise UserError(f"{arguments.output}: can't be written ({error.strerror}); choose another file") from error
-    print(heading(runs))
-    rich.print(*tables(rows(runs), rich.get_console().width), sep="\n")
+    for runs_of_recipe in by_recipe(runs):
+        print(heading(runs_of_recipe))
+        rich.print(*tables(rows(runs_of_recipe), rich.get_console().width), sep="\n")
     print(f"curves: {arguments.output}")
+
+
+def by_recipe(runs: dict[str, dict]) -> list[dict[str, dict]]:
+    """Returns the runs of each recipe: a common table would be mostly empty."""
+    recipes = sorted({run["recipe"] for run in runs.values()})
+    return [{name: run for name, run in runs.items() if run["recipe"] == recipe} for recipe in recipes]
 
 
 def heading(runs: dict[str, dict]) -> str:

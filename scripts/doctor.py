@@ -55,7 +55,7 @@ def main() -> None:
     for finding in findings:
         print(f"{'TROUBLE' if finding.trouble else 'ok     '} {finding.subject}: {finding.message}")
         if finding.remedy:
-            print(f"        remedy: {finding.remedy}")
+            print(f"        {'remedy' if finding.trouble else 'advice'}: {finding.remedy}")
     sys.exit(2 if any(finding.trouble for finding in findings) else 0)
 
 

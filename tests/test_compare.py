@@ -111,6 +111,7 @@ def test_recipes_with_settings_of_their_own():
     assert compare.differing(RUNS)["c"] == {"recipe": "two", "--seed": 2, "--width": [4, 5]}
     assert compare.differing(RUNS)["d"] == {"recipe": "one", "--seed": 1}
     assert compare.heading(RUNS) == "one, two: 4 runs on made up (generated)"
+    assert [list(runs) for runs in compare.by_recipe(RUNS)] == [["a", "b", "d"], ["c"]]
     figure = compare.curves(RUNS)
     assert {axes.get_title(): len(axes.lines) for axes in figure.axes} == {"loss": 5, "accuracy": 2}
 

@@ -272,7 +272,9 @@ def test_a_folder_that_can_not_be_written_to_is_not_named_by_what_is_temporary(r
 def test_a_missing_package_is_named(run_of, tmp_path, monkeypatch):
     result, model = artefacts.load_run(run_of("mnist_cnn"))
     monkeypatch.setitem(__import__("sys").modules, "tf2onnx", None)
-    with pytest.raises(UserError, match=r"^the package tf2onnx is missing; run \.venv/bin/pip install -e '\.\[export\]'$"):
+    with pytest.raises(
+        UserError, match=r"^the package tf2onnx is missing; run \.venv/bin/pip install -e '\.\[export\]'$"
+    ):
         export.save(model, artefacts.describe(result, model), "onnx", tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 

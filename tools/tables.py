@@ -50,8 +50,8 @@ ENGLISH = {
     "seeds": ", {} seeds",
     "missing": "not yet measured",
     "cores": "{} CPU cores",
-    "legend": "Mean ± standard deviation over the seeds, and median training time on {}, with the flags below the "
-    "name. Baselines, machines and other flags: [results](docs/results.md).",
+    "legend": "Mean ± standard deviation over the seeds, and median training time on {}, with the flags given below "
+    "the name. Baselines, machines and other flags: [results](docs/results.md).",
     "stale": "† The recipe has changed since this measurement.",
     "uncommitted": "‡ Measured with uncommitted changes.",
 }
@@ -251,7 +251,7 @@ def benchmark_table() -> str:
         lines += [
             f"`cifar10_cnn --epochs 5` reaches {100 * record['target_validation_accuracy']:.0f} % validation accuracy "
             f"in {'at most ' * bool(missed)}{spread(record['to_naive'])} of the time of the naive baseline"
-            + (f", which did not reach it in {missed} of {rounds} rounds" if missed else "")
+            + (f", which missed that accuracy in {missed} of {rounds} rounds" if missed else "")
             + f", on {machine_of(record)}{marks(record)}.",
             "",
         ]
