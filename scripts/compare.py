@@ -4,8 +4,8 @@
     python scripts/compare.py --recipe mnist_cnn --sort accuracy
     python scripts/compare.py runs/mnist_cnn/one runs/mnist_cnn/two -o curves.png
 
-Without run directories, compares all runs below runs/. Each recipe has a table with the settings that differ, the metrics of the
-test split, size and time. If the terminal is too narrow for it, its columns continue in a second table.
+Without run directories, compares all runs below runs/. Each recipe has a table with the settings that differ, the
+metrics of the test split, size and time. If the terminal is too narrow for it, its columns continue in a second table.
 """
 
 import contextlib
