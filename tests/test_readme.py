@@ -67,10 +67,14 @@ SHORTENED = {
 OF_A_CLUSTER = {"sbatch", "kubectl"}
 # Publishing takes an hour and writes into the project: tests/test_scripts.py runs these on copies.
 ELSEWHERE = {"tools/reproduce.py", "tools/benchmark.py", "tools/publish.py", "tools/terminal.py"}
-# Trainings that differ from others here only in flags; tests/test_recipes.py and test_tensorboard.py run those.
+# What other tests run: trainings with other flags, and tools with tests of their own.
 ONLY_PARSED = {
     "scripts/run.sh cifar10_cnn --epochs 5 --seed 1 --no-baseline",
     "scripts/run.sh mnist_cnn --profile",
+    ".venv/bin/python recipes/cifar10_cnn.py --smoke",
+    ".venv/bin/python tools/damage.py --flips 20 --truncations 5",
+    ".venv/bin/python tools/ship.py runs/my_run",
+    ".venv/bin/python tools/torture.py linear_regression --kills 2",
     "scripts/run.sh pruning --sparsity 0.95",
 }
 

@@ -118,8 +118,9 @@ def test_the_saved_model_takes_what_a_user_has(recipe, finished_run):
         assert np.mean((outputs - targets) ** 2) == pytest.approx(result["metrics"]["mse"], rel=1e-3)
 
 
-@short_set("mnist_cnn", "text_classifier")
+@pytest.mark.parametrize("recipe", ["mnist_cnn", "text_classifier"], indirect=True)
 def test_the_same_command_gives_the_same_weights(recipe, finished_run, tmp_path):
+    """tests/test_torture.py shows it for the others, which end like their shared run."""
     _, directory = finished_run(recipe.__name__)
     again = run_smoke(recipe.__name__, tmp_path, "--run-dir", "run", "--quiet", "--no-baseline")
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
@@ -166,29 +167,22 @@ def test_mirrored_computes_what_one_device_computes(recipe, tmp_path, monkeypatc
         assert mirrored_metrics[name] == pytest.approx(value, rel=1e-4), name
 
 
-@short_set("mnist_cnn")
-def test_half_precision_and_a_copied_recipe(recipe, tmp_path):
-    """bfloat16 as an Ampere GPU would choose it; from a copy, which goes by its own name."""
+@short_set("mnist_cnn", "text_classifier")
+def test_half_precision_without_validation_and_a_copied_recipe(recipe, tmp_path):
+    """bfloat16 as an Ampere GPU would choose it; all examples for training; a copy, which goes by its own name."""
     copy = tmp_path / "my_task.py"
     copy.write_text((ROOT / "recipes" / f"{recipe.__name__}.py").read_text())
     flags = ["--smoke", "--data", "sample", "--precision", "mixed_bfloat16", "--epochs", "1"]
+    flags += ["--validation-size", "0"]
     # A processor without instructions for it takes minutes for what others do in seconds.
     run = run_program(str(copy), *flags, *small_flags(recipe.__name__), cwd=tmp_path)
     assert (run.returncode, run.stderr) == (0, "")
     (path,) = tmp_path.glob("runs/my_task/*/result.json")
     result = json.loads(path.read_text())
     assert (result["recipe"], result["hardware"]["precision"]) == ("my_task", "mixed_bfloat16")
-    assert all(np.isfinite(value) for value in result["metrics"].values())
-
-
-@short_set("linear_regression", "text_classifier")
-def test_without_validation_there_is_none(recipe, tmp_path):
-    config = smoke_config(recipe, tmp_path, validation_size=0.0, epochs=1)
-    metrics = recipe.train(config)
-    result = json.loads((tmp_path / "result.json").read_text())
     assert result["data"]["validation"] == 0
     assert not [name for name in result["history"][0] if name.startswith("val_")]
-    assert all(np.isfinite(value) for value in metrics.values())
+    assert all(np.isfinite(value) for value in result["metrics"].values())
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_3(tmp_path):
@@ -209,7 +203,7 @@ def test_linear_regression_finds_the_least_squares_weights(tmp_path):
     assert metrics["mse"] == pytest.approx(metrics["noise_floor_mse"], rel=0.1)
 
 
-@pytest.mark.parametrize(("spread", "offset"), [(1e-4, 0.0), (1.0, 40.0), (1e5, 3e6)])
+@pytest.mark.parametrize(("spread", "offset"), [(1e-4, 0.0), (1e5, 3e6)])
 @pytest.mark.parametrize("name", ["linear_regression", "dense_regression"])
 @pytest.mark.long
 def test_any_unit_of_columns_and_target_will_do(tmp_path, name, spread, offset):

@@ -46,7 +46,7 @@ model.fit(data, steps_per_epoch=4, verbose=0, shuffle=False)
         (4, 1, None, None),
     ],
 )
-@pytest.mark.long
+@pytest.mark.slow
 def test_plain_keras_under_mirrored_strategy(rows, steps_per_execution, message, remedy):
     run = subprocess.run(
         [sys.executable, "-c", MIRRORED_FIT, str(rows), str(steps_per_execution)],
@@ -94,7 +94,7 @@ except Exception as error:
         (["logs of several workers", "symbolic build"], None),
     ],
 )
-@pytest.mark.long
+@pytest.mark.slow
 def test_plain_keras_under_multi_worker_strategy(patches, message):
     """https://github.com/keras-team/keras/issues/20585: each patch alone is not enough."""
     ports = list(map(str, load_script("launch").free_ports(2)))
@@ -115,7 +115,7 @@ def test_plain_keras_under_multi_worker_strategy(patches, message):
         assert any(message in each for each in errors), errors
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_tensorflow_still_prints_a_banner():
     """common/startup.py: quiet_native_stderr."""
     run = subprocess.run(
@@ -144,7 +144,7 @@ strategy.distribute_datasets_from_function(lambda context: tf.data.Dataset.range
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_several_workers_still_refuse_pipelines_of_their_own():
     """common/upstream.py: replica_datasets. The crash itself comes too rarely to wait for it."""
     run = run_program("-c", OWN_PIPELINES)
@@ -175,7 +175,7 @@ print(Counted.traces, *model.predict(x, verbose=0)[:, 0], *model.evaluate(x, x[:
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_keras_still_traces_the_first_step_twice():
     """common/upstream.py: symbolic build."""
     plain, patched = (run_program("-c", TRACES, name) for name in ("plain", "patched"))
