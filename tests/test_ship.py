@@ -101,7 +101,7 @@ def test_a_file_that_answers_otherwise_ends_it(shipped, tmp_path, monkeypatch, c
     with pytest.raises(SystemExit) as ended:
         ship.ship(tmp_path / "run", "", rounds=1)
     assert ended.value.code == 3
-    assert capsys.readouterr().err.startswith("parity failed: litert int8 answers otherwise")
+    assert capsys.readouterr().err.startswith("parity failed: litert int8 differs from the model")
     assert not list((tmp_path / "run").rglob("*int8*/*.tflite"))
 
 
