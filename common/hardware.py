@@ -117,15 +117,14 @@ def choose(machine: Machine, config: SharedConfig, workers: int = 0) -> dict[str
 
 
 def apply(
-    choices: dict[str, tuple[Any, str]],
-    config: SharedConfig,
-    cluster: Cluster = None,  # pyright: ignore[reportArgumentType]: needed by "multi-worker" alone
+    choices: dict[str, tuple[Any, str]], config: SharedConfig, cluster: Cluster | None = None
 ) -> tf.distribute.Strategy:
     """Configures TensorFlow and Keras according to `choices`, from `choose`. Waits for all workers, if there are any.
 
     In plain Keras: `keras.config.set_dtype_policy` and `tf.distribute.MirroredStrategy()`. Raises a `UserError` if a
     worker is missing, or if TensorFlow is initialized already with fewer logical CPU devices or other threads.
     """
+    cluster = cluster or Cluster()
     gpus, (cpu, *_) = tf.config.get_visible_devices("GPU"), tf.config.list_physical_devices("CPU")
     (strategy, _), (devices, _), threading = choices["strategy"], choices["devices"], tf.config.threading
     try:

@@ -65,7 +65,7 @@ def short_set(*names: str) -> pytest.MarkDecorator:
 def pytest_report_header(config):
     """Says what is run, and how long that takes about."""
     if config.option.markexpr.startswith("not long"):
-        return "the short set: about five minutes on two cores; scripts/test.sh --all: about twenty"
+        return "the short set: about five minutes on two cores; scripts/test.sh --all: less than thirty"
     return None
 
 

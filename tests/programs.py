@@ -4,7 +4,6 @@ A process needs 3 s of CPU to import TensorFlow. So programs are forked from one
 """
 
 import atexit
-import concurrent.futures
 import multiprocessing
 import os
 import pathlib
@@ -12,6 +11,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import threading
 
 import tensorflow as tf
 
@@ -32,12 +32,11 @@ class ForkedProgram:
         with tempfile.TemporaryDirectory() as folder:
             targets = []
             for number, target in enumerate((stdout, stderr)):
-                pipe = os.path.join(folder, str(number))
                 if target == subprocess.PIPE:
-                    os.mkfifo(pipe)
-                targets.append(
-                    pipe if target == subprocess.PIPE else target if target == subprocess.STDOUT else target.name
-                )
+                    targets.append(os.path.join(folder, str(number)))
+                    os.mkfifo(targets[-1])
+                else:
+                    targets.append(target if target == subprocess.STDOUT else target.name)
             environment = dict(os.environ if env is None else env)
             self.process = FORK_SERVER.Process(target=be_program, args=(self.args, str(cwd), environment, targets))
             self.process.start()
@@ -62,12 +61,20 @@ class ForkedProgram:
         return self.returncode
 
     def communicate(self, timeout=None):
-        with concurrent.futures.ThreadPoolExecutor(2) as threads:
-            output, errors = threads.map(lambda file: file and file.read(), (self.stdout, self.stderr))
+        """Raises `TimeoutExpired` also if the program keeps its output open: a thread reads each pipe."""
+        files, texts = [file for file in (self.stdout, self.stderr) if file], {}
+        readers = [threading.Thread(target=lambda file=file: texts.update({file: file.read()})) for file in files]
+        for reader in readers:
+            reader.daemon = True
+            reader.start()
+        for reader in readers:
+            reader.join(timeout)
+            if reader.is_alive():
+                raise subprocess.TimeoutExpired(self.args, timeout)
         self.wait(timeout)
-        for file in filter(None, (self.stdout, self.stderr)):
+        for file in files:
             file.close()
-        return output, errors
+        return texts.get(self.stdout), texts.get(self.stderr)
 
     def send_signal(self, number):
         if self.returncode is None:

@@ -140,10 +140,11 @@ def no_network(monkeypatch, tmp_path):
 def test_auto_falls_back_to_the_sample_and_says_so(no_network, capsys):
     data = load_images(CIFAR10, SharedConfig(smoke=True), SIZE)
     assert (data.source, data.name) == ("sample", "drawn shapes")
-    printed = capsys.readouterr().out
-    assert "Not CIFAR-10: training on the sample, drawn shapes." in printed, printed
-    assert "www.cs.toronto.edu can't be reached" in printed
-    assert "copy a prepared cifar10 folder there" in printed
+    line, status = capsys.readouterr().out.strip().splitlines()
+    assert status == "loading drawn shapes"
+    assert line.startswith("Not CIFAR-10: training on the sample, drawn shapes.")
+    assert "www.cs.toronto.edu can't be reached" in line
+    assert "copy a prepared cifar10 folder there" in line
 
 
 def test_tfds_without_network_is_refused(no_network, tmp_path):

@@ -203,7 +203,7 @@ def test_linear_regression_finds_the_least_squares_weights(tmp_path):
     assert metrics["mse"] == pytest.approx(metrics["noise_floor_mse"], rel=0.1)
 
 
-@pytest.mark.parametrize(("spread", "offset"), [(1e-4, 0.0), (1e5, 3e6)])
+@pytest.mark.parametrize(("spread", "offset"), [(1e-4, 0.0), (1.0, 40.0), (1e5, 3e6)])
 @pytest.mark.parametrize("name", ["linear_regression", "dense_regression"])
 @pytest.mark.long
 def test_any_unit_of_columns_and_target_will_do(tmp_path, name, spread, offset):
