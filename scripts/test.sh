@@ -6,7 +6,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test
 cd "$root"
 if [ "${1:-}" = --all ]; then
     shift
-    # By file: the commands of the documentation build on each other.
-    set -- -m "not slow and not gpu" --dist loadfile --no-loadscope-reorder "$@"
+    set -- -m "not slow and not gpu" "$@"
 fi
 exec "$python" -m pytest "$@"

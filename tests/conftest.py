@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from common import console
 from common.cli import SharedConfig
@@ -52,20 +52,23 @@ def recipe(request) -> types.ModuleType:
 
 
 def pytest_collection_modifyitems(items):
-    """The slowest file first, so that no worker is left alone with it at the end."""
-    items.sort(key=lambda item: item.path.stem != "test_torture")
+    """The slowest tests first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.stem != "test_torture" and item.name != "test_commands_and_programs_run")
 
 
-def short_set(*names: str) -> pytest.MarkDecorator:
-    """Runs a test for all recipes; for those that are not named, only with `scripts/test.sh --all`."""
-    marks = {name: () if name in names else pytest.mark.long for name in RECIPES}
+def short_set(*names: str, slow: Sequence[str] = ()) -> pytest.MarkDecorator:
+    """Runs a test for all recipes; for those that are not named, only with `scripts/test.sh --all`.
+
+    `slow` names those that train as another does, and take long: they run with `-m slow` only.
+    """
+    marks = {name: () if name in names else pytest.mark.slow if name in slow else pytest.mark.long for name in RECIPES}
     return pytest.mark.parametrize("recipe", [pytest.param(name, marks=marks[name]) for name in RECIPES], indirect=True)
 
 
 def pytest_report_header(config):
     """Says what is run, and how long that takes about."""
     if config.option.markexpr.startswith("not long"):
-        return "the short set: about five minutes on two cores; scripts/test.sh --all: less than thirty"
+        return "the short set: about five minutes on two cores; scripts/test.sh --all: about twenty"
     return None
 
 

@@ -493,7 +493,7 @@ def test_a_benchmark_of_nothing_is_refused(words, monkeypatch):
         benchmark.main()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_benchmark_measures_all_ways_in_fresh_processes():
     before = set((ROOT / "results").glob("*"))
     run = run_program(str(ROOT / "tools" / "benchmark.py"), "mnist_cnn", "--data", "sample", "--smoke", "--rounds", "1")

@@ -13,7 +13,7 @@ SHORT = ("--", "--smoke", "--data", "sample", "--batch-size", "8", "--checkpoint
 TIMED = ("seconds", "examples_per_second")
 
 
-@short_set("text_classifier")
+@short_set("text_classifier", slow=["quantization"])
 def test_killed_in_a_checkpoint_write_and_resumed(recipe, finished_run, tmp_path):
     """Ends like the run that nobody killed."""
     name = recipe.__name__
@@ -57,8 +57,10 @@ def test_struck_again_and_again(name, number, monkeypatch, capsys):
     assert "identical to the run left alone" in printed.out
 
 
-@pytest.mark.parametrize(("workers", "signal"), [("2", "STOP"), ("3", "KILL")])
-@pytest.mark.long
+@pytest.mark.parametrize(
+    ("workers", "signal"),
+    [pytest.param("2", "STOP", marks=pytest.mark.slow), pytest.param("3", "KILL", marks=pytest.mark.long)],
+)
 def test_a_worker_of_a_group_is_lost(workers, signal):
     flags = ["--workers", workers, "--kills", "1", "--signal", signal, *SHORT, "--batch-size", "6"]
     run = run_program("tools/torture.py", "dense_classifier", *flags)
