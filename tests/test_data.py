@@ -60,7 +60,7 @@ def test_validation_is_cut_from_train_by_the_seed(recipe):
     assert len(whole.validation) == 0
     for seed in (0, 1):
         data = recipe.load_data(recipe.Config(data="sample", seed=seed))
-        assert len(data.validation) == round(0.1 * len(whole.train))
+        assert abs(len(data.validation) - 0.1 * len(whole.train)) <= len(data.class_names) + 1
         assert sorted(rows(data.train) + rows(data.validation)) == sorted(rows(whole.train))
         assert rows(data.test) == rows(whole.test)
         assert data.class_names == whole.class_names
@@ -115,13 +115,15 @@ def test_a_class_has_one_number_in_every_split(recipe, monkeypatch):
 def test_examples_are_kept_small(recipe):
     data = smoke_data(recipe.__name__)
     assert data.train.inputs.dtype.name in ("uint8", "string", "float32")
-    assert data.train.targets.dtype.name == "float32"
+    assert data.train.targets.dtype.name == ("float32" if data.class_names else "float64")
+    assert data.train.stored_inputs is data.validation.stored_inputs, "one copy for all splits"
 
 
 def test_smoke_shrinks_both_splits(recipe):
     data, whole = smoke_data(recipe.__name__), full_sample(recipe)
-    assert len(data.train) + len(data.validation) == min(300, len(whole.train) + len(whole.validation))
-    assert len(data.test) == 100
+    few = min(300, len(whole.train) + len(whole.validation))
+    assert abs(len(data.train) + len(data.validation) - few) <= 10
+    assert abs(len(data.test) - 100) <= 10
     assert set(rows(data.test)) < set(rows(whole.test))
 
 
