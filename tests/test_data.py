@@ -348,13 +348,13 @@ def test_a_photo_is_turned_as_its_camera_noted(tmp_path):
 
 
 def test_transparent_palette_and_deep_pictures_keep_what_they_show(tmp_path):
-    for name in ("cat", "dog"):
-        (tmp_path / name).mkdir()
-    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0)).convert("P")
     deep = Image.fromarray(np.full((8, 8), 128 * 257, np.uint16))
-    for number in range(10):
-        clear.convert("P").save(tmp_path / "cat" / f"{number}.png", transparency=bytes([0] * 10))
-        deep.save(tmp_path / "dog" / f"{number}.png")
+    for split in SPLITS:
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+        clear.save(tmp_path / split / "cat" / "0.png", transparency=bytes([0] * 10))
+        deep.save(tmp_path / split / "dog" / "0.png")
     examples = load_images(MNIST, SharedConfig(data=str(tmp_path)), SIZE).train
     values = {
         np.asarray(examples.targets)[row].argmax(): np.unique(image)
@@ -398,10 +398,10 @@ def test_texts_from_a_csv_and_from_folders(tmp_path):
 
 def test_memory_follows_the_size_of_the_data(tmp_path):
     """One long text among short ones takes its own room only, and so do targets of many classes: 4 bytes each."""
-    texts = pd.DataFrame({"text": ["short"] * 499 + ["long " * 40_000], "label": ["a", "b"] * 250})
+    texts = pd.DataFrame({"text": [f"short {number}" for number in range(499)] + ["long " * 40_000], "label": ["a", "b"] * 250})
     texts.to_csv(tmp_path / "texts.csv", index=False)
     labels = np.array([f"class {number % 500}" for number in range(4000)])
-    arrays = {"train": (np.zeros([4000, 1]), labels), "test": (np.zeros([500, 1]), labels[:500])}
+    arrays = {"train": (np.arange(4000.0)[:, None], labels), "test": (np.arange(500.0)[:, None], labels[:500])}
     task = {"input": "table", "output": "class"}
     tracemalloc.start()
     try:
