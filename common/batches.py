@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -19,32 +20,75 @@ import tensorflow as tf
 Arrays = dict[str, tuple[Any, Any]]
 
 
+class MappedArray:
+    """An array [n, ...] of numbers in a file without header. It takes no memory but the system's page cache."""
+
+    def __init__(self, path: pathlib.Path, shape: tuple[int, ...], dtype: Any):
+        self.path, self.shape, self.dtype = path, tuple(shape), tf.as_dtype(dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.memmap(self.path, self.dtype.as_numpy_dtype, "r", shape=self.shape)
+
+    def tensor(self) -> tf.Tensor:
+        """Maps the file. Call it in a graph only: eagerly, the operation copies the file to memory."""
+        return tf.raw_ops.ImmutableConst(dtype=self.dtype, shape=self.shape, memory_region_name=str(self.path))
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The examples of one split, in host memory.
+    """The examples of one split: rows of arrays that all splits of a data set share, in host memory or in a file.
 
-    `inputs` and `targets` are tensors [n, ...] of any shape and dtype, or dictionaries of tensors. Most recipes use
-    uint8 [n, height, width, channels], string [n] or float32 [n, columns] inputs, and float32 targets: one-hot
-    [n, classes] or values [n, 1].
+    `stored_inputs` and `stored_targets` are tensors or `MappedArray`s [examples, ...] of any shape and dtype, or
+    dictionaries of them. Most recipes use uint8 [n, height, width, channels], string [n] or float32 [n, columns]
+    inputs, and one-hot targets, float32 [n, classes], or values, float64 [n, 1]. `rows`, int64 [n], are the examples of
+    this split; None: all.
     """
 
-    inputs: Any
-    targets: Any
+    stored_inputs: Any
+    stored_targets: Any
+    rows: np.ndarray | None = None
 
     @classmethod
-    def from_arrays(cls, inputs: Any, targets: Any) -> "Split":
+    def from_arrays(cls, inputs: Any, targets: Any, rows: np.ndarray | None = None) -> "Split":
         """Converts arrays to a split. The tensors stay on the CPU, because a dataset may not fit in GPU memory."""
         with tf.device("CPU:0"):
-            return cls(*tf.nest.map_structure(tf.convert_to_tensor, (inputs, targets)))
+            stored = tf.nest.map_structure(
+                lambda part: part if isinstance(part, MappedArray) else tf.convert_to_tensor(part), (inputs, targets)
+            )
+        return cls(*stored, rows)
 
     def __len__(self) -> int:
-        return int(tf.nest.flatten(self.targets)[0].shape[0])
+        return int(tf.nest.flatten(self.stored_targets)[0].shape[0]) if self.rows is None else len(self.rows)
+
+    @property
+    def input_shape(self) -> Any:
+        """The shape of an input, without the axis of the examples."""
+        return tf.nest.map_structure(lambda part: tuple(part.shape[1:]), self.stored_inputs)
+
+    @property
+    def inputs(self) -> Any:
+        """The inputs as tensors on the CPU; a copy, unless the split has all rows."""
+        return self._taken(self.stored_inputs)
+
+    @property
+    def targets(self) -> Any:
+        """The targets as tensors on the CPU; a copy, unless the split has all rows."""
+        return self._taken(self.stored_targets)
+
+    def _taken(self, stored: Any) -> Any:
+        with tf.device("CPU:0"):
+            if self.rows is None and not any(isinstance(part, MappedArray) for part in tf.nest.flatten(stored)):
+                return stored
+            return tf.nest.map_structure(tf.convert_to_tensor, self._arrays(stored, slice(None)))
+
+    def _arrays(self, stored: Any, rows: slice | np.ndarray) -> Any:
+        chosen = rows if self.rows is None else self.rows[rows]
+        # `np.asarray` of a tensor on the CPU, or of a file, copies nothing.
+        return tf.nest.map_structure(lambda part: np.asarray(part)[chosen], stored)
 
     def arrays(self, rows: slice | np.ndarray = slice(None)) -> tuple[Any, Any]:
-        """Returns inputs and targets of the given rows as NumPy arrays. Slices on the CPU, even if there is a GPU."""
-        with tf.device("CPU:0"):
-            take = (lambda part: part[rows]) if isinstance(rows, slice) else (lambda part: tf.gather(part, rows))
-            return tf.nest.map_structure(lambda part: np.asarray(take(part)), (self.inputs, self.targets))
+        """Returns inputs and targets of the given rows of this split as NumPy arrays, without using a GPU."""
+        return self._arrays(self.stored_inputs, rows), self._arrays(self.stored_targets, rows)
 
 
 # An augmentation: takes inputs, targets and the random seeds of the batch; returns new inputs and targets.
@@ -142,6 +186,7 @@ def training_batches(
     augment: Augment | None = None,
     strategy: tf.distribute.Strategy | None = None,
     start_step: int = 0,
+    class_weights: np.ndarray | None = None,
 ) -> Any:
     """Yields shuffled global batches of equal size without end, starting with step `start_step`.
 
@@ -156,9 +201,11 @@ def training_batches(
         augment: called on each replica's slice inside `tf.data.Dataset.map`; must use TensorFlow operations only.
         strategy: distributes the batches; each replica computes only its own slice.
         start_step: number of the first batch.
+        class_weights: weight of each class in the loss, [classes], for one-hot targets.
 
     Returns:
-        A `tf.data.Dataset` of (inputs, targets); a `DistributedDataset` if there are several replicas.
+        A `tf.data.Dataset` of (inputs, targets), with sample weights as a third part if there are `class_weights`; a
+        `DistributedDataset` if there are several replicas.
     """
     distribution = strategy or tf.distribute.get_strategy()
     replicas, steps = distribution.num_replicas_in_sync, steps_per_epoch(split, batch_size)
@@ -172,13 +219,13 @@ def training_batches(
         epoch_seed = fold_in(tf.constant([seed, 0], tf.int64), step // steps)
         examples = shuffle(positions, epoch_seed, tf.constant(len(split) - 1, tf.int64))
         inputs, targets = _gather(split, examples)
+        weights = () if class_weights is None else (tf.linalg.matvec(targets, class_weights),)
         if augment is None:
-            return inputs, targets
+            return inputs, targets, *weights
         batch_seed = fold_in(tf.constant([seed, 1], tf.int64), step)
         turns = (examples + step // steps) % 2 == 0
-        return augment(
-            inputs, targets, BatchRandom(batch_seed, rows * replicas, turns, itertools.count(), replica, replicas)
-        )
+        random = BatchRandom(batch_seed, rows * replicas, turns, itertools.count(), replica, replicas)
+        return *augment(inputs, targets, random), *weights
 
     return _stream(replica_batch, distribution, start_step)
 
@@ -206,7 +253,12 @@ def evaluation_batches(split: Split, batch_size: int, strategy: tf.distribute.St
 
 
 def _gather(split: Split, examples: tf.Tensor) -> tuple:
-    return tf.nest.map_structure(lambda part: tf.gather(part, examples), (split.inputs, split.targets))
+    examples = examples if split.rows is None else tf.gather(split.rows, examples)
+
+    def take(part: Any) -> tf.Tensor:
+        return tf.gather(part.tensor() if isinstance(part, MappedArray) else part, examples)
+
+    return tf.nest.map_structure(take, (split.stored_inputs, split.stored_targets))
 
 
 def _stream(replica_batch: Callable, strategy: tf.distribute.Strategy, start: int, end: int | None = None) -> Any:

@@ -13,7 +13,7 @@ import signal
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal, NoReturn
 
 from common.console import end_status, print_line
@@ -165,6 +165,12 @@ def field_comments(config_class: type) -> dict[str, str]:
     except (OSError, TypeError):  # In a notebook, there is no source file.
         source = ""
     return dict(re.findall(r"^ {4}(\w+): .*?  # (.*)$", source, flags=re.MULTILINE))
+
+
+def listed(names: Iterable[Any], most: int = 10) -> str:
+    """Returns names for a message: the first ones, in quotation marks, and how many more there are."""
+    names = [repr(str(name)) for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def warn(line: str) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import operator
+import math
 import os
 import pathlib
 import re
@@ -14,10 +14,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from common.batches import Arrays, Split
-from common.cli import SharedConfig, UserError
+from common.cli import SharedConfig, UserError, listed, warn
 from common.console import print_line, status
 from common.multiworker import current_cluster
 from common.samples import drawn_shapes, handwritten_digits, written_reviews
+from common.splits import held_out, input_digests
 from common.user_files import read_image_folders, read_labelled_texts, read_table
 
 import keras
@@ -58,10 +59,17 @@ class Data:
         """Returns the SHA-256 of all examples in order."""
         sha256 = hashlib.sha256()
         for split in (self.train, self.validation, self.test):
-            for (_, *names), values in keras.tree.flatten_with_path(split.arrays()):  # `names` are dictionary keys.
-                sha256.update(f"{''.join(map(str, names))}{values.dtype}{values.shape}".encode())
-                texts = values if values.dtype == object else ()
-                sha256.update(b"".join(len(text).to_bytes(8, "little") + text for text in texts) or values.tobytes())
+            first = split.arrays(slice(0))
+            for place, (path, empty) in enumerate(keras.tree.flatten_with_path(first)):  # Ends of paths are names.
+                shape = (len(split), *empty.shape[1:])
+                sha256.update(f"{''.join(map(str, path[1:]))}{empty.dtype}{shape}".encode())
+                rows = max(1, 2**26 // max(1, math.prod(empty.shape[1:]) * empty.itemsize))
+                for start in range(0, len(split), rows):  # A set may not fit into memory.
+                    values = tf.nest.flatten(split.arrays(slice(start, start + rows)))[place]
+                    texts = values if values.dtype == object else ()
+                    sha256.update(
+                        b"".join(len(text).to_bytes(8, "little") + text for text in texts) or values.tobytes()
+                    )
         return sha256.hexdigest()
 
 
@@ -217,46 +225,97 @@ def reachable(address: str) -> bool:
 
 
 def _cut(
-    name: str, source: str, task: dict[str, str], arrays: Arrays, config: SharedConfig, started: float, **about: Any
+    name: str,
+    source: str,
+    task: dict[str, str],
+    arrays: Arrays,
+    config: SharedConfig,
+    started: float,
+    groups: np.ndarray | None = None,
+    **about: Any,
 ) -> Data:
-    """Splits missing validation and test sets from the training examples, by seeded permutations.
+    """Splits missing validation and test sets from the training examples, stratified by class.
 
-    Converts class targets to one-hot float32 [n, classes], and numbers to float32 [n, 1]; leaves other targets
-    unchanged. `about` holds further fields of `Data`.
+    Examples of equal `groups`, [n], stay together; by default, those with equal inputs. Converts class targets to
+    one-hot float32 [n, classes], and numbers to float64 [n, 1]; leaves other targets unchanged. `about` holds further
+    fields of `Data`.
     """
-    splits, train = ("train", "validation", "test"), arrays["train"]
-    order = {split: np.arange(len(tf.nest.flatten(arrays.get(split, train)[1])[0])) for split in splits}
-    order["train"] = np.random.default_rng(config.seed).permutation(order["train"])
+    # Without classes, all examples count as one class.
+    labels = {name: of if task["output"] == "class" else np.zeros(_count(of)) for name, (_, of) in arrays.items()}
+    rows = {split: np.arange(len(of)) for split, of in labels.items()}
+    if groups is None:
+        groups = input_digests(tf.nest.map_structure(np.asarray, arrays["train"][0]))
+
+    def hold_out(share: float, seed: int) -> np.ndarray:
+        """Takes a share of the training examples, in random order."""
+        chosen = held_out(groups[rows["train"]], labels["train"][rows["train"]], share, seed)
+        taken, rows["train"] = rows["train"][chosen], rows["train"][~chosen]
+        return np.random.default_rng(seed).permutation(taken)
+
+    # The test split does not depend on the seed of the run, so that runs with different seeds are comparable.
     if "test" not in arrays:
-        # The test split does not depend on the seed of the run, so that runs with different seeds are comparable.
-        order["test"] = np.random.default_rng(0).permutation(order["test"])[: max(1, len(order["test"]) // 10)]
-        order["train"] = order["train"][~np.isin(order["train"], order["test"])]
-    if config.smoke:
-        order["train"] = order["train"][:300]
-        order["test"] = np.random.default_rng(0).permutation(order["test"])[:100]
+        rows["test"] = hold_out(0.1, 0)
+    of_split = {split: split if split in arrays else "train" for split in ("train", "validation", "test")}
+    for split, count in (("train", 300), ("test", 100)) if config.smoke else ():
+        if len(rows[split]) > count:  # Some of each class.
+            of = labels[of_split[split]][rows[split]]
+            rows[split] = rows[split][held_out(np.arange(len(of)), of, count / len(of), 0)]
     if "validation" not in arrays:
-        count = round(len(order["train"]) * config.validation_size)
-        order["validation"], order["train"] = np.split(order["train"], [count])
-        if not len(order["train"]) or config.validation_size > 0 == count:
-            counts = f"{len(order['train']) + count} to train and validate, {len(order['test'])} to test"
-            raise UserError(f"{name}: too few examples ({counts}); add some, or give another --validation-size")
-    inputs, targets = {}, {}
-    for split, rows in order.items():
-        inputs[split], targets[split] = tf.nest.map_structure(operator.itemgetter(rows), arrays.get(split, train))
+        rows["validation"] = hold_out(config.validation_size, config.seed)
+    rows["train"] = np.random.default_rng(config.seed).permutation(rows["train"])
+    counts = {split: len(of) for split, of in rows.items()}
+    if not counts["train"] or not counts["test"] or config.validation_size > 0 == counts["validation"]:
+        found = f"{counts['train'] + counts['validation']} to train and validate, {counts['test']} to test"
+        raise UserError(f"{name}: too few different examples ({found}); add some, or give another --validation-size")
+    targets = {split: of for split, (_, of) in arrays.items()}
     if task["output"] == "class":
-        about["class_names"] = class_names = tuple(np.unique(targets["train"]).tolist())
-        if len(class_names) == 1:
-            remedy = "add examples of another class"
-            raise UserError(f"{name}: only one class to train on, {class_names[0]!r}; {remedy}")
-        for split in splits:
-            for unknown in map(str, np.setdiff1d(targets[split], class_names)):
-                remedy = "add training examples of it, or remove it"
-                raise UserError(f"{name}: class {unknown!r} is in {split} but not in train; {remedy}")
-            targets[split] = np.eye(len(class_names), dtype=np.float32)[np.searchsorted(class_names, targets[split])]
+        about["class_names"] = names = _class_names(
+            name, {split: labels[of_split[split]][rows[split]] for split in rows}
+        )
+        # Examples of other classes are in no split, because `--smoke` leaves them out.
+        numbers = {split: np.minimum(np.searchsorted(names, of), len(names) - 1) for split, of in labels.items()}
+        targets = {split: np.eye(len(names), dtype=np.float32)[of] for split, of in numbers.items()}
     elif task["output"] == "number":
-        targets = {split: values[:, None].astype(np.float32) for split, values in targets.items()}
-    converted = {split: Split.from_arrays(inputs[split], targets[split]) for split in splits}
-    data = Data(name, source, task, **converted, **about, seconds=time.perf_counter() - started)
+        targets = {split: values[:, None].astype(np.float64) for split, values in targets.items()}
+    stored = {split: Split.from_arrays(arrays[split][0], targets[split]) for split in arrays}
+    splits = {split: dataclasses.replace(stored[of], rows=rows[split]) for split, of in of_split.items()}
+    data = Data(name, source, task, **splits, **about, seconds=time.perf_counter() - started)
     for cluster in current_cluster:  # Before models exist: TensorFlow fails if their shapes differ between workers.
         cluster.compare({"data": data.digest()})
     return data
+
+
+def _count(targets: Any) -> int:
+    return len(tf.nest.flatten(targets)[0])
+
+
+def _class_names(name: str, labels: dict[str, np.ndarray]) -> tuple[str, ...]:
+    """Returns the classes of "train", sorted. Warns about classes that other splits lack."""
+    class_names = np.unique(labels["train"])
+    if len(class_names) == 1:
+        raise UserError(f"{name}: only one class to train on, {str(class_names[0])!r}; add examples of another class")
+    for split, of in labels.items():
+        if len(unknown := np.setdiff1d(of, class_names)):
+            remedy = "add training examples of it, or remove it"
+            raise UserError(f"{name}: class {listed(unknown)} is in {split} but not in train; {remedy}")
+        if len(of) and len(missing := np.setdiff1d(class_names, of)):
+            warn(f"{name}: {split} has no example of class {listed(missing)}; averages over classes leave it out")
+    return tuple(class_names.tolist())
+
+
+def class_weights(data: Data, config: Any) -> np.ndarray | None:
+    """Returns weights that give each class the same influence on the loss, float32 [classes], for `training_batches`.
+
+    Returns None unless `--class-weights balanced` is given.
+    """
+    counts = data.train.targets.numpy().sum(axis=0)
+    return np.float32(len(data.train) / len(counts) / counts) if config.class_weights == "balanced" else None
+
+
+def imbalance(data: Data) -> str:
+    """Describes classes of very different sizes; empty if there are none."""
+    counts = data.train.targets.numpy().sum(axis=0).astype(int)
+    if not data.class_names or counts.max() < 10 * counts.min():
+        return ""
+    largest, smallest = (f"{data.class_names[of]!r} has {counts[of]:,}" for of in (counts.argmax(), counts.argmin()))
+    return f"imbalanced: of the training examples, class {largest} and {smallest}; see --class-weights"

@@ -11,6 +11,7 @@ from typing import Any
 
 from common.batches import Split, evaluation_batches, evaluation_steps
 from common.console import status
+from common.data import Data
 
 import keras
 import numpy as np
@@ -44,6 +45,8 @@ def evaluate_classifier(
 ) -> Report:
     """Computes loss, accuracy, precision, recall and F1 (macro and per class), confusion matrix and worst mistakes.
 
+    The balanced accuracy is the mean recall of the classes that occur in the split.
+
     In plain Keras: `model.predict`, then `sklearn.metrics.classification_report`. Macro averages cover the classes that
     occur in the split or in the predictions. The compiled `model` returns probabilities [n, classes], in the order of
     `class_names`. Pass `shown_inputs`, images or texts that illustrate mistakes, if the model takes other inputs.
@@ -55,6 +58,7 @@ def evaluate_classifier(
     by_class = sklearn.metrics.classification_report(true, predicted, output_dict=True, zero_division=0)
     accuracy, macro, _ = (by_class.pop(key) for key in ("accuracy", "macro avg", "weighted avg"))
     confusion = sklearn.metrics.confusion_matrix(true, predicted, labels=range(len(class_names)))
+    balanced = float(np.mean([metrics["recall"] for metrics in by_class.values() if metrics["support"]]))
     confidence = probabilities.max(axis=1)
     mistakes = sorted(np.flatnonzero(true != predicted).tolist(), key=lambda example: -confidence[example])[:25]
     records = [
@@ -69,7 +73,7 @@ def evaluate_classifier(
     ]
     averages = {"precision": macro["precision"], "recall": macro["recall"], "f1": macro["f1-score"]}
     report = Report(
-        metrics={"loss": loss, "accuracy": accuracy, **averages},
+        metrics={"loss": loss, "accuracy": accuracy, "balanced_accuracy": balanced, **averages},
         details={
             "classes": {class_names[int(label)]: metrics for label, metrics in by_class.items()},
             "confusion_matrix": confusion.tolist(),
@@ -94,6 +98,12 @@ def evaluate_classifier(
     elif shown.dtype == object:
         report.texts["worst_mistakes"] = text_table(shown, titles(class_names))
     return report
+
+
+def majority_accuracy(data: Data) -> float:
+    """Returns the test accuracy of always predicting the most frequent class of the training examples."""
+    commonest = data.train.targets.numpy().sum(axis=0).argmax()
+    return float(data.test.targets.numpy()[:, commonest].mean())
 
 
 @status("evaluating")

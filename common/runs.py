@@ -16,8 +16,8 @@ from common.batches import Augment, steps_per_epoch
 from common.checkpoints import EPOCH_OVER, Checkpoints, newest_checkpoint
 from common.cli import RUNTIME_FLAGS, SharedConfig, UserError, warn
 from common.console import say, status
-from common.data import Data
-from common.evaluation import Report, curves_figure, figure_png
+from common.data import Data, imbalance
+from common.evaluation import Report, curves_figure, figure_png, majority_accuracy
 from common.hardware import apply, choose, describe_machine
 from common.layers import with_stock_layers
 from common.multiworker import Cluster, current_cluster, described_cluster
@@ -141,6 +141,8 @@ class Run:
         self._write_settings(data)
         counts = ", ".join(f"{count:,} {split}" for split, count in data.counts().items())
         say(f"data: {data.name} ({data.source}): {counts}")
+        if data.task["output"] == "class" and (line := imbalance(data)):
+            say(line, bold=True)
         if self.settings["resumed"]:
             say(f"resumed: {self.directory}, from step {self.start_step}")
         checkpoints.progress_bar.show(lambda: "preparing")
@@ -195,8 +197,10 @@ class Run:
             report: the test metrics.
             extra: additional metrics that are only shown, such as a lower bound of the error.
             baselines: test metrics of baselines, such as `naive_accuracy`: a name, then that of a metric of `report`.
-                If the model is worse, the output says so.
+                If the model is worse, the output says so. The most frequent class of train is one for every classifier.
         """
+        if data.task["output"] == "class":
+            baselines = {"majority_accuracy": majority_accuracy(data), **(baselines or {})}
         metrics, watch = {**report.metrics, **(extra or {}), **(baselines or {})}, self.watch
         if not self.cluster.chief:
             return metrics

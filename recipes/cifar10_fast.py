@@ -10,6 +10,7 @@ After Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (https://arxiv.o
 """
 
 import dataclasses
+from typing import Literal
 
 from common.batches import (
     evaluation_batches,
@@ -20,7 +21,7 @@ from common.batches import (
     training_batches,
 )
 from common.cli import Count, Positive, Share, SharedConfig, run_recipe
-from common.data import CIFAR10, Data, load_images
+from common.data import CIFAR10, Data, class_weights, load_images
 from common.evaluation import evaluate_classifier
 from common.layers import Activation, BatchNormalization, Conv2D
 from common.optimizers import Muon
@@ -40,6 +41,7 @@ class Config(SharedConfig):
     label_smoothing: Share = 0.2  # share of each label that is spread evenly over all classes
     shift: int = 2  # maximum random shift of a training image along each axis, in pixels
     width: Count = 64  # filters of the first block; the others have four times as many
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: each class has the same influence on the loss
 
 
 def load_data(config: Config) -> Data:
@@ -47,7 +49,7 @@ def load_data(config: Config) -> Data:
 
 
 def build_model(config: Config, data: Data) -> keras.Model:
-    images = keras.Input(data.train.inputs.shape[1:], dtype="uint8", name="image")
+    images = keras.Input(data.train.input_shape, dtype="uint8", name="image")
     x = keras.layers.Rescaling(1 / 127.5, offset=-1)(images)
     x = whitening(data.train.arrays(slice(5000))[0])(x)
     x = Activation("silu")(x)
@@ -111,7 +113,15 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             steps_per_execution=steps_per_execution(model, data.train, config.batch_size, run.strategy, run.start_step),
         )
     model.fit(
-        training_batches(data.train, config.batch_size, config.seed, augment, run.strategy, run.start_step),
+        training_batches(
+            data.train,
+            config.batch_size,
+            config.seed,
+            augment,
+            run.strategy,
+            run.start_step,
+            class_weights(data, config),
+        ),
         steps_per_epoch=steps,
         shuffle=False,  # The dataset is shuffled already.
         epochs=config.epochs,

@@ -7,6 +7,7 @@ Run       python recipes/dense_classifier.py
 """
 
 import dataclasses
+from typing import Literal
 
 from common.batches import (
     Arrays,
@@ -18,7 +19,7 @@ from common.batches import (
 )
 from common.cli import Count, Positive, SharedConfig, run_recipe
 from common.console import status
-from common.data import Data, load_table
+from common.data import Data, class_weights, load_table
 from common.evaluation import evaluate_classifier
 from common.runs import start_run
 
@@ -36,6 +37,7 @@ class Config(SharedConfig):
     batch_size: Count = 256  # examples per step, summed over all devices
     learning_rate: Positive = 0.01  # peak learning rate of AdamW; cosine decay to zero
     weight_decay: float = 0.3  # weight decay of AdamW
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: each class has the same influence on the loss
     target: str = "target"  # the column with the class, with --data FILE.csv
 
 
@@ -59,7 +61,7 @@ def load_data(config: Config) -> Data:
 
 
 def build_model(config: Config, data: Data) -> keras.Model:
-    inputs = keras.Input(data.train.inputs.shape[1:], name="columns")
+    inputs = keras.Input(data.train.input_shape, name="columns")
     # Always float32: bfloat16 can't tell 2001 from 2002.
     normalize = keras.layers.Normalization(dtype="float32")
     normalize.adapt(np.asarray(data.train.inputs))
@@ -87,7 +89,14 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             jit_compile=run.strategy.num_replicas_in_sync == 1 and not config.deterministic,
         )
     model.fit(
-        training_batches(data.train, config.batch_size, config.seed, strategy=run.strategy, start_step=run.start_step),
+        training_batches(
+            data.train,
+            config.batch_size,
+            config.seed,
+            strategy=run.strategy,
+            start_step=run.start_step,
+            class_weights=class_weights(data, config),
+        ),
         steps_per_epoch=steps,
         shuffle=False,  # The dataset is shuffled already.
         epochs=config.epochs,

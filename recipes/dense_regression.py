@@ -61,7 +61,7 @@ def load_data(config: Config) -> Data:
 
 
 def build_model(config: Config, data: Data) -> keras.Model:
-    inputs = keras.Input(data.train.inputs.shape[1:], name="columns")
+    inputs = keras.Input(data.train.input_shape, name="columns")
     # Always float32: bfloat16 can't tell 2001 from 2002.
     normalize = keras.layers.Normalization(dtype="float32")
     normalize.adapt(np.asarray(data.train.inputs))

@@ -12,6 +12,7 @@ import hashlib
 import os
 import pathlib
 import zipfile
+from typing import Literal
 
 from common.batches import (
     Split,
@@ -24,7 +25,7 @@ from common.batches import (
 )
 from common.cli import Count, Positive, Share, SharedConfig, UserError, run_recipe
 from common.console import status
-from common.data import CIFAR10, Data, load_images
+from common.data import CIFAR10, Data, class_weights, load_images
 from common.evaluation import evaluate_classifier
 from common.optimizers import Muon
 from common.progress import EpochLine
@@ -44,6 +45,7 @@ class Config(SharedConfig):
     teacher: str = ""  # path of the teacher, a model.keras; if empty, a network four times as wide is trained
     temperature: Positive = 2.0  # divides the logits; higher values give more weight to the less likely classes
     label_weight: Share = 0.1  # weight of the true labels in the loss; the rest is that of the teacher
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: each class has the same influence on the loss
 
 
 def load_data(config: Config) -> Data:
@@ -52,7 +54,7 @@ def load_data(config: Config) -> Data:
 
 def build_model(config: Config, data: Data, width: int = 1) -> keras.Model:
     """The network of cifar10_cnn, or one whose layers are `width` times as wide."""
-    images = keras.Input(data.train.inputs.shape[1:], dtype="uint8", name="image")
+    images = keras.Input(data.train.input_shape, dtype="uint8", name="image")
     x = keras.layers.Rescaling(1 / 127.5, offset=-1)(images)
     x = keras.layers.Conv2D(32 * width, 3, activation="relu")(x)
     x = keras.layers.MaxPooling2D()(x)
@@ -140,7 +142,9 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
                 steps_per_execution=steps_per_execution(model, training, config.batch_size, run.strategy, start_step),
             )
         model.fit(
-            training_batches(training, config.batch_size, config.seed, augment, run.strategy, start_step),
+            training_batches(
+                training, config.batch_size, config.seed, augment, run.strategy, start_step, class_weights(data, config)
+            ),
             steps_per_epoch=steps,
             shuffle=False,  # The dataset is shuffled already.
             epochs=config.epochs,

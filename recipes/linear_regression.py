@@ -55,7 +55,7 @@ def load_data(config: Config) -> Data:
 
 
 def build_model(config: Config, data: Data) -> keras.Model:
-    inputs = keras.Input(data.train.inputs.shape[1:], name="columns")
+    inputs = keras.Input(data.train.input_shape, name="columns")
     # With columns of equal variance, one learning rate suits all.
     normalize = keras.layers.Normalization(dtype="float32", name="normalize")
     normalize.adapt(np.asarray(data.train.inputs))

@@ -9,6 +9,7 @@ Run       python recipes/mnist_cnn.py
 """
 
 import dataclasses
+from typing import Literal
 
 from common.batches import (
     evaluation_batches,
@@ -20,7 +21,7 @@ from common.batches import (
 )
 from common.cli import Count, Positive, Share, SharedConfig, run_recipe
 from common.console import status
-from common.data import MNIST, Data, load_images
+from common.data import MNIST, Data, class_weights, load_images
 from common.evaluation import evaluate_classifier
 from common.optimizers import FusedAdam
 from common.runs import start_run
@@ -39,6 +40,7 @@ class Config(SharedConfig):
     weight_decay: float = 0.02  # weight decay of AdamW
     label_smoothing: Share = 0.05  # share of each label that is spread evenly over all classes
     shift: int = 2  # maximum random shift of a training image along each axis, in pixels
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: each class has the same influence on the loss
 
 
 def load_data(config: Config) -> Data:
@@ -46,7 +48,7 @@ def load_data(config: Config) -> Data:
 
 
 def build_model(config: Config, data: Data) -> keras.Model:
-    images = keras.Input(data.train.inputs.shape[1:], dtype="uint8", name="image")
+    images = keras.Input(data.train.input_shape, dtype="uint8", name="image")
     x = keras.layers.Rescaling(1 / 255)(images)
     x = keras.layers.Conv2D(32, 3, activation="relu")(x)
     x = keras.layers.MaxPooling2D()(x)
@@ -88,7 +90,15 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             steps_per_execution=steps_per_execution(model, data.train, config.batch_size, run.strategy, run.start_step),
         )
     model.fit(
-        training_batches(data.train, config.batch_size, config.seed, augment, run.strategy, run.start_step),
+        training_batches(
+            data.train,
+            config.batch_size,
+            config.seed,
+            augment,
+            run.strategy,
+            run.start_step,
+            class_weights(data, config),
+        ),
         steps_per_epoch=steps,
         shuffle=False,  # The dataset is shuffled already.
         epochs=config.epochs,

@@ -21,7 +21,7 @@ from common.batches import (
     training_batches,
 )
 from common.cli import Count, Positive, Share, SharedConfig, run_recipe
-from common.data import MNIST, Data, load_images
+from common.data import MNIST, Data, class_weights, load_images
 from common.evaluation import evaluate_classifier
 from common.optimizers import FusedAdam
 from common.progress import EpochLine
@@ -43,6 +43,7 @@ class Config(SharedConfig):
     remove: Literal["weights", "filters"] = "weights"  # what to prune: single weights, or whole filters and units
     sparsity: Share = 0.9  # share of the weights or filters that is removed at the end
     pruned_by: Share = 0.6  # share of training after which this sparsity is reached; the rest is fine-tuning
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: each class has the same influence on the loss
 
 
 def load_data(config: Config) -> Data:
@@ -52,7 +53,7 @@ def load_data(config: Config) -> Data:
 def build_model(config: Config, data: Data, widths: tuple[int, int, int] = (32, 64, 128)) -> keras.Model:
     """The network of mnist_cnn, but with nonzero initial biases: a weight that is zero stays zero."""
     start = keras.initializers.Constant(0.01)
-    images = keras.Input(data.train.inputs.shape[1:], dtype="uint8", name="image")
+    images = keras.Input(data.train.input_shape, dtype="uint8", name="image")
     x = keras.layers.Rescaling(1 / 255)(images)
     x = keras.layers.Conv2D(widths[0], 3, activation="relu", bias_initializer=start)(x)
     x = keras.layers.MaxPooling2D()(x)
@@ -108,7 +109,7 @@ def without_removed(model: keras.Model, config: Config, data: Data) -> keras.Mod
     layers = [layer for layer in model.layers if layer.weights]
     kept = [layer.get_weights()[1] != 0 for layer in layers[:-1]] + [np.full(len(data.class_names), True)]
     smaller = build_model(config, data, [int(mask.sum()) for mask in kept[:-1]])
-    inputs = np.full(data.train.inputs.shape[3], True)
+    inputs = np.full(data.train.input_shape[2], True)
     for layer, small, outputs in zip(layers, [each for each in smaller.layers if each.weights], kept, strict=True):
         kernel, bias = layer.get_weights()
         kernel = kernel.reshape(-1, len(inputs), len(outputs))[:, inputs][..., outputs]
@@ -148,7 +149,15 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
                 steps_per_execution=steps_per_execution(model, data.train, config.batch_size, run.strategy, start_step),
             )
         model.fit(
-            training_batches(data.train, config.batch_size, config.seed, augment, run.strategy, start_step),
+            training_batches(
+                data.train,
+                config.batch_size,
+                config.seed,
+                augment,
+                run.strategy,
+                start_step,
+                class_weights(data, config),
+            ),
             steps_per_epoch=steps,
             shuffle=False,  # The dataset is shuffled already.
             epochs=config.epochs,

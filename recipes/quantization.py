@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import io
 import pathlib
+from typing import Literal
 
 from common.batches import (
     Split,
@@ -23,7 +24,7 @@ from common.batches import (
 )
 from common.cli import Count, Positive, Share, SharedConfig, run_recipe
 from common.console import status
-from common.data import CIFAR10, Data, load_images
+from common.data import CIFAR10, Data, class_weights, load_images
 from common.evaluation import evaluate_classifier
 from common.optimizers import Muon
 from common.runs import once, start_run
@@ -43,6 +44,7 @@ class Config(SharedConfig):
     label_smoothing: Share = 0.05  # share of each label that is spread evenly over all classes
     shift: int = 2  # maximum random shift of a training image along each axis, in pixels
     representative_images: Count = 500  # training images that calibrate the int8 activation ranges
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: each class has the same influence on the loss
 
 
 def load_data(config: Config) -> Data:
@@ -51,7 +53,7 @@ def load_data(config: Config) -> Data:
 
 def build_model(config: Config, data: Data) -> keras.Model:
     """The network of cifar10_cnn."""
-    images = keras.Input(data.train.inputs.shape[1:], dtype="uint8", name="image")
+    images = keras.Input(data.train.input_shape, dtype="uint8", name="image")
     x = keras.layers.Rescaling(1 / 127.5, offset=-1)(images)
     x = keras.layers.Conv2D(32, 3, activation="relu")(x)
     x = keras.layers.MaxPooling2D()(x)
@@ -125,7 +127,15 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             steps_per_execution=steps_per_execution(model, data.train, config.batch_size, run.strategy, run.start_step),
         )
     model.fit(
-        training_batches(data.train, config.batch_size, config.seed, augment, run.strategy, run.start_step),
+        training_batches(
+            data.train,
+            config.batch_size,
+            config.seed,
+            augment,
+            run.strategy,
+            run.start_step,
+            class_weights(data, config),
+        ),
         steps_per_epoch=steps,
         shuffle=False,  # The dataset is shuffled already.
         epochs=config.epochs,

@@ -8,7 +8,7 @@ Run       python recipes/text_classifier.py
 
 import dataclasses
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 from common.batches import (
     Split,
@@ -20,7 +20,7 @@ from common.batches import (
 )
 from common.cli import Count, Positive, Share, SharedConfig, UserError, run_recipe
 from common.console import status
-from common.data import IMDB, Data, load_texts
+from common.data import IMDB, Data, class_weights, load_texts
 from common.evaluation import evaluate_classifier
 from common.optimizers import FusedAdam
 from common.runs import start_run
@@ -43,6 +43,7 @@ class Config(SharedConfig):
     start: float = 0.25  # scale of the log-count ratios used as initial weights; 0: zeros
     vocabulary: Annotated[int, 3, 2_000_000] = 200_000  # number of words in the vocabulary: the most frequent ones
     length: Annotated[int, 3, math.inf] = 1000  # maximum number of words per text, and of its n-grams; keeps the rarest
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: each class has the same influence on the loss
     text_column: str = "text"  # the column with the text, with --data FILE.csv
     label_column: str = "label"  # the column with the class, with --data FILE.csv
 
@@ -146,7 +147,12 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         )
     model.fit(
         training_batches(
-            train_tokens, config.batch_size, config.seed, strategy=run.strategy, start_step=run.start_step
+            train_tokens,
+            config.batch_size,
+            config.seed,
+            strategy=run.strategy,
+            start_step=run.start_step,
+            class_weights=class_weights(data, config),
         ),
         steps_per_epoch=steps,
         shuffle=False,  # The dataset is shuffled already.

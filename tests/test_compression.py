@@ -190,7 +190,7 @@ def no_model(folder, data):
 
 
 def of_other_classes(folder, data):
-    images = keras.Input(data.train.inputs.shape[1:])
+    images = keras.Input(data.train.input_shape)
     keras.Model(images, keras.layers.Dense(3)(keras.layers.Flatten()(images))).save(folder / "three.keras")
     return folder / "three.keras"
 
@@ -208,7 +208,7 @@ def of_as_many_other_classes(folder, data):
 
 
 def unsure_of_anything(folder, data):
-    images = keras.Input(data.train.inputs.shape[1:])
+    images = keras.Input(data.train.input_shape)
     flat = keras.layers.Rescaling(float("nan"))(keras.layers.Flatten()(images))
     keras.Model(images, keras.layers.Dense(10)(flat)).save(folder / "nan.keras")
     return folder / "nan.keras"

@@ -39,7 +39,7 @@ def in_float64(build):
 
 
 def with_normalization(config, data):
-    images = keras.Input(data.train.inputs.shape[1:], dtype="uint8", name="image")
+    images = keras.Input(data.train.input_shape, dtype="uint8", name="image")
     x = keras.layers.Rescaling(1 / 255)(images)
     x = keras.layers.Conv2D(8, 3, strides=2, use_bias=False)(x)
     x = keras.layers.BatchNormalization(synchronized=True)(x)

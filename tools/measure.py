@@ -173,7 +173,7 @@ def describe(model: keras.Model, split: Split, data: Data, config: SharedConfig,
             for setting, value in layer.get_config().items()
             if isinstance(value, str | int | float | bool) and setting != "name"
         }
-        layers.append({"kind": type(layer).__name__, "images": len(split.inputs.shape) == 4, **settings})
+        layers.append({"kind": type(layer).__name__, "images": len(split.input_shape) == 3, **settings})
         weights += [np.asarray(weight) for weight in layer.get_weights()]
     optimizer, loss = model.optimizer, model.loss
     constants = {
@@ -193,7 +193,7 @@ def describe(model: keras.Model, split: Split, data: Data, config: SharedConfig,
         "mirror": "mirrored=" in inspect.getsource(sys.modules[type(config).__module__]),
         "threads": describe_machine().cores,
         "precision": keras.config.dtype_policy().name,
-        "training_flops_per_example": training_flops(model, split.inputs.shape[1:]),
+        "training_flops_per_example": training_flops(model, split.input_shape),
         "parameters": sum(int(np.prod(weight.shape)) for weight in model.trainable_weights),
         "data": {"source": data.source, "name": data.name, "digest": data.digest()},
     }
