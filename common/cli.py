@@ -62,6 +62,8 @@ class SharedConfig:
     epochs: Count = 10  # passes over the training examples
     batch_size: Count = 128  # examples per step, summed over all devices
     learning_rate: Positive = 0.001  # step size of the optimizer; the peak, if there is a learning rate schedule
+    init_from: str = ""  # a finished run, or a .keras file, whose weights to begin with; empty: random weights
+    patience: Annotated[int, 0, 1_000_000] = 0  # epochs without better validation, then stop, keep the best; 0: never
     seed: Annotated[int, 0, 2**32] = 0  # seed of initial weights, shuffling, augmentation and validation split
     strategy: Literal["auto", "none", "mirrored", "multi-worker", "tpu"] = "auto"  # auto: by devices and workers
     devices: Annotated[int, 0, 1025] = 0  # GPUs, or logical devices to split the CPU into; 0: all GPUs, else one CPU
