@@ -8,6 +8,7 @@ import gc
 import inspect
 import math
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -213,6 +214,7 @@ def _run(main: Callable[[], None]) -> NoReturn:
     gc.freeze()  # Excludes the million objects of imported modules from garbage collection.
     code, line = 0, ""
     try:
+        _check_checkout()
         main()
         sys.stdout.flush()
     except AlreadyFinishedError as finished:
@@ -243,6 +245,17 @@ def _run(main: Callable[[], None]) -> NoReturn:
     except OSError:  # Python would flush again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code)
+
+
+def _check_checkout() -> None:
+    """Raises a `UserError` if the program is part of another copy of the project, whose own `common` was not used."""
+    program, used = getattr(sys.modules["__main__"], "__file__", None), pathlib.Path(__file__).parent
+    for folder in pathlib.Path(program).resolve().parents[:2] if program else ():
+        if (folder / "common" / "cli.py").is_file() and not used.samefile(folder / "common"):
+            remedy = f"install it: pip install -e {folder}"
+            raise UserError(
+                f"{program}: the package common of this Python is {used}, not that of the program; {remedy}"
+            )
 
 
 def _exit_when_stopped() -> None:

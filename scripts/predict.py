@@ -15,7 +15,6 @@ A file that can't be read is named at the end, with exit code 2; all others are 
 import collections
 import csv
 import heapq
-import io
 import json
 import operator
 import os
@@ -59,8 +58,6 @@ def main() -> None:
         raise UserError(f"--top {arguments.top}: only for models that predict a class; leave it out")
     answers = predictions(arguments.model, description, model, arguments.files, problems)
     answers = (with_top(answer, arguments.top) for answer in answers)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # The name of a file may not be UTF-8.
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if arguments.output:
             count = write_csv(arguments.output, answers)
@@ -120,7 +117,9 @@ def predictions(
                 outputs = model(inputs)
             for row, title in enumerate(titles):
                 output = tf.nest.map_structure(operator.itemgetter(row), outputs)
-                yield {"input": title, **write(description, output)}
+                # The name of a file may not be UTF-8.
+                shown = title.encode(errors="backslashreplace").decode()
+                yield {"input": shown, **write(description, output)}
 
 
 def files_in(folder: pathlib.Path, kind: str) -> list[tuple[str, pathlib.Path]]:
@@ -194,7 +193,7 @@ def write_csv(path: pathlib.Path, answers: Iterable[dict]) -> int:
     """
     part, count = path.with_name(path.name + ".part"), 0
     try:
-        with open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with open(part, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             for answer in answers:
                 probabilities = answer.pop("probabilities", {})

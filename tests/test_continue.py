@@ -293,6 +293,6 @@ def test_several_workers_begin_with_the_same_weights(finished_run, tmp_path):
     _, first = finished_run("linear_regression")
     flags = ["--init-from", str(first), "--learning-rate", "1e-30", "--epochs", "1", "--smoke", "--run-dir", "run"]
     program = str(ROOT / "recipes" / "linear_regression.py")
-    run = run_program(str(ROOT / "scripts" / "launch.py"), "--workers", "2", program, *flags, cwd=tmp_path)
+    run = run_program(str(ROOT / "scripts" / "launch.py"), "--workers", "2", program, "--", *flags, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert_equal(saved_weights(tmp_path / "run"), saved_weights(first))

@@ -146,7 +146,7 @@ def forked(words: list[str]) -> list[str]:
     script, *flags = words[1:]
     if words[0] == "scripts/run.sh" and (ROOT / "recipes" / f"{script}.py").exists() and "--help" not in flags:
         return [str(ROOT / "recipes" / f"{script}.py"), *flags]
-    reads_only = {f"scripts/{name}.py" for name in ("predict", "export", "compare")}
+    reads_only = {f"scripts/{name}.py" for name in ("predict", "evaluate", "export", "compare")}
     return [str(ROOT / script), *flags] if words[0] == ".venv/bin/python" and script in reads_only else []
 
 
@@ -166,7 +166,7 @@ def test_commands_run(command, checkout):
     words += SHORTENED[words[0]](words)
     if "--data" not in words and "recipes/" not in words[1] and words[0] == "scripts/run.sh":
         words += ["--data", "sample"]
-    environment = {"TFDS_DATA_DIR": "/nowhere", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    environment = {"TFDS_DATA_DIR": "/nowhere", "HTTPS_PROXY": "http://127.0.0.1:9", "PYTHONPATH": str(checkout)}
     if program := forked(words):
         run = run_program(*program, cwd=checkout, **environment)
     else:
