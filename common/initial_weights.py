@@ -27,11 +27,12 @@ class InitialWeights:
 
     Args:
         path: a .keras file. Raises a `UserError` if it can't be read.
+        class_names: the classes of the new model. Those of the saved one are named if they differ.
         preprocessing: layers that are fitted to the data and not part of the model in training, such as a tokenizer. If
             their vocabularies differ from those of the saved model, embeddings keep their weights.
     """
 
-    def __init__(self, path: pathlib.Path, preprocessing: keras.Model | None = None):
+    def __init__(self, path: pathlib.Path, class_names: tuple[str, ...] = (), preprocessing: keras.Model | None = None):
         self.path = path
         try:
             model = load_keras(path)
@@ -40,6 +41,8 @@ class InitialWeights:
             raise UserError(f"--init-from {path}: can't be read ({problem}); give a run, or a .keras file") from error
         self.weights = {key: layer.get_weights() for key, layer in _layers(model).items()}
         self.same_vocabulary = preprocessing is None or _vocabularies(model) == _vocabularies(preprocessing)
+        saved = [layer.get_vocabulary() for layer in model.layers if layer.name == "class_names"]
+        self.other_classes = saved[0] if saved and saved[0] != [*class_names] else []
 
     def assign(self, model: keras.Model) -> str:
         """Sets the weights of all layers that have the name and the shapes of a saved one, and describes the result.
@@ -64,6 +67,7 @@ class InitialWeights:
             raise UserError(f"--init-from {self.path}: {problem}; give a run of this recipe, or leave it out")
         line = f"initial weights: {total - len(new)} of {total} layers from {self.path}"
         line += f"; new: {listed(new)}" if new else ""
+        line += f"; their classes were {listed(self.other_classes)}" if self.other_classes else ""
         return line + (f"; fitted to this data: {listed(fitted)}" if fitted else "")
 
 

@@ -154,7 +154,7 @@ class Run:
             )
             more = [self.early_stopping, *more]
         if self.config.init_from:  # Also if resumed: loading a model draws from the random numbers of the process.
-            self.initial_weights = InitialWeights(model_file(self.config.init_from), preprocessing)
+            self.initial_weights = InitialWeights(model_file(self.config.init_from), data.class_names, preprocessing)
         state = self.checkpoint[1] if self.checkpoint else {}
         self.data_digest, earlier = data.digest(), state.get("seconds", {})
         self.cluster.compare({"data": self.data_digest})

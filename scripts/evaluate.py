@@ -72,6 +72,9 @@ def evaluate(run: pathlib.Path, data: pathlib.Path) -> Report:
         raise UserError(f"{run}: predicts {output} from {kind}, and evaluate.py knows only {known}")
     if not data.exists():
         raise UserError(f"{data}: no such file or folder; give labelled data")
+    used = pathlib.Path(result["config"]["data"])
+    if used.exists() and used.samefile(data) and not (data.is_dir() and test_folder(data) != data):
+        warn(f"{data}: the run was trained on most of these examples; result.json has the metrics of its test split")
     titles, inputs, labels = READERS[kind](description, result["config"], data)
     network, strategy = artefacts.without_class_names(model), tf.distribute.get_strategy()
     if output == "number":

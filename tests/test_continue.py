@@ -11,7 +11,7 @@ from common.cli import AlreadyFinishedError, SharedConfig, UserError
 from common.evaluation import evaluate_regressor
 from common.initial_weights import InitialWeights
 from common.records import read_json
-from common.runs import start_run
+from common.runs import start_run, with_class_names
 
 import keras
 import numpy as np
@@ -177,13 +177,21 @@ def test_what_is_fitted_to_the_data_is_that_of_the_new_data(tmp_path):
     for words, line in ((["a", "b", "c"], "2 of 2"), (["a", "b", "d"], "1 of 2")):
         model = build([[7.0, 1.0], [9.0, 5.0]], words)
         before = {layer.name: layer.get_weights() for layer in model.layers}
-        said = InitialWeights(tmp_path / "first.keras", model).assign(model)
+        said = InitialWeights(tmp_path / "first.keras", preprocessing=model).assign(model)
         assert f": {line} layers" in said
         assert said.endswith("; fitted to this data: 'normalize'")
         assert ("new: 'vectors'" in said) == (line == "1 of 2")
         assert_equal(before["normalize"], model.get_layer("normalize").get_weights())
         same = np.array_equal(before["vectors"][0], model.get_layer("vectors").get_weights()[0])
         assert same == (line == "1 of 2")
+
+
+def test_other_classes_are_named(tmp_path):
+    inputs = keras.Input([4])
+    model = keras.Model(inputs, keras.layers.Dense(2, activation="softmax")(inputs))
+    with_class_names(model, ("cat", "dog")).save(tmp_path / "first.keras")
+    for names, end in ((("cat", "dog"), "first.keras"), (("cat", "owl"), "; their classes were 'cat', 'dog'")):
+        assert InitialWeights(tmp_path / "first.keras", names).assign(model).endswith(end)
 
 
 @short_set("linear_regression")

@@ -49,7 +49,8 @@ def picture_run(tmp_path_factory):
 def test_the_report_is_that_of_the_training(picture_run, tmp_path, monkeypatch, capsys):
     run, data = picture_run
     assert run_main(monkeypatch, run, data, "-o", tmp_path / "report") == 0
-    printed = capsys.readouterr().out
+    printed, errors = capsys.readouterr()
+    assert errors == ""
     trained, found = read_json(run / "result.json"), read_json(tmp_path / "report" / "evaluation.json")
     for name, value in found["metrics"].items():
         if name != "cross_entropy":
@@ -124,6 +125,9 @@ def test_tables(name, tmp_path, monkeypatch, capsys):
         errors = np.array([answer["value"] for answer in answers]) - new.kind
         assert report.metrics["mse"] == pytest.approx(np.mean(errors**2), rel=1e-5)
         assert set(report.metrics) == {"mse", "mae", "r2"}
+    assert capsys.readouterr().err == ""
+    evaluate.evaluate(tmp_path / "run", tmp_path / "table.csv")
+    assert "the run was trained on most of these examples" in capsys.readouterr().err
     new.drop(columns="kind").to_csv(tmp_path / "bare.csv", index=False)
     assert run_main(monkeypatch, tmp_path / "run", tmp_path / "bare.csv") == 2
     assert "no column 'kind' among height, width" in capsys.readouterr().err

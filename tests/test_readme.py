@@ -106,6 +106,7 @@ def checkout(tmp_path_factory):
         for index in range(12):
             image = np.full((20, 30, 3), 100 * number + index, np.uint8)
             Image.fromarray(image).save(folder / "pictures" / name / f"{index}.png")
+    shutil.copytree(folder / "pictures", folder / "labelled")
     (folder / "new").mkdir()
     for name in ("one.png", "two.jpg"):
         Image.new("RGB", (40, 20), "grey").save(folder / "new" / name)
