@@ -28,8 +28,7 @@ class InitialWeights:
     Args:
         path: a .keras file. Raises a `UserError` if it can't be read.
         class_names: the classes of the new model. Those of the saved one are named if they differ.
-        preprocessing: layers that are fitted to the data and not part of the model in training, such as a tokenizer. If
-            their vocabularies differ from those of the saved model, embeddings keep their weights.
+        preprocessing: layers that are fitted to the data and not part of the model in training, such as a tokenizer.
     """
 
     def __init__(self, path: pathlib.Path, class_names: tuple[str, ...] = (), preprocessing: keras.Model | None = None):
@@ -40,27 +39,29 @@ class InitialWeights:
             problem = str(error).strip().partition("\n")[0]
             raise UserError(f"--init-from {path}: can't be read ({problem}); give a run, or a .keras file") from error
         self.weights = {key: layer.get_weights() for key, layer in _layers(model).items()}
-        self.same_vocabulary = preprocessing is None or _vocabularies(model) == _vocabularies(preprocessing)
+        self.vocabularies = _vocabularies(model)
+        self.preprocessing = _vocabularies(preprocessing) if preprocessing else {}
         saved = [layer.get_vocabulary() for layer in model.layers if layer.name == "class_names"]
         self.other_classes = saved[0] if saved and saved[0] != [*class_names] else []
 
     def assign(self, model: keras.Model) -> str:
         """Sets the weights of all layers that have the name and the shapes of a saved one, and describes the result.
 
-        Other layers are not changed, and neither are layers that are fitted to the data, such as `Normalization`.
-        Raises a `UserError` if no layer fits.
+        Other layers are not changed, and neither are layers that are fitted to the data, such as `Normalization`; nor
+        embeddings if a vocabulary differs, whose rows are those of other words. Raises a `UserError` if no layer fits.
         """
         layers, new, fitted = _layers(model), [], []
+        vocabularies = {**self.preprocessing, **_vocabularies(model)}
+        other = [name for name, words in vocabularies.items() if words != self.vocabularies.get(name)]
         for key, layer in layers.items():
-            weights, shapes = self.weights.get(key, []), [tuple(weight.shape) for weight in layer.weights]
+            weights = self.weights.get(key, [])
+            fits = [tuple(weight.shape) for weight in layer.weights] == [values.shape for values in weights]
             if hasattr(layer, "adapt"):
                 fitted.append(layer.name)
-            elif (isinstance(layer, keras.layers.Embedding) and not self.same_vocabulary) or shapes != [
-                values.shape for values in weights
-            ]:
-                new.append(layer.name)
-            else:
+            elif fits and not (other and isinstance(layer, keras.layers.Embedding)):
                 layer.set_weights(weights)
+            else:
+                new.append(layer.name)
         total = len(layers) - len(fitted)
         if len(new) == total:
             problem = f"none of the layers {listed(new)} is in it with the same name and shapes"
@@ -68,6 +69,7 @@ class InitialWeights:
         line = f"initial weights: {total - len(new)} of {total} layers from {self.path}"
         line += f"; new: {listed(new)}" if new else ""
         line += f"; their classes were {listed(self.other_classes)}" if self.other_classes else ""
+        line += f"; other vocabulary: {listed(other)}" if other else ""
         return line + (f"; fitted to this data: {listed(fitted)}" if fitted else "")
 
 
@@ -91,12 +93,12 @@ def _layers(model: keras.Model) -> _Layers:
     return found
 
 
-def _vocabularies(model: keras.Model) -> list[list]:
-    """Returns the vocabularies of all lookup layers but the class names that `Run.finish` adds."""
-    found = []
+def _vocabularies(model: keras.Model) -> dict[str, list]:
+    """Returns the vocabularies of all lookup layers by name, without the class names that `Run.finish` adds."""
+    found = {}
     for layer in model.layers:
         if isinstance(layer, keras.Model):
-            found += _vocabularies(layer)
+            found |= _vocabularies(layer)
         elif hasattr(layer, "get_vocabulary") and layer.name != "class_names":
-            found.append(layer.get_vocabulary())
+            found[layer.name] = layer.get_vocabulary()
     return found

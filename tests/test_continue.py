@@ -177,13 +177,36 @@ def test_what_is_fitted_to_the_data_is_that_of_the_new_data(tmp_path):
     for words, line in ((["a", "b", "c"], "2 of 2"), (["a", "b", "d"], "1 of 2")):
         model = build([[7.0, 1.0], [9.0, 5.0]], words)
         before = {layer.name: layer.get_weights() for layer in model.layers}
-        said = InitialWeights(tmp_path / "first.keras", preprocessing=model).assign(model)
+        said = InitialWeights(tmp_path / "first.keras").assign(model)
         assert f": {line} layers" in said
         assert said.endswith("; fitted to this data: 'normalize'")
-        assert ("new: 'vectors'" in said) == (line == "1 of 2")
+        assert ("; new: 'vectors'; other vocabulary: 'words'; " in said) == (line == "1 of 2")
         assert_equal(before["normalize"], model.get_layer("normalize").get_weights())
         same = np.array_equal(before["vectors"][0], model.get_layer("vectors").get_weights()[0])
         assert same == (line == "1 of 2")
+
+
+def test_embeddings_of_another_tokenizer_start_fresh(tmp_path):
+    """As in text_classifier, which trains on the ids of words and saves a model that takes texts."""
+
+    def tokenizer(*words):
+        texts = keras.Input([], dtype="string")
+        split = keras.layers.TextVectorization(vocabulary=list(words), output_sequence_length=4, name="words")
+        return keras.Model(texts, split(texts), name="tokenizer")
+
+    def network():
+        ids = keras.Input([4], dtype="int64")
+        mean = keras.layers.GlobalAveragePooling1D()(keras.layers.Embedding(4, 3, name="vectors")(ids))
+        return keras.Model(ids, keras.layers.Dense(2, name="answer")(mean), name="network")
+
+    texts, first = keras.Input([], dtype="string"), network()
+    keras.Model(texts, first(tokenizer("a", "b")(texts))).save(tmp_path / "first.keras")
+    for words, same in ((("a", "b"), True), (("b", "a"), False)):
+        second = network()
+        said = InitialWeights(tmp_path / "first.keras", preprocessing=tokenizer(*words)).assign(second)
+        assert ("; new: 'vectors'; other vocabulary: 'words'" in said) == (not same)
+        assert np.array_equal(first.get_weights()[0], second.get_weights()[0]) == same
+        assert_equal(first.get_weights()[1:], second.get_weights()[1:])
 
 
 def test_other_classes_are_named(tmp_path):
