@@ -8,6 +8,7 @@ import gc
 import inspect
 import math
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -62,6 +63,8 @@ class SharedConfig:
     epochs: Count = 10  # passes over the training examples
     batch_size: Count = 128  # examples per step, summed over all devices
     learning_rate: Positive = 0.001  # step size of the optimizer; the peak, if there is a learning rate schedule
+    init_from: str = ""  # a finished run, or a .keras file, whose weights to begin with; empty: random weights
+    patience: Annotated[int, 0, 1_000_000] = 0  # epochs without better validation, then stop, keep the best; 0: never
     seed: Annotated[int, 0, 2**32] = 0  # seed of initial weights, shuffling, augmentation and validation split
     strategy: Literal["auto", "none", "mirrored", "multi-worker", "tpu"] = "auto"  # auto: by devices and workers
     devices: Annotated[int, 0, 1025] = 0  # GPUs, or logical devices to split the CPU into; 0: all GPUs, else one CPU
@@ -211,6 +214,7 @@ def _run(main: Callable[[], None]) -> NoReturn:
     gc.freeze()  # Excludes the million objects of imported modules from garbage collection.
     code, line = 0, ""
     try:
+        _check_checkout()
         main()
         sys.stdout.flush()
     except AlreadyFinishedError as finished:
@@ -241,6 +245,17 @@ def _run(main: Callable[[], None]) -> NoReturn:
     except OSError:  # Python would flush again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code)
+
+
+def _check_checkout() -> None:
+    """Raises a `UserError` if the program is part of another copy of the project, whose own `common` was not used."""
+    program, used = getattr(sys.modules["__main__"], "__file__", None), pathlib.Path(__file__).parent
+    for folder in pathlib.Path(program).resolve().parents[:2] if program else ():
+        if (folder / "common" / "cli.py").is_file() and not used.samefile(folder / "common"):
+            remedy = f"install it: pip install -e {folder}"
+            raise UserError(
+                f"{program}: the package common of this Python is {used}, not that of the program; {remedy}"
+            )
 
 
 def _exit_when_stopped() -> None:

@@ -143,6 +143,10 @@ def apply(
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
         tf.config.experimental.enable_tensor_float_32_execution(False)
+    # The user's Keras configuration may have others.
+    keras.config.set_image_data_format("channels_last")
+    keras.config.set_floatx("float32")
+    keras.config.set_epsilon(1e-7)
     keras.config.set_dtype_policy(choices["precision"][0])
     apply_patch("symbolic build", required=devices > 1)
     if strategy == "none":

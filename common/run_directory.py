@@ -107,5 +107,6 @@ def resumed_settings(directory: pathlib.Path, settings: dict[str, Any]) -> dict[
         result, model = read_json(directory / "result.json", *RESULT), directory / "model.keras"
         if not model.is_file() or file_sha256(model) != result["model_sha256"]:
             raise UserError(f"{model}: missing or changed since the training; restore it, or start a new run")
-        raise AlreadyFinishedError(f"{directory}: finished already; a new run needs another folder, and no --resume")
+        more = f"to train its model further, start a new run with --init-from {directory}"
+        raise AlreadyFinishedError(f"{directory}: finished already; {more}")
     return {**saved, "resumed": saved["resumed"] + 1}

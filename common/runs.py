@@ -19,14 +19,19 @@ from common.console import say, status
 from common.data import Data, imbalance
 from common.evaluation import Report, curves_figure, figure_png, majority_accuracy
 from common.hardware import apply, choose, describe_machine
+from common.initial_weights import InitialWeights, model_file
 from common.layers import with_stock_layers
 from common.multiworker import Cluster, current_cluster, described_cluster
+from common.progress import EpochLine
 from common.records import code_sha256, file_sha256, provenance, rename, weights_sha256, write_file, write_json
 from common.run_directory import IGNORED_FILES, choose_directory, is_used, lock, resumed_settings, unlock
 from common.tensorboard import Logs
 
 import keras
 import tensorflow as tf
+
+# Callbacks that set the learning rate.
+_SET_LEARNING_RATE = (keras.callbacks.ReduceLROnPlateau, keras.callbacks.LearningRateScheduler)
 
 
 def start_run(config: SharedConfig, **files: str) -> "Run":
@@ -52,6 +57,8 @@ def start_run(config: SharedConfig, **files: str) -> "Run":
     choices = choose(machine, config, len(workers))
     chosen = {name: value for name, (value, _) in choices.items()}
     settings = {"recipe": recipe, "config": dataclasses.asdict(config), "chosen": chosen, "resumed": 0, "files": {}}
+    if config.init_from:
+        files["init-from"] = str(model_file(config.init_from))
     for name, path in files.items():
         try:
             settings["files"][name] = path and file_sha256(pathlib.Path(path))
@@ -65,7 +72,7 @@ def start_run(config: SharedConfig, **files: str) -> "Run":
     strategy = apply(choices, config, cluster)
     shared = {"workers": list(workers), "tensorflow": tf.__version__, "keras": keras.__version__, "code": code_sha256()}
     shared |= {"recipe": recipe, **settings["config"], **chosen, **settings["files"]}
-    ignored = {*RUNTIME_FLAGS, "threads", "data"} - {"baseline"}
+    ignored = {*RUNTIME_FLAGS, "threads", "data", "init_from"} - {"baseline"}
     cluster.compare({key: value for key, value in shared.items() if key not in ignored})
 
     def find_run() -> tuple:
@@ -101,6 +108,8 @@ class Run:
     settings: dict[str, Any]
     checkpoint: tuple[pathlib.Path, dict[str, Any]] | None
     cluster: Cluster
+    early_stopping: keras.callbacks.EarlyStopping | None = None
+    initial_weights: InitialWeights | None = None
 
     @property
     def verbose(self) -> int:
@@ -113,15 +122,39 @@ class Run:
         return self.checkpoint[1]["step"] if self.checkpoint else 0
 
     def callbacks(
-        self, data: Data, augment: Augment | None = None, more: Sequence[keras.callbacks.Callback] = ()
+        self,
+        data: Data,
+        augment: Augment | None = None,
+        more: Sequence[keras.callbacks.Callback] = (),
+        preprocessing: keras.Model | None = None,
+        patience_from: int = 0,
     ) -> list[keras.callbacks.Callback]:
         """Creates the run directory and returns the callbacks for `fit`: timing, logs, `more`, checkpoints.
+
+        They also set the weights of `--init-from` and stop training by `--patience`.
 
         Args:
             data: the training data.
             augment: the augmentation of training batches; TensorBoard shows augmented examples.
             more: your own callbacks, such as `EarlyStopping`. Checkpoints save their state.
+            preprocessing: layers fitted to the data, such as a tokenizer, that are not part of the model in training.
+            patience_from: number of the first epoch, from 0, whose weights `--patience` may keep.
+
+        Raises:
+            UserError: the run directory can't be written, the file of `--init-from` can't be read, or there are no
+                validation examples for `--patience`. When training begins: no layer fits `--init-from`, or a callback
+                can't work with the optimizer.
         """
+        if self.config.patience and not len(data.validation):
+            problem = "there are no validation examples"
+            raise UserError(f"--patience {self.config.patience}: {problem}; give a --validation-size, or leave it out")
+        if self.config.patience:
+            self.early_stopping = keras.callbacks.EarlyStopping(
+                "val_loss", patience=self.config.patience, restore_best_weights=True, start_from_epoch=patience_from
+            )
+            more = [self.early_stopping, *more]
+        if self.config.init_from:  # Also if resumed: loading a model draws from the random numbers of the process.
+            self.initial_weights = InitialWeights(model_file(self.config.init_from), data.class_names, preprocessing)
         state = self.checkpoint[1] if self.checkpoint else {}
         self.data_digest, earlier = data.digest(), state.get("seconds", {})
         self.cluster.compare({"data": self.data_digest})
@@ -136,8 +169,9 @@ class Run:
             self.checkpoint,
             self.cluster,
         )
+        beginning = _Beginning(self, more, self.initial_weights if not self.checkpoint else None)
         if not self.cluster.chief:
-            return [self.watch, *more, checkpoints]
+            return [beginning, self.watch, *more, checkpoints]
         self._write_settings(data)
         counts = ", ".join(f"{count:,} {split}" for split, count in data.counts().items())
         say(f"data: {data.name} ({data.source}): {counts}")
@@ -153,14 +187,18 @@ class Run:
             card = {"recipe": self.recipe, "data": summary, "config": dataclasses.asdict(self.config)}
             card |= {"hardware": self.hardware, **code}
             self.logs.attempt(self.logs.begin, f"{self.recipe}/{self.directory.name}", card, data, augment)
-        return [self.watch, self.logs, *more, checkpoints, checkpoints.progress_bar]
+        return [beginning, self.watch, self.logs, *more, checkpoints, checkpoints.progress_bar]
+
+    def baseline_callbacks(self, name: str) -> list[keras.callbacks.Callback]:
+        """Returns the callbacks to train a baseline with: a line per epoch, and the weights of `--init-from`."""
+        return [_Beginning(self, [], self.initial_weights), EpochLine(name)]
 
     def _seconds(self) -> dict[str, float]:
         return {**self.seconds, "total": self.seconds["total"] + time.perf_counter() - self.started}
 
     def _write_settings(self, data: Data) -> None:
         """Creates the directory and `config.json`; leaves no new directory behind if that fails."""
-        new = not self.directory.exists()
+        self._new = not self.directory.exists()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             lock(self.directory)
@@ -172,12 +210,19 @@ class Run:
             for name in ("plots", "checkpoints"):
                 (self.directory / name).mkdir(exist_ok=True)
         except (OSError, UserError) as error:
-            if unlock(self.directory) and new:
+            if unlock(self.directory) and self._new:
                 shutil.rmtree(self.directory, ignore_errors=True)
             if isinstance(error, UserError):
                 raise
             problem = f"{error.filename or self.directory}: {error.strerror}"
             raise UserError(f"--run-dir {problem}; choose an empty or a new one") from error
+
+    def _discard(self) -> None:
+        """Removes what a new run has written, because its training can't begin."""
+        if self.cluster.chief and not self.settings["resumed"] and unlock(self.directory):
+            shutil.rmtree(self.directory, ignore_errors=True)
+            if not self._new:
+                self.directory.mkdir(exist_ok=True)
 
     @status("saving the model")
     def finish(
@@ -212,6 +257,7 @@ class Run:
             "parameters": sum(math.prod(weight.shape) for weight in model.trainable_weights),
             "seed": self.config.seed,
             "epochs": len(watch.history),
+            "best_epoch": self._best_epoch(),
             "steps": watch.steps,
             "resumed": self.settings["resumed"],
             "seconds": {
@@ -251,6 +297,8 @@ class Run:
         say(f"{self.recipe}: test split of {data.name} ({data.source})")
         for name, value in shown.items():
             say(f"  {name.replace('_', ' '):<32} {value:>12}")
+        if result["best_epoch"]:
+            say(f"weights of epoch {result['best_epoch']} of {len(watch.history)}: the least validation loss")
         for line in below_baseline(report.metrics, baselines or {}):
             say(line, bold=True)
         say(f"run directory: {self.directory}")
@@ -260,6 +308,11 @@ class Run:
         say("watch it:")
         say(f"  {shlex.join([*command, '--logdir', str(self.directory)])}")
         return metrics
+
+    def _best_epoch(self) -> int | None:
+        """Returns the number, from 1, of the epoch whose weights `--patience` has kept; None without it."""
+        stopping = self.early_stopping
+        return stopping.best_epoch + 1 if stopping and stopping.best_weights is not None else None
 
     @status("drawing plots")
     def _draw(self, report: Report, data: Data) -> None:
@@ -309,6 +362,28 @@ def with_class_names(model: keras.Model, class_names: tuple[str, ...]) -> keras.
     )
     predicted = class_name(keras.ops.argmax(model.output, axis=-1))
     return keras.Model(model.inputs, {"class": predicted, "probabilities": model.output}, name=model.name)
+
+
+class _Beginning(keras.callbacks.Callback):
+    """Before the first step: checks other callbacks, and sets the initial weights. If that fails, nothing is left."""
+
+    def __init__(self, run: Run, others: Sequence[keras.callbacks.Callback], weights: InitialWeights | None):
+        super().__init__()
+        self.run, self.others, self.weights = run, others, weights
+
+    def on_train_begin(self, logs=None):
+        try:
+            # What Keras returns of a schedule is a value, not a variable that a callback could set.
+            if not isinstance(self.model.optimizer.learning_rate, keras.Variable):
+                for callback in self.others:
+                    if isinstance(callback, _SET_LEARNING_RATE):
+                        problem = "can't set the learning rate of an optimizer that has a schedule"
+                        raise UserError(f"{type(callback).__name__}: {problem}; use one of both, or --patience")
+            if self.weights:
+                say(self.weights.assign(self.model))
+        except UserError:
+            self.run._discard()
+            raise
 
 
 class _Watch(keras.callbacks.Callback):

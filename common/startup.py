@@ -10,6 +10,8 @@ from common.console import status_line
 
 # The recipes need the TensorFlow backend. This overrides the user's Keras configuration.
 os.environ["KERAS_BACKEND"] = "tensorflow"
+# TensorFlow would look for Keras 2.
+os.environ["TF_USE_LEGACY_KERAS"] = "0"
 # Errors are raised as exceptions; the native log only repeats them among harmless messages.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # By default, TensorFlow 2.21 uses oneDNN only on CPUs with VNNI. It also helps CPUs with only AVX2: a training step of

@@ -180,7 +180,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     ]
     fit(lambda: with_teacher(student, config), *taught, augment_taught, callbacks, True, run.start_step)
     if config.baseline:
-        fit(lambda: alone, data.train, data.validation, augment, [EpochLine("baseline, without a teacher")])
+        fit(lambda: alone, data.train, data.validation, augment, run.baseline_callbacks("baseline, without a teacher"))
     baselines = {"alone_accuracy": evaluate(alone).metrics["accuracy"]} if config.baseline else {}
     return run.finish(student, data, evaluate(student), baselines=baselines)
 

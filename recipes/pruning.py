@@ -10,6 +10,7 @@ Run       python recipes/pruning.py
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from common.batches import (
@@ -24,7 +25,6 @@ from common.cli import Count, Positive, Share, SharedConfig, run_recipe
 from common.data import MNIST, Data, class_weights, load_images
 from common.evaluation import evaluate_classifier
 from common.optimizers import FusedAdam
-from common.progress import EpochLine
 from common.runs import start_run
 
 import keras
@@ -173,7 +173,9 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
 
     # No later than before the last epoch.
     pruning = Pruning(config.remove, config.sparsity, min(config.pruned_by * config.epochs, config.epochs - 1))
-    model = fit(run.callbacks(data, augment, [pruning]), run.start_step)
+    # `--patience` keeps no epoch that has more weights.
+    callbacks = run.callbacks(data, augment, [pruning], patience_from=math.ceil(pruning.epochs))
+    model = fit(callbacks, run.start_step)
     if config.remove == "filters":
         with run.strategy.scope():
             loss, model = model.loss, without_removed(model, config, data)
@@ -182,7 +184,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     extra_metrics = {"nonzero_weights": float(sum(np.count_nonzero(weight) for weight in model.get_weights()))}
     baselines = {}
     if config.baseline:
-        baselines["unpruned_accuracy"] = evaluate(fit([EpochLine("without pruning")], 0)).metrics["accuracy"]
+        baselines["unpruned_accuracy"] = evaluate(fit(run.baseline_callbacks("without pruning"), 0)).metrics["accuracy"]
     return run.finish(model, data, report, extra_metrics, baselines)
 
 

@@ -159,7 +159,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         epochs=config.epochs,
         validation_data=evaluation_batches(validation_tokens, config.batch_size, run.strategy),
         validation_steps=evaluation_steps(validation_tokens, config.batch_size),
-        callbacks=run.callbacks(data),
+        callbacks=run.callbacks(data, preprocessing=tokenizer),
         verbose=run.verbose,
     )
     report = evaluate_classifier(

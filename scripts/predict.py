@@ -1,56 +1,99 @@
 """Predicts new images, texts or table rows with a trained model.
 
     python scripts/predict.py runs/my_run cat.png dog.jpg
-    python scripts/predict.py digits.tflite scan.png
+    python scripts/predict.py runs/my_run pictures -o answers.csv
+    python scripts/predict.py digits.tflite scan.png --top 3
     echo "a film to remember" | python scripts/predict.py runs/my_run - --json
 
 The model determines the kind of input. Images: one per file, of any size. Texts: one per line, or a .csv file with the
-text column used in training. Tables: a CSV file with the columns used in training, in any order. `-` reads standard
-input: an image, lines of text or a CSV of numbers.
+text column used in training. Tables: a CSV file with the columns used in training, in any order. Folders are searched
+for such files. `-` reads standard input: an image, lines of text or a CSV of numbers.
+
+A file that can't be read is named at the end, with exit code 2; all others are predicted.
 """
 
+import collections
+import csv
+import heapq
 import json
 import operator
 import os
 import pathlib
 import sys
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from common import artefacts
-from common.cli import Parser, UserError, run_script
-from common.console import is_terminal, status_line
+from common.cli import Parser, UserError, run_script, warn
+from common.console import columns, is_terminal, print_line, status_line
+from common.records import rename
 from common.user_files import numbers, read_csv, read_image, read_texts
 
 import numpy as np
 import tensorflow as tf
+from PIL import Image
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
 
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("model", type=pathlib.Path, help="folder of a finished run, or what scripts/export.py wrote")
-    parser.add_argument("files", nargs="+", help="what to predict; - for standard input")
-    parser.add_argument("--json", action="store_true", help="one JSON object to a line")
+    parser.add_argument("files", nargs="+", help="files and folders to predict; - for standard input")
+    parser.add_argument("--top", type=int, default=1, metavar="K", help="the K most probable classes (default: 1)")
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument("--json", action="store_true", help="one JSON object to a line")
+    forms.add_argument("-o", "--output", type=pathlib.Path, metavar="FILE.csv", help="a row per input, to a CSV file")
     arguments = parser.parse_args()
-    predictions = predict(arguments.model, arguments.files)
+    if arguments.top < 1:
+        raise UserError(f"--top {arguments.top}: must be at least 1")
+    if arguments.output and arguments.output.suffix.lower() != ".csv":
+        raise UserError(f"--output {arguments.output}: the name must end in .csv")
+    problems, (description, model) = [], artefacts.load(arguments.model)
+    if arguments.top > 1 and description["task"]["output"] != "class":
+        raise UserError(f"--top {arguments.top}: only for models that predict a class; leave it out")
+    answers = predictions(arguments.model, description, model, arguments.files, problems)
+    answers = (with_top(answer, arguments.top) for answer in answers)
     try:
-        if arguments.json:
-            print("\n".join(json.dumps(prediction, ensure_ascii=False) for prediction in predictions))
-        else:
+        if arguments.output:
+            count = write_csv(arguments.output, answers)
+            print_line(f"predictions: {count:,} rows in {arguments.output}" if count else "predictions: none")
+        elif arguments.json:
+            for answer in answers:
+                print(json.dumps(answer, ensure_ascii=False))
+        elif table := as_table(answers, columns() if description["task"]["input"] == "text" else None):
             # In a file, each row is one line.
-            Console(width=None if is_terminal(sys.stdout) else 100_000).print(as_table(predictions))
+            Console(width=None if is_terminal(sys.stdout) else 100_000).print(table)
         sys.stdout.flush()
     except OSError as error:
         if not isinstance(error, BrokenPipeError):  # The reader, such as `head`, closed the pipe.
             print(f"error: standard output: {error.strerror}; write to another place", file=sys.stderr)
         os._exit(2)  # A normal exit would flush standard output and fail again.
+    raise_for(problems)
 
 
 def predict(path: pathlib.Path, files: list[str]) -> list[dict]:
-    """Returns one dict per image, line or row: `input`, plus the fields of the writer for this kind of output."""
-    description, model = artefacts.load(path)
+    """Returns one dict per image, line or row: `input`, plus the fields of the writer for this kind of output.
+
+    Raises a `UserError` if a file can't be read.
+    """
+    problems = []
+    answers = list(predictions(path, *artefacts.load(path), files, problems))
+    raise_for(problems)
+    return answers
+
+
+def predictions(
+    path: pathlib.Path, description: dict, model: Callable[[Any], Any], files: list[str], problems: list[str]
+) -> Iterator[dict]:
+    """Yields what `predict` returns, and appends a line to `problems` for each file that can't be read.
+
+    Only about `artefacts.BATCH` examples are in memory, or one file with more of them.
+    """
     functions = []
     for side, known in (("input", READERS), ("output", WRITERS)):
         if (kind := description["task"][side]) not in known:
@@ -61,23 +104,112 @@ def predict(path: pathlib.Path, files: list[str]) -> list[dict]:
     if files.count("-") > 1:
         raise UserError("-: standard input can be read only once; give - once")
     with tempfile.TemporaryDirectory() as folder:
-        sources = [
-            (file, standard_input(pathlib.Path(folder)) if file == "-" else pathlib.Path(file)) for file in files
-        ]
-        for title, path in sources:
-            if not path.is_file():
-                problem = "a folder" if path.is_dir() else "no such file"
-                raise UserError(f"{title}: {problem}; give files to predict, or - for standard input")
-        try:
-            with status_line(lambda: "reading"):
-                titles, inputs = read(description, sources)
-        except UserError as error:
-            line = str(error).replace(str(pathlib.Path(folder, "standard_input")), "standard input")
-            raise UserError(line) from error
-    with status_line(lambda: "predicting"):
-        outputs = model(inputs)
-    rows = (tf.nest.map_structure(operator.itemgetter(row), outputs) for row in range(len(titles)))
-    return [{"input": title, **write(description, row)} for title, row in zip(titles, rows, strict=True)]
+        sources = []
+        for file in files:
+            if file == "-":
+                sources.append(("standard input", standard_input(pathlib.Path(folder))))
+            elif os.path.isdir(file):
+                sources += files_in(pathlib.Path(file), description["task"]["input"])
+            else:
+                sources.append((file, pathlib.Path(file)))
+        for titles, inputs in read_all(read, description, sources, problems):
+            with status_line(lambda: "predicting"):
+                outputs = model(inputs)
+            for row, title in enumerate(titles):
+                output = tf.nest.map_structure(operator.itemgetter(row), outputs)
+                # The name of a file may not be UTF-8.
+                shown = title.encode(errors="backslashreplace").decode()
+                yield {"input": shown, **write(description, output)}
+
+
+def files_in(folder: pathlib.Path, kind: str) -> list[tuple[str, pathlib.Path]]:
+    """Returns title and path of all files in a folder, and in its folders, that the reader of a kind of input takes.
+
+    Warns about files with other suffixes. Raises a `UserError` if there are no files to read.
+    """
+    suffixes, found, others = SUFFIXES.get(kind, set()), [], collections.Counter()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (pathlib.Path(place, name) for name in sorted(names) if not name.startswith(".")):
+            if path.suffix.lower() in suffixes:
+                found.append((str(path), path))
+            else:
+                others[path.suffix.lower() or "none"] += 1
+    if not found:
+        raise UserError(f"{folder}: a folder without files for a model of {kind}s; give files, or another folder")
+    if others:
+        counts = ", ".join(f"{suffix} ({count:,})" for suffix, count in others.most_common(10))
+        warn(f"{folder}: files with other suffixes are left out: {counts}")
+    return found
+
+
+def read_all(
+    read: Callable, description: dict, sources: list[tuple[str, pathlib.Path]], problems: list[str]
+) -> Iterator[tuple[list[str], Any]]:
+    """Yields titles and inputs of all files, some files at a time. Appends a line to `problems` for each other file."""
+    remaining = collections.deque(sources)
+    while remaining:
+        titles, parts = [], []
+        with status_line(lambda: f"reading  {len(sources) - len(remaining):,}/{len(sources):,} files"):
+            while remaining and len(titles) < artefacts.BATCH:
+                title, path = remaining.popleft()
+                try:
+                    if not path.exists():
+                        remedy = "give files or folders to predict, or - for standard input"
+                        raise UserError(f"{title}: no such file; {remedy}")
+                    found, inputs = read(description, [(title, path)])
+                except UserError as error:
+                    problems.append(str(error).replace(str(path), title))
+                    continue
+                titles, parts = titles + found, [*parts, inputs]
+        if titles:
+            yield titles, tf.nest.map_structure(lambda *arrays: np.concatenate(arrays), *parts)
+
+
+def raise_for(problems: list[str]) -> None:
+    """Raises a `UserError` if there are problems. Prints the first ten of several before that."""
+    if len(problems) > 1:
+        for problem in problems[:10]:
+            print_line(f"error: {problem}", sys.stderr)
+        more = f" (the first 10 of {len(problems):,} are above)" if len(problems) > 10 else ""
+        raise UserError(f"{len(problems):,} inputs can't be predicted{more}; repair or remove them")
+    for problem in problems:
+        raise UserError(problem)
+
+
+def with_top(answer: dict, count: int) -> dict:
+    """Adds the next classes by probability, up to `count` classes, as `class_2`, `probability_2`, and so on."""
+    if count == 1:
+        return answer
+    ranked = heapq.nlargest(count, answer["probabilities"].items(), key=operator.itemgetter(1))
+    names = [{f"class_{rank}": name, f"probability_{rank}": value} for rank, (name, value) in enumerate(ranked, 1)]
+    return {key: value for fields in (answer, *names[1:]) for key, value in fields.items()}
+
+
+def write_csv(path: pathlib.Path, answers: Iterable[dict]) -> int:
+    """Writes a row per answer, with a column for the probability of each class, and returns their number.
+
+    Atomic: an earlier file is replaced when all answers are written. Writes no file if there are none.
+    """
+    part, count = path.with_name(path.name + ".part"), 0
+    try:
+        with open(part, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            for answer in answers:
+                probabilities = answer.pop("probabilities", {})
+                row = answer | {f"probability of {name}": value for name, value in probabilities.items()}
+                if count == 0:
+                    writer.writerow(row)
+                plain = (value if isinstance(value, str | float) else json.dumps(value) for value in row.values())
+                writer.writerow(plain)
+                count += 1
+        if count:
+            rename(part, path)
+    except OSError as error:
+        raise UserError(f"--output {path}: {error.strerror}; write to another place") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return count
 
 
 def standard_input(folder: pathlib.Path) -> pathlib.Path:
@@ -137,15 +269,36 @@ def write_number(description: dict, values: np.ndarray) -> dict:
 # description and the output for one example, and returns a JSON-serializable dict.
 READERS = {"image": read_images, "text": read_lines, "table": read_rows}
 WRITERS = {"class": write_class, "number": write_number}
+# Suffixes of the files that a reader takes from a folder.
+Image.init()
+SUFFIXES = {
+    "image": {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN},
+    "text": {".txt", ".csv"},
+    "table": {".csv"},
+}
 
 
-def as_table(predictions: list[dict]) -> Table:
-    """Formats the predictions as a table, without the probabilities of the other classes."""
-    columns = [name for name in predictions[0] if name != "probabilities"]
-    table = Table(*(Column(name, overflow="fold") for name in columns))
+def as_table(predictions: Iterable[dict], width: int | None = None) -> Table | None:
+    """Formats predictions as a table, without the probabilities of the other classes; None if there are no predictions.
+
+    With `width`, inputs are shortened so that the table has at most that width.
+    """
+    names, rows = [], []
     for prediction in predictions:
-        cells = (prediction[name] for name in columns)
-        table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else escape(str(cell)) for cell in cells))
+        names = [name for name in prediction if name != "probabilities"]
+        cells = (prediction[name] for name in names)
+        rows.append([f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells])
+        if width:  # No more than can be shown: texts may be long.
+            rows[-1][0] = " ".join(rows[-1][0][: 4 * width].split())
+    if not rows:
+        return None
+    table = Table(*(Column(name, overflow="fold") for name in names))
+    others = sum(max(map(cell_len, column)) + 3 for column in zip(names, *rows, strict=True) if column[0] != "input")
+    for first, *cells in rows:
+        title = Text(first)
+        if width:
+            title.truncate(max(20, width - others - 4), overflow="ellipsis")
+        table.add_row(title, *map(escape, cells))
     return table
 
 

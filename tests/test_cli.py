@@ -246,3 +246,15 @@ def main():
         time.sleep(600)
 run_script(main)
 """
+
+
+def test_a_program_of_another_copy_of_the_project_is_refused(tmp_path):
+    """Its Python has another `common` installed, whose code would give other results."""
+    for name in ("common", "recipes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "common" / "cli.py").touch()
+    program = tmp_path / "recipes" / "my_recipe.py"
+    program.write_text("from common.cli import run_script\nrun_script(lambda: print('trained'))")
+    run = run_program(program)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert re.fullmatch(rf"error: {program}: the package common .* not that of the program; .*{tmp_path}\n", run.stderr)

@@ -1,6 +1,8 @@
 """The decisions are a pure function of a description of the machine, so they are tested without a GPU."""
 
+import json
 import platform
+import textwrap
 
 from common.cli import SharedConfig, UserError
 from common.hardware import Machine, choose, describe_machine
@@ -151,3 +153,19 @@ def test_onednn_is_used_unless_the_user_says_otherwise(given, used, monkeypatch)
     program = "import common; from tensorflow.python.util import _pywrap_util_port as port; print(port.IsMklEnabled())"
     run = run_program("-c", program, **given)
     assert (run.returncode, run.stdout.strip()) == (0, str(used)), run.stderr
+
+
+def test_the_configuration_of_keras_is_not_that_of_the_user(tmp_path):
+    """The recipes need Keras 3, images with channels last, and float32."""
+    settings = {"image_data_format": "channels_first", "floatx": "float16", "epsilon": 0.1, "backend": "jax"}
+    (tmp_path / "keras.json").write_text(json.dumps(settings))
+    program = """
+        import common.hardware as hardware
+        from common.cli import SharedConfig
+        import keras, tensorflow as tf
+        hardware.apply(hardware.choose(hardware.describe_machine(), SharedConfig()), SharedConfig())
+        config = keras.config
+        print(tf.keras.__version__[0], config.image_data_format(), config.floatx(), config.epsilon(), config.backend())
+    """
+    run = run_program("-c", textwrap.dedent(program), KERAS_HOME=str(tmp_path), TF_USE_LEGACY_KERAS="1")
+    assert run.stdout == "3 channels_last float32 1e-07 tensorflow\n", run.stderr

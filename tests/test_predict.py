@@ -3,7 +3,9 @@
 import dataclasses
 import io
 import json
+import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -11,6 +13,8 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
+import rich.cells
+import rich.console
 from conftest import load_recipe, smoke_config
 from PIL import Image, ImageDraw
 from programs import ROOT, run_program
@@ -150,7 +154,7 @@ def test_without_a_standard_input(picture_run, monkeypatch):
 @pytest.mark.parametrize(
     ("files", "named"),
     [
-        (["."], "a folder; give files"),
+        (["empty"], "empty: a folder without files for a model of images; give files, or another folder"),
         (["-", "-"], "give - once"),
         (["nowhere.png"], "nowhere.png: no such file"),
         (["broken.png"], "broken.png: not a readable image"),
@@ -158,6 +162,8 @@ def test_without_a_standard_input(picture_run, monkeypatch):
 )
 def test_what_cannot_be_predicted_is_named(picture_run, tmp_path, monkeypatch, files, named):
     (tmp_path / "broken.png").write_text("none")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(predict.UserError, match=named):
         predict.predict(picture_run, files)
@@ -174,3 +180,100 @@ def test_a_result_that_is_none(picture_run, tmp_path):
         (tmp_path / name).write_text("{}")
     with pytest.raises(predict.UserError, match="not written by a recipe, or damaged"):
         predict.predict(tmp_path, ["x.png"])
+
+
+@pytest.fixture
+def some_pictures(tmp_path, monkeypatch):
+    """A folder with 31 pictures, two broken ones, and a file of another kind; a name is not UTF-8."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "new" / "more").mkdir(parents=True)
+    for number in range(30):
+        path = tmp_path / "new" / ("more" if number % 2 else "") / f"{number:02}.{('png', 'tif', 'webp')[number % 3]}"
+        Image.new("L", (30, 30), 8 * number).save(path)
+    (tmp_path / "new" / os.fsdecode(b"caf\xe9.png")).hardlink_to(tmp_path / "new" / "00.png")
+    for name in ("new/broken.png", "new/more/.hidden.png", "new/more/cut.JPG", "new/notes.md"):
+        (tmp_path / name).write_text("none")
+    return tmp_path
+
+
+def run_main(monkeypatch, *words):
+    """Calls the program in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        predict.run_script(predict.main)
+    return ended.value.code
+
+
+def test_a_folder_is_predicted_past_what_is_broken(picture_run, some_pictures, monkeypatch, capsys):
+    monkeypatch.setattr(predict.artefacts, "BATCH", 7)  # Several batches; the last one is smaller.
+    assert run_main(monkeypatch, picture_run, "new", "nowhere.png", "--json") == 2
+    printed = capsys.readouterr()
+    answers = [json.loads(line) for line in printed.out.splitlines()]
+    names = [f"new/{number:02}.{('png', 'tif', 'webp')[number % 3]}" for number in range(30)]
+    more = [name.replace("new", "new/more") for name in names[1::2]]
+    assert [answer["input"] for answer in answers] == [*names[::2], "new/caf\\udce9.png", *more]
+    for answer in (answers[0], answers[20]):
+        (alone,) = predict.predict(picture_run, [answer["input"]])
+        assert alone["probabilities"] == pytest.approx(answer["probabilities"], abs=1e-6)
+    *warnings, last = printed.err.splitlines()
+    assert warnings[0] == "warning: new: files with other suffixes are left out: .md (1)"
+    assert [line.split(": ")[1] for line in warnings[1:]] == ["new/broken.png", "new/more/cut.JPG", "nowhere.png"]
+    assert last == "error: 3 inputs can't be predicted; repair or remove them"
+
+
+def test_answers_as_csv(picture_run, some_pictures, monkeypatch, capsys):
+    (some_pictures / "answers.csv").write_text("of before")
+    assert run_main(monkeypatch, picture_run, "new", "-o", "answers.csv", "--top", "3") == 2
+    assert capsys.readouterr().out == "predictions: 31 rows in answers.csv\n"
+    table = pd.read_csv("answers.csv")
+    names = [f"{name}{rank}" for rank in ("", "_2", "_3") for name in ("class", "probability")]
+    assert [*table.columns] == ["input", *names, *(f"probability of {digit}" for digit in range(10))]
+    ranked = np.sort(table[[name for name in table if " of " in name]].to_numpy(), axis=1)[:, ::-1]
+    np.testing.assert_allclose(ranked[:, :3], table[["probability", "probability_2", "probability_3"]], atol=1e-7)
+    np.testing.assert_allclose(ranked.sum(axis=1), 1, atol=1e-5)
+    second = table[[f"probability of {digit}" for digit in range(10)]].to_numpy().argsort(axis=1)[:, -2]
+    assert (table["class_2"] == second).all()
+    assert not list(some_pictures.glob("*.part"))
+
+
+def test_without_answers_an_earlier_csv_stays(picture_run, some_pictures, monkeypatch, capsys):
+    (some_pictures / "answers.csv").write_text("of before")
+    assert run_main(monkeypatch, picture_run, "new/broken.png", "-o", "answers.csv") == 2
+    assert (some_pictures / "answers.csv").read_text() == "of before"
+    assert not list(some_pictures.glob("*.part"))
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["-o", "answers.txt"], r"error: --output answers\.txt: the name must end in \.csv"),
+        (["-o", "nowhere/answers.csv"], r"error: --output nowhere/answers\.csv: No such file or directory; write to"),
+        (["-o", "answers.csv", "--json"], "error: --json: not allowed with argument -o/--output; --help lists"),
+        (["--top", "0"], "error: --top 0: must be at least 1"),
+    ],
+)
+def test_flags_that_do_not_fit(picture_run, some_pictures, monkeypatch, capsys, flags, named):
+    assert run_main(monkeypatch, picture_run, "new/00.png", *flags) == 2
+    assert re.match(named, capsys.readouterr().err)
+
+
+def test_only_ten_of_many_problems_are_printed(capsys):
+    with pytest.raises(predict.UserError, match=r"^15 inputs can't be predicted \(the first 10 of 15 are above\)"):
+        predict.raise_for([f"{number}: broken" for number in range(15)])
+    assert len(capsys.readouterr().err.splitlines()) == 10
+
+
+@pytest.mark.parametrize("letter", ["x", "\u4e2d"])
+def test_texts_are_shortened_to_the_width_of_the_table(letter):
+    answers = [{"input": f"{letter * 5000}\nand more [b]", "class": name, "probability": 0.5} for name in ("a", "[c]")]
+    table = predict.as_table(answers, 79)
+    console = rich.console.Console(width=200, file=io.StringIO())
+    console.print(table)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(rich.cells.cell_len, lines)) in (78, 79)
+    assert len(lines) == 6
+    assert "[c]" in lines[4]
+    whole = predict.as_table([{"input": "long/" * 40 + "name.png", "class": "a"}])
+    console.print(whole)
+    assert "name.png" in console.file.getvalue(), "paths stay whole"

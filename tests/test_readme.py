@@ -119,6 +119,7 @@ def checkout(tmp_path_factory):
         for index in range(12):
             image = np.full((20, 30, 3), 100 * number + index, np.uint8)
             Image.fromarray(image).save(folder / "pictures" / name / f"{index}.png")
+    shutil.copytree(folder / "pictures", folder / "labelled")
     (folder / "new").mkdir()
     for name in ("one.png", "two.jpg"):
         Image.new("RGB", (40, 20), "grey").save(folder / "new" / name)
@@ -159,7 +160,7 @@ def forked(words: list[str]) -> list[str]:
     script, *flags = words[1:]
     if words[0] == "scripts/run.sh" and (ROOT / "recipes" / f"{script}.py").exists() and "--help" not in flags:
         return [str(ROOT / "recipes" / f"{script}.py"), *flags]
-    reads_only = {f"scripts/{name}.py" for name in ("predict", "export", "compare")}
+    reads_only = {f"scripts/{name}.py" for name in ("predict", "evaluate", "export", "compare")}
     return [str(ROOT / script), *flags] if words[0] == ".venv/bin/python" and script in reads_only else []
 
 
@@ -176,7 +177,7 @@ def run_shortened(command: str, checkout: pathlib.Path) -> subprocess.CompletedP
     words += SHORTENED[words[0]](words)
     if "--data" not in words and "recipes/" not in words[1] and words[0] == "scripts/run.sh":
         words += ["--data", "sample"]
-    environment = {"TFDS_DATA_DIR": "/nowhere", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    environment = {"TFDS_DATA_DIR": "/nowhere", "HTTPS_PROXY": "http://127.0.0.1:9", "PYTHONPATH": str(checkout)}
     if program := forked(words):
         return run_program(*program, cwd=checkout, **environment)
     environment = {**os.environ, **environment}
