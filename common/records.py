@@ -1,4 +1,4 @@
-"""Atomic file writes, reading of results, and the provenance of a result: code, weights and memory."""
+"""Atomic file writes, reading of results and models, and the provenance of a result: code, weights and memory."""
 
 import functools
 import hashlib
