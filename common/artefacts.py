@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from common.cli import UserError
-from common.records import file_sha256, read_run
+from common.records import file_sha256, load_keras, read_run
 from common.startup import quiet_native_stderr
 
 import keras
@@ -117,15 +117,6 @@ def load_run(run_dir: pathlib.Path) -> tuple[dict[str, Any], keras.Model]:
         return result, load_keras(path)
     except Exception as error:  # Keras raises errors of many types, also for files that could do harm.
         raise UserError(f"{path}: can't be read ({error}); train again, or give another run") from error
-
-
-def load_keras(path: pathlib.Path) -> keras.Model:
-    """Loads a model from its archive. Rejects zip bombs."""
-    with zipfile.ZipFile(path) as archive:
-        # Weights are almost incompressible.
-        if sum(entry.file_size for entry in archive.infolist()) > 100 * path.stat().st_size:
-            raise ValueError("unpacked, it would fill memory and disk")
-    return keras.models.load_model(path, compile=False)
 
 
 def keras_answer(model: keras.Model) -> Callable[[Any], Any]:

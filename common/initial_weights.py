@@ -4,9 +4,8 @@ import collections
 import pathlib
 import re
 
-from common.artefacts import load_keras
 from common.cli import UserError, listed
-from common.records import read_run
+from common.records import load_keras, read_run
 
 import keras
 

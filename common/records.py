@@ -1,4 +1,4 @@
-"""Atomic file writes, reading of results, and the provenance of a result: code, weights and memory."""
+"""Atomic file writes, reading of results and models, and the provenance of a result: code, weights and memory."""
 
 import functools
 import hashlib
@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import types
+import zipfile
 from typing import Any
 
 from common.cli import UserError
@@ -77,6 +78,15 @@ def read_run(folder: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{folder}: a run that is not finished; continue it with --resume, or name another")
     result = read_json(folder / "result.json", *RESULT)
     return {**result, "config": read_json(folder / "config.json", "config")["config"]}
+
+
+def load_keras(path: pathlib.Path) -> keras.Model:
+    """Loads a model from its archive. Rejects zip bombs."""
+    with zipfile.ZipFile(path) as archive:
+        # Weights are almost incompressible.
+        if sum(entry.file_size for entry in archive.infolist()) > 100 * path.stat().st_size:
+            raise ValueError("unpacked, it would fill memory and disk")
+    return keras.models.load_model(path, compile=False)
 
 
 def load_program(path: pathlib.Path) -> types.ModuleType:

@@ -240,6 +240,7 @@ def test_killed_it_goes_on_to_the_same_weights(source, tmp_path, moment):
     assert torture.outcome(tmp_path / "run") == torture.outcome(tmp_path / "alone")
 
 
+@pytest.mark.long
 def test_a_resumed_run_takes_the_same_file_only(source, tmp_path):
     copy = shutil.copytree(source, tmp_path / "copy")
     with pytest.raises(KeyboardInterrupt):
@@ -273,6 +274,7 @@ def test_patience_keeps_the_best_epoch(patient):
     assert_equal(saved_weights(directory), recorder._ends[best])
 
 
+@pytest.mark.long
 def test_patience_keeps_the_best_of_all_epochs(patient, tmp_path):
     """Also if training ends by --epochs."""
     epochs = read_json(patient[0] / "result.json")["best_epoch"] + 1

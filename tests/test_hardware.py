@@ -155,6 +155,7 @@ def test_onednn_is_used_unless_the_user_says_otherwise(given, used, monkeypatch)
     assert (run.returncode, run.stdout.strip()) == (0, str(used)), run.stderr
 
 
+@pytest.mark.long
 def test_the_configuration_of_keras_is_not_that_of_the_user(tmp_path):
     """The recipes need Keras 3, images with channels last, and float32."""
     settings = {"image_data_format": "channels_first", "floatx": "float16", "epsilon": 0.1, "backend": "jax"}
