@@ -78,19 +78,12 @@ def teacher_logits(path: pathlib.Path, data: Data) -> np.ndarray:
         kept = path.with_name(f"logits-{origin}.npz")
         if not kept.exists():
             teacher = keras.models.load_model(path, compile=False)
-            names, answers = [*data.class_names], []
+            names, splits = [*data.class_names], filter(len, (data.train, data.validation))
             if isinstance(teacher.output, dict):  # The saved model of a run also outputs class names.
                 names = teacher.get_layer("class_names").get_vocabulary()
                 teacher = keras.Model(teacher.inputs, teacher.output["probabilities"])
-            for split in filter(len, (data.train, data.validation)):
-                batches, steps = evaluation_batches(split, 256), evaluation_steps(split, 256)
-                answers.append(teacher.predict(batches, steps=steps, verbose=0))
-            answers = np.concatenate(answers)
-            if (
-                answers.shape != (len(data.train) + len(data.validation), len(names))
-                or names != [*data.class_names]
-                or not np.min(answers) >= 0
-            ):
+            answers = np.concatenate([teacher.predict(evaluation_batches(each, 256), verbose=0) for each in splits])
+            if names != [*data.class_names] or answers.shape[1:] != (len(names),) or not np.min(answers) >= 0:
                 raise ValueError("no probabilities of these classes")
             np.savez(part, logits=np.log(answers + 1e-7))
             os.replace(part, kept)
