@@ -267,7 +267,8 @@ def stored_images(
             return found
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        with open(part, "a+b", buffering=0) as file:
+        # Not in mode "a+b", with which all is written to the end.
+        with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as file:
             # Another process may read the same images: wait for it, then use its file.
             began = time.monotonic()
             with status_line(lambda: f"waiting for the process that writes {part}  {elapsed(began)}"):

@@ -26,7 +26,7 @@ from common.batches import (
 from common.cli import Count, Positive, Share, SharedConfig, UserError, run_recipe
 from common.console import status
 from common.data import CIFAR10, Data, class_weights, load_images
-from common.evaluation import evaluate_classifier
+from common.evaluation import evaluate_classifier, predictions
 from common.optimizers import Muon
 from common.progress import EpochLine
 from common.records import file_sha256
@@ -82,7 +82,7 @@ def teacher_logits(path: pathlib.Path, data: Data) -> np.ndarray:
             if isinstance(teacher.output, dict):  # The saved model of a run also outputs class names.
                 names = teacher.get_layer("class_names").get_vocabulary()
                 teacher = keras.Model(teacher.inputs, teacher.output["probabilities"])
-            answers = np.concatenate([teacher.predict(evaluation_batches(each, 256), verbose=0) for each in splits])
+            answers = np.concatenate([predictions(teacher, each, 256) for each in splits])
             if names != [*data.class_names] or answers.shape[1:] != (len(names),) or not np.min(answers) >= 0:
                 raise ValueError("no probabilities of these classes")
             np.savez(part, logits=np.log(answers + 1e-7))
