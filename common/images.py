@@ -76,6 +76,8 @@ def broken_line(broken: Sequence[Broken]) -> str:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return "of no known format"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -184,7 +186,7 @@ class Store:
             self.memory[start : start + image.nbytes] = image.ravel()
             return
         self.digests[row] = input_digests(image[None])[0]
-        content = memoryview(np.ascontiguousarray(image)).cast("B")
+        content = image.tobytes()
         while content:  # A nearly full disk takes a part, then raises an error.
             content = content[os.pwrite(self.file.fileno(), content, start) :]  # pyright: ignore
             start = (row + 1) * image.nbytes - len(content)
@@ -371,7 +373,8 @@ def read_image_folders(
             arrays[split] = (images, labels[about["kept"]])
         if train:
             channels, pixel_range = int(about["channels"]), tuple(about["pixel_range"].tolist())
-        all_broken += broken or [Broken(path, "read before") for path in np.delete(paths, about["kept"])]
+        kept = set(about["kept"].tolist())  # An earlier run may have read the others.
+        all_broken += broken or [Broken(path, "") for row, path in enumerate(paths) if row not in kept]
         sizes += about["sizes"].tolist()
         if cut := int(about["cut"]):
             warn(f"{folder}: of {cut:,} colour images of 16 bits, only the upper 8 bits are read")

@@ -191,8 +191,9 @@ def test_all_broken_images_are_told_at_once(tmp_path):
     with pytest.raises(UserError) as told:
         load_images(CIFAR10, SharedConfig(data=str(tmp_path)), SIZE)
     line = str(told.value)
-    assert line.startswith(f"21 files are not readable images: {tmp_path}/train/cat/0.jpg (cannot identify")
-    assert line.count("cannot identify") == 10
+    assert line.startswith(f"21 files are not readable images: {tmp_path}/train/cat/0.jpg (of no known format), ")
+    assert line.count("of no known format") == 10
+    assert line.count(" (") == 10
     assert line.endswith(" and 11 more; repair or remove them, or give --skip-broken")
 
 
@@ -210,7 +211,9 @@ def test_broken_images_are_left_out_on_request(tmp_path, capsys):
 
 
 def test_a_smoke_test_reads_few_images(tmp_path, monkeypatch):
-    write_photos(tmp_path, 300, "png")
+    for number in range(600):
+        (place := tmp_path / ("cat", "dog")[number % 2]).mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (number % 256, number // 256, 0)).save(place / f"{number}.png")
     read = []
     opened = images_module._opened
     monkeypatch.setattr(images_module, "_opened", lambda path, box: read.append(path) or opened(path, box))
@@ -315,7 +318,7 @@ def test_a_large_jpeg_is_decoded_smaller(tmp_path):
     Image.open(tmp_path / "photo.jpg").save(tmp_path / "photo.png")
     small, exact = (read_image(tmp_path / f"photo.{suffix}", (32, 32, 3)).astype(int) for suffix in ("jpg", "png"))
     assert abs(small - exact).max() < 16
-    assert abs(small - exact).mean() < 1
+    assert abs(small - exact).mean() < 2
 
 
 # Memory and disk.

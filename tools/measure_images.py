@@ -34,7 +34,7 @@ import psutil
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parent.parent
-SUBSET = 6000  # images that are trained on
+SUBSET = 3000  # images that are trained on
 
 
 def main() -> None:
