@@ -51,7 +51,7 @@ def evaluate_classifier(
     occur in the split or in the predictions. The compiled `model` returns probabilities [n, classes], in the order of
     `class_names`. Pass `shown_inputs`, images or texts that illustrate mistakes, if the model takes other inputs.
     """
-    probabilities = _predict(model, split, batch_size, strategy)
+    probabilities = predictions(model, split, batch_size, strategy)
     one_hot = split.targets.numpy()
     loss = float(np.mean(keras.losses.get(model.loss)(one_hot, probabilities)))
     true, predicted = one_hot.argmax(axis=1), probabilities.argmax(axis=1)
@@ -81,10 +81,12 @@ def evaluate_classifier(
         },
     )
     report.figures["confusion_matrix"] = confusion_figure(confusion, class_names)
-    shown = split.inputs if shown_inputs is None else shown_inputs
-    if isinstance(shown, dict) or not mistakes:
+    if not mistakes:
         return report
-    shown = np.asarray(shown)[mistakes]
+    # Only these: a set of images may not fit into memory.
+    shown = split.arrays(np.array(mistakes))[0] if shown_inputs is None else np.asarray(shown_inputs)[mistakes]
+    if isinstance(shown, dict):
+        return report
 
     def titles(names: Sequence[str]) -> list[str]:
         return [
@@ -109,7 +111,7 @@ def majority_accuracy(data: Data) -> float:
 @status("evaluating")
 def evaluate_regressor(model: keras.Model, split: Split, batch_size: int, strategy: tf.distribute.Strategy) -> Report:
     """Computes mean squared error, mean absolute error and R² of a model that predicts one number per example."""
-    predicted, true = _predict(model, split, batch_size, strategy), split.targets.numpy()
+    predicted, true = predictions(model, split, batch_size, strategy), split.targets.numpy()
     figure = Figure(figsize=(5.5, 5.5), layout="constrained")
     axes = figure.add_subplot(xlabel="true value", ylabel="predicted value")
     axes.plot(true[:2000], predicted[:2000], ".", markersize=3, label=f"{min(2000, len(true)):,} examples")
@@ -123,7 +125,10 @@ def evaluate_regressor(model: keras.Model, split: Split, batch_size: int, strate
     return Report(metrics, figures={"predictions": figure})
 
 
-def _predict(model: keras.Model, split: Split, batch_size: int, strategy: tf.distribute.Strategy) -> np.ndarray:
+def predictions(
+    model: keras.Model, split: Split, batch_size: int, strategy: tf.distribute.Strategy | None = None
+) -> np.ndarray:
+    """Returns the output of the model for each example, float32 [n, ...]."""
     # Keras 3.15 concatenates the outputs of several steps per execution in quadratic time.
     model.steps_per_execution = 1
     batches = evaluation_batches(split, batch_size, strategy)

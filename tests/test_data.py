@@ -15,7 +15,6 @@ from common.batches import Split
 from common.cli import SharedConfig, UserError
 from common.data import CIFAR10, IMDB, MNIST, Data, load_images, load_texts, tfds_folder
 from common.records import weights_sha256
-from common.user_files import read_image
 
 import damage
 import keras
@@ -25,7 +24,6 @@ import pytest
 import requests
 import tensorflow as tf
 from conftest import load_recipe, short_set, smoke_config, smoke_data
-from PIL import Image
 
 SPLITS = ("train", "validation", "test")
 SIZE = (8, 8)
@@ -270,114 +268,6 @@ def test_a_set_with_a_damaged_shard_is_named(tmp_path, way):
 
 
 # The user's own files.
-
-
-def write_pictures(folder: pathlib.Path, classes=("cat", "dog"), count=12, mode="RGB") -> pathlib.Path:
-    for number, name in enumerate(classes):
-        (folder / name).mkdir(parents=True)
-        for index in range(count):
-            # Wider than high: 12 x 6, of one grey that tells class and picture.
-            Image.new("L", (12, 6), 100 * number + 5 * index + 20).convert(mode).save(folder / name / f"{index}.png")
-    return folder
-
-
-def test_a_folder_per_class_becomes_pictures_with_their_aspect_kept(tmp_path):
-    write_pictures(tmp_path)
-    (tmp_path / "cat" / "notes.txt").write_text("no picture")
-    (tmp_path / "cat" / "._0.png").write_text("what macOS leaves beside a picture")
-    (tmp_path / ".hidden").mkdir()
-    data = load_images(CIFAR10, SharedConfig(data=str(tmp_path)), SIZE)
-    assert data.source == "files"
-    assert data.class_names == ("cat", "dog")
-    assert [len(getattr(data, split)) for split in SPLITS] == [20, 2, 2]
-    for split in SPLITS:
-        images, labels = (np.asarray(getattr(data, split).inputs), np.asarray(getattr(data, split).targets).argmax(1))
-        assert images.shape[1:] == (8, 8, 1)
-        np.testing.assert_array_equal(images[:, 4, 4, 0] >= 120, labels == 1)
-        assert not images[:, [0, 1, 6, 7]].any(), "12 x 6 in 8 x 8 leaves two black rows above and below"
-        assert images[:, 2:6].all()
-
-
-def test_pictures_may_be_links(tmp_path):
-    """The usual way to make a subset of a large set."""
-    write_pictures(tmp_path / "all")
-    for name in ("cat", "dog"):
-        (tmp_path / "some" / name).mkdir(parents=True)
-        for number in range(6):
-            file = pathlib.Path(name, f"{number}.png")
-            (tmp_path / "some" / file).symlink_to(tmp_path / "all" / file)
-    data = load_images(CIFAR10, SharedConfig(data=str(tmp_path / "some")), SIZE)
-    assert sum(data.counts().values()) == 12
-    assert (np.asarray(data.train.inputs).max((1, 2, 3)) > 0).all()
-
-
-def test_the_channels_follow_the_pictures_of_train(tmp_path):
-    """A coloured picture in test makes no difference: it becomes grey, as one to be predicted would."""
-    write_pictures(tmp_path / "grey" / "train", mode="RGBA")
-    write_pictures(tmp_path / "grey" / "test", count=1)
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "grey" / "test" / "cat" / "red.png")
-    write_pictures(tmp_path / "colour")
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "colour" / "cat" / "red.png")
-    for dataset in (MNIST, CIFAR10):
-        grey, colour = (
-            load_images(dataset, SharedConfig(data=str(tmp_path / name)), SIZE) for name in ("grey", "colour")
-        )
-        assert (grey.train.inputs.shape[1:], colour.train.inputs.shape[1:]) == ((8, 8, 1), (8, 8, 3))
-        assert 76 in grey.test.inputs.numpy(), "0.299 of 255"
-
-
-def test_each_kind_of_picture_file_is_read(tmp_path):
-    for name in ("cat", "dog"):
-        (tmp_path / name).mkdir()
-        for value, suffix in enumerate(("png", "JPG", "jpeg", "webp", "bmp", "gif", "tiff"), start=1):
-            Image.new("L", (8, 8), 30 * value).save(tmp_path / name / f"picture.{suffix}")
-    data = load_images(MNIST, SharedConfig(data=str(tmp_path)), SIZE)
-    found = [np.asarray(getattr(data, split).inputs)[:, 4, 4, 0] for split in SPLITS]
-    np.testing.assert_allclose(sorted(np.concatenate(found)), np.repeat([30, 60, 90, 120, 150, 180], 2), atol=1)
-
-
-def test_a_photo_is_turned_as_its_camera_noted(tmp_path):
-    """EXIF orientation 6: the camera stood on its side, so the top row of the file is the right column."""
-    photo = Image.fromarray(np.repeat(np.uint8([[255], [0], [0], [0]]), 4, axis=1))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    photo.save(tmp_path / "photo.png", exif=exif)
-    expected = np.zeros((4, 4, 1), np.uint8)
-    expected[:, 3] = 255
-    np.testing.assert_array_equal(read_image(tmp_path / "photo.png", (4, 4, 1)), expected)
-
-
-def test_transparent_palette_and_deep_pictures_keep_what_they_show(tmp_path):
-    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0)).convert("P")
-    deep = Image.fromarray(np.full((8, 8), 128 * 257, np.uint16))
-    for split in SPLITS:
-        for name in ("cat", "dog"):
-            (tmp_path / split / name).mkdir(parents=True)
-        clear.save(tmp_path / split / "cat" / "0.png", transparency=bytes([0] * 10))
-        deep.save(tmp_path / split / "dog" / "0.png")
-    examples = load_images(MNIST, SharedConfig(data=str(tmp_path)), SIZE).train
-    values = {
-        np.asarray(examples.targets)[row].argmax(): np.unique(image)
-        for row, image in enumerate(np.asarray(examples.inputs))
-    }
-    assert {label: list(found) for label, found in values.items()} == {0: [255], 1: [128]}
-
-
-@pytest.mark.parametrize("spelled", [str.lower, str.title, str.upper])
-def test_folders_for_the_splits_are_used_as_they_are(tmp_path, spelled):
-    write_pictures(tmp_path / spelled("train"))
-    write_pictures(tmp_path / spelled("test"), count=3)
-    data = load_images(CIFAR10, SharedConfig(data=str(tmp_path), validation_size=0.25), SIZE)
-    assert [len(getattr(data, split)) for split in SPLITS] == [18, 6, 6]
-    write_pictures(tmp_path / spelled("validation"), count=5)
-    data = load_images(CIFAR10, SharedConfig(data=str(tmp_path)), SIZE)
-    assert [len(getattr(data, split)) for split in SPLITS] == [24, 10, 6]
-
-
-def test_the_test_split_of_own_files_is_the_same_for_all_seeds(tmp_path):
-    write_pictures(tmp_path)
-    tests = [load_images(CIFAR10, SharedConfig(data=str(tmp_path), seed=seed), SIZE).test for seed in (0, 1)]
-    assert rows(tests[0]) == rows(tests[1])
 
 
 def test_texts_from_a_csv_and_from_folders(tmp_path):

@@ -6,7 +6,6 @@ import zipfile
 from common import artefacts
 from common.cli import UserError
 from common.records import file_sha256
-from common.user_files import read_image
 
 import export
 import keras
@@ -139,19 +138,6 @@ def test_predict_takes_an_artefact(run_of, form, tmp_path, capfd):
         assert [answer["class"] for answer in answers] == [answer["class"] for answer in wanted]
         for answer, other in zip(answers, wanted, strict=True):
             assert answer["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
-
-
-@pytest.mark.parametrize("size", [(28, 28), (420, 300), (61, 97), (97, 61), (33, 10), (5, 90)])
-@pytest.mark.parametrize("shape", [(28, 28, 1), (32, 32, 3), (20, 33, 3)])
-@pytest.mark.parametrize("kind", ["png", "jpeg"])
-def test_a_served_picture_is_what_training_would_have_made_of_it(tmp_path, size, shape, kind):
-    """Within a few steps of 255; shifted by a pixel, some would be off by a hundred."""
-    coarse = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
-    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(tmp_path / f"picture.{kind}")
-    wanted = read_image(tmp_path / f"picture.{kind}", shape)
-    served = export._decoded(tf.constant((tmp_path / f"picture.{kind}").read_bytes()), tf.TensorShape(shape))
-    assert served.dtype == "uint8"
-    np.testing.assert_allclose(served.numpy().astype(int), wanted.astype(int), atol=8)
 
 
 def test_the_saved_model_serves_what_people_send(run_of, tmp_path):

@@ -64,6 +64,13 @@ def truncated_image(folder):
     return folder
 
 
+def several_broken_images(folder):
+    pictures(folder, "cat", "dog")
+    for number in range(3):
+        (folder / "cat" / f"{number}.png").write_text("<html>404</html>")
+    return folder
+
+
 def class_only_in_test(folder):
     pictures(folder / "train", "cat", "dog")
     pictures(folder / "test", "cat", "mouse")
@@ -346,11 +353,9 @@ def checkpoints_that_are_a_file(folder):
         ("linear_regression", run_directory_with_a_long_name, "File name too long; choose an empty or a new one"),
         ("linear_regression", lock_that_is_a_folder, "Is a directory; choose an empty or a new one"),
         ("linear_regression", checkpoints_that_are_a_file, "File exists; choose an empty or a new one"),
-        (
-            "cifar10_cnn",
-            no_images,
-            "no folders of images (.png, .jpg, .jpeg, .webp, .bmp, .gif); make one for each class",
-        ),
+        ("cifar10_cnn", no_images, "no folders of images; make one for each class"),
+        ("mnist_cnn", several_broken_images, "3 files are not readable images: "),
+        ("mnist_cnn", several_broken_images, "; repair or remove them, or give --skip-broken"),
         ("cifar10_fast", empty_class, "mouse: no images"),
         (
             "quantization",
@@ -361,7 +366,7 @@ def checkpoints_that_are_a_file(folder):
         ("pruning", truncated_image, "dog/cut.jpg: not a readable image ("),
         ("quantization", class_only_in_test, "class 'mouse' is in test but not in train"),
         ("cifar10_cnn", unreadable_image, "dog/broken.png: not a readable image ("),
-        ("cifar10_cnn", too_few, "too few examples (1 to train and validate, 1 to test); add some"),
+        ("cifar10_cnn", too_few, "too few different examples (2 to train and validate, 0 to test); add some"),
         ("mnist_cnn", absent, "nowhere: no such file or folder"),
         ("mnist_cnn", missing_column, "not a folder"),
         ("dense_classifier", missing_column, "no column 'target' among a, b; name another with --target"),
