@@ -288,7 +288,8 @@ def test_texts_from_a_csv_and_from_folders(tmp_path):
 
 def test_memory_follows_the_size_of_the_data(tmp_path):
     """One long text among short ones takes its own room only, and so do targets of many classes: 4 bytes each."""
-    texts = pd.DataFrame({"text": [f"short {number}" for number in range(499)] + ["long " * 40_000], "label": ["a", "b"] * 250})
+    short = [f"short {number}" for number in range(499)]
+    texts = pd.DataFrame({"text": [*short, "long " * 40_000], "label": ["a", "b"] * 250})
     texts.to_csv(tmp_path / "texts.csv", index=False)
     labels = np.array([f"class {number % 500}" for number in range(4000)])
     arrays = {"train": (np.arange(4000.0)[:, None], labels), "test": (np.arange(500.0)[:, None], labels[:500])}
