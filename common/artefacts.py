@@ -29,9 +29,9 @@ class Artefact(NamedTuple):
     """A loaded model.
 
     `description` describes inputs and outputs: `task`, as in `Data`; `shape` and `dtype` of the input, or dictionaries
-    of them for several inputs; `class_names` (empty if there are none); `columns` and `text_column` of a CSV. `answer`
-    maps inputs [n, *shape] to outputs [n, ...]: probabilities [n, classes] for classes, values [n, 1] for numbers.
-    Several inputs or outputs are dictionaries.
+    of them for several inputs; `class_names` (empty if there are none); `columns` and `text_column` of a CSV;
+    `pixel_range` as in `Data`. `answer` maps inputs [n, *shape] to outputs [n, ...]: probabilities [n, classes] for
+    classes, values [n, 1] for numbers. Several inputs or outputs are dictionaries.
     """
 
     description: dict[str, Any]
@@ -44,6 +44,7 @@ def describe(result: dict[str, Any], model: keras.Model) -> dict[str, Any]:
     description = {name: result[name] for name in names}
     description["shape"] = tf.nest.map_structure(lambda spec: spec.shape.as_list()[1:], inputs)
     description["dtype"] = tf.nest.map_structure(lambda spec: spec.dtype.name, inputs)
+    description["pixel_range"] = result.get("pixel_range", ())
     return {**description, "text_column": result["config"].get("text_column", "")}
 
 

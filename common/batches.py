@@ -21,10 +21,13 @@ Arrays = dict[str, tuple[Any, Any]]
 
 
 class MappedArray:
-    """An array [n, ...] of numbers in a file without header. It takes no memory but the system's page cache."""
+    """An array [n, ...] of numbers in a file without header. It takes no memory but the system's page cache.
 
-    def __init__(self, path: pathlib.Path, shape: tuple[int, ...], dtype: Any):
-        self.path, self.shape, self.dtype = path, tuple(shape), tf.as_dtype(dtype)
+    `digests`, if they are known, are the `splits.input_digests` of the array.
+    """
+
+    def __init__(self, path: pathlib.Path, shape: tuple[int, ...], dtype: Any, digests: np.ndarray | None = None):
+        self.path, self.shape, self.dtype, self.digests = path, tuple(shape), tf.as_dtype(dtype), digests
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.memmap(self.path, self.dtype.as_numpy_dtype, "r", shape=self.shape)

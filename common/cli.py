@@ -31,7 +31,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 exit_hooks: list[Callable[[int, str], None]] = []
 # Flags that do not affect the training result; a resumed run may change them.
 RUNTIME_FLAGS = {
-    *("data_dir", "run_dir", "resume", "checkpoint_every", "cluster_timeout", "quiet"),
+    *("data_dir", "cache_dir", "run_dir", "resume", "checkpoint_every", "cluster_timeout", "quiet"),
     *("baseline", "histograms", "profile"),
 }
 # Errors that the user can fix wherever they occur: a full or write-protected disk.
@@ -58,6 +58,9 @@ class SharedConfig:
 
     data: str = "auto"  # auto, tfds, sample, or the path of your own files
     data_dir: str = ""  # folder of prepared TFDS data; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets
+    test_data: str = ""  # another file or folder with the test examples
+    skip_broken: bool = False  # go on without files and rows that can't be read
+    cache_dir: str = ""  # folder for sets of images that are too large for memory; empty: ~/.cache/keras_recipes
     validation_size: Share = 0.1  # share of the training examples to use for validation; 0: none
     epochs: Count = 10  # passes over the training examples
     batch_size: Count = 128  # examples per step, summed over all devices

@@ -13,17 +13,19 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from common.batches import Arrays, Split
+from common.batches import Arrays, MappedArray, Split
 from common.cli import SharedConfig, UserError, listed, warn
-from common.console import print_line, status
+from common.console import elapsed, print_line, status, status_line
+from common.images import Store, file_states, fitted, read_image_folders, resized, stored_images
 from common.multiworker import current_cluster
 from common.samples import drawn_shapes, handwritten_digits, written_reviews
 from common.splits import held_out, input_digests
-from common.user_files import read_image_folders, read_labelled_texts, read_table
+from common.user_files import read_labelled_texts, read_table
 
 import keras
 import numpy as np
 import tensorflow as tf
+from PIL import Image
 
 NETWORK_TIMEOUT_SECONDS = 4
 
@@ -38,7 +40,8 @@ class Data:
 
     `source` is tfds, sample, generated or files. `task` names the kind of "input" (image, text, table, audio, series,
     pair) and "output" (class, number, mask, boxes, text, series, image, score, action). `class_names` is empty if there
-    are no classes; `columns` is empty except for a CSV of numbers. `seconds` is the loading time.
+    are no classes; `columns` is empty except for a CSV of numbers. `pixel_range` holds the values that became
+    0 and 255, if training images have more than 8 bits. `seconds` is the loading time.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Data:
     test: Split
     class_names: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    pixel_range: tuple[float, ...] = ()
     seconds: float = 0.0
 
     def counts(self) -> dict[str, int]:
@@ -56,13 +60,18 @@ class Data:
         return {split: len(getattr(self, split)) for split in ("train", "validation", "test")}
 
     def digest(self) -> str:
-        """Returns the SHA-256 of all examples in order."""
+        """Returns the SHA-256 of all examples in order; of images, that of their `input_digests`."""
         sha256 = hashlib.sha256()
         for split in (self.train, self.validation, self.test):
             first = split.arrays(slice(0))
             for place, (path, empty) in enumerate(keras.tree.flatten_with_path(first)):  # Ends of paths are names.
                 shape = (len(split), *empty.shape[1:])
                 sha256.update(f"{''.join(map(str, path[1:]))}{empty.dtype}{shape}".encode())
+                if empty.ndim > 2:  # A file of images knows them, and need not be read.
+                    stored = tf.nest.flatten((split.stored_inputs, split.stored_targets))[place]
+                    digests = input_digests(stored)
+                    sha256.update((digests if split.rows is None else digests[split.rows]).tobytes())
+                    continue
                 rows = max(1, 2**26 // max(1, math.prod(empty.shape[1:]) * empty.itemsize))
                 for start in range(0, len(split), rows):  # A set may not fit into memory.
                     values = tf.nest.flatten(split.arrays(slice(start, start + rows)))[place]
@@ -102,9 +111,15 @@ IMDB = Dataset(
 def load_images(dataset: Dataset, config: SharedConfig, size: tuple[int, int]) -> Data:
     """Loads labelled images as uint8 from the source that `config.data` names.
 
-    Resizes the user's own images to `size`, (height, width). Raises a `UserError` for unusable files.
+    Resizes them to `size`, (height, width). Raises a `UserError` for unusable files.
     """
-    return _load(dataset, "image", config, lambda path: read_image_folders(path, size))
+    about: dict[str, Any] = {}
+
+    def read_files(path: pathlib.Path) -> Arrays:
+        arrays, about["pixel_range"] = read_image_folders(path, size, config)
+        return arrays
+
+    return _load(dataset, "image", config, read_files, size, about)
 
 
 def load_texts(dataset: Dataset, config: SharedConfig, text_column: str, label_column: str) -> Data:
@@ -133,22 +148,39 @@ def load_table(name: str, config: SharedConfig, generate: Callable[[], Arrays], 
         return _cut(config.data, "files", task, arrays, config, started, columns=columns)
 
 
-def _load(dataset: Dataset, kind: str, config: SharedConfig, read_files: Callable[[pathlib.Path], Arrays]) -> Data:
+def _load(
+    dataset: Dataset,
+    kind: str,
+    config: SharedConfig,
+    read_files: Callable[[pathlib.Path], Arrays],
+    size: tuple[int, int] | None = None,
+    about: dict[str, Any] | None = None,
+) -> Data:
+    """Loads data from the source that `config.data` names. Images have a `size`. `read_files` may add to `about`."""
     started, task = time.perf_counter(), {"input": kind, "output": "class"}
-    name, source, read = dataset.sample_title, "sample", dataset.sample
+    name, source, read = dataset.sample_title, "sample", functools.partial(_read_sample, dataset, size)
     if config.data not in ("auto", "tfds", "sample"):
         name, source, read = config.data, "files", functools.partial(read_files, _existing(config.data))
     elif config.data != "sample":
         try:
             if not prepared_version(dataset, config):
                 _download(dataset, config)
-            name, source, read = dataset.title, "tfds", functools.partial(_read_tfds, dataset, config)
+            name, source, read = dataset.title, "tfds", functools.partial(_read_tfds, dataset, config, size)
         except DataUnavailableError as error:
             if config.data == "tfds":
                 raise
             print_line(f"Not {dataset.title}: training on the sample, {name}. {error}", bold=True)
+    if config.test_data and source != "files":
+        raise UserError(
+            f"--test-data {config.test_data}: is for files of your own; give the training files with --data"
+        )
     with status(f"loading {name}"):
-        return _cut(name, source, task, read(), config, started)
+        return _cut(name, source, task, read(), config, started, **(about or {}))
+
+
+def _read_sample(dataset: Dataset, size: tuple[int, int] | None) -> Arrays:
+    arrays = dataset.sample()
+    return {split: (resized(inputs, size), labels) for split, (inputs, labels) in arrays.items()} if size else arrays
 
 
 def _existing(path: str) -> pathlib.Path:
@@ -169,7 +201,7 @@ def prepared_version(dataset: Dataset, config: SharedConfig) -> pathlib.Path | N
     return max(versions, key=lambda version: [int(part) for part in re.findall("[0-9]+", version.name)], default=None)
 
 
-def _read_tfds(dataset: Dataset, config: SharedConfig) -> Arrays:
+def _read_tfds(dataset: Dataset, config: SharedConfig, size: tuple[int, int] | None = None) -> Arrays:
     # Imported here, because the import is slow and other sources do not need it.
     import tensorflow_datasets as tfds
 
@@ -177,12 +209,47 @@ def _read_tfds(dataset: Dataset, config: SharedConfig) -> Arrays:
     try:
         builder = tfds.builder_from_directory(prepared)
         class_names = np.array(builder.info.features["label"].names)
-        for split in ("train", "test"):
-            examples = builder.as_dataset(split=split, batch_size=-1)
-            arrays[split] = (examples[dataset.inputs].numpy(), class_names[examples["label"].numpy()])
+        for split, few in (("train", 4000), ("test", 1000)):
+            # A smoke test needs few examples, and TFDS has shuffled them.
+            count = min(few, builder.info.splits[split].num_examples) if config.smoke else None
+            part = split if count is None else f"{split}[:{count}]"
+            if size:
+                inputs, labels = _read_tfds_images(builder, part, dataset, config, size)
+            else:
+                examples = builder.as_dataset(split=part, batch_size=-1)
+                inputs, labels = examples[dataset.inputs].numpy(), examples["label"].numpy()
+            arrays[split] = (inputs, class_names[labels])
         return arrays
+    except UserError:
+        raise
     except Exception as error:  # TFDS does not wrap errors of TensorFlow, its parsers or the disk.
         raise UserError(f"{prepared}: a file is missing or damaged; delete this folder to prepare it again") from error
+
+
+def _read_tfds_images(
+    builder: Any, split: str, dataset: Dataset, config: SharedConfig, size: tuple[int, int]
+) -> tuple[tf.Tensor | MappedArray, np.ndarray]:
+    """Reads images and labels one after the other, so that memory never holds a set twice."""
+    count = builder.info.splits[split].num_examples
+    shape, rows, began = builder.info.features[dataset.inputs].shape, [], time.monotonic()
+    channels = shape[-1] or 3
+
+    def fill(store: Store) -> dict[str, Any]:
+        # Images of different sizes don't fit into a batch.
+        for batch in builder.as_dataset(split=split).batch(1 if None in shape else 512):
+            for image, label in zip(np.asarray(batch[dataset.inputs]), np.asarray(batch["label"]), strict=True):
+                if image.shape[:2] != size:
+                    image = fitted(Image.fromarray(image.squeeze()), *size).reshape(*size, channels)
+                store.write(len(rows), image)
+                rows.append(label)
+        if len(rows) != count:
+            raise ValueError("examples are missing")
+        return {"labels": np.array(rows)}
+
+    origin = [str(builder.data_dir), split, file_states(sorted(pathlib.Path(builder.data_dir).iterdir()))]
+    with status_line(lambda: f"reading {count:,} images of {split}: {len(rows) / count:.0%}  {elapsed(began)}"):
+        images, about = stored_images(f"{builder.info.name}-{split}", origin, count, (*size, channels), config, fill)
+    return images, about["labels"]
 
 
 def _download(dataset: Dataset, config: SharedConfig) -> None:
@@ -244,7 +311,7 @@ def _cut(
     labels = {name: of if task["output"] == "class" else np.zeros(_count(of)) for name, (_, of) in arrays.items()}
     rows = {split: np.arange(len(of)) for split, of in labels.items()}
     if groups is None:
-        groups = input_digests(tf.nest.map_structure(np.asarray, arrays["train"][0]))
+        groups = input_digests(arrays["train"][0])
 
     def hold_out(share: float, seed: int) -> np.ndarray:
         """Takes a share of the training examples, in random order."""
@@ -301,6 +368,14 @@ def _class_names(name: str, labels: dict[str, np.ndarray]) -> tuple[str, ...]:
         if len(of) and len(missing := np.setdiff1d(class_names, of)):
             warn(f"{name}: {split} has no example of class {listed(missing)}; averages over classes leave it out")
     return tuple(class_names.tolist())
+
+
+def some_of_each_class(split: Split, count: int) -> np.ndarray:
+    """Returns row numbers of about `count` examples: the same share of each class, and at least one. All, if fewer."""
+    if len(split) <= count:
+        return np.arange(len(split))
+    labels = split.targets.numpy().argmax(axis=1)
+    return np.flatnonzero(held_out(np.arange(len(split)), labels, count / len(split), 0))
 
 
 def class_weights(data: Data, config: Any) -> np.ndarray | None:

@@ -81,10 +81,12 @@ def evaluate_classifier(
         },
     )
     report.figures["confusion_matrix"] = confusion_figure(confusion, class_names)
-    shown = split.inputs if shown_inputs is None else shown_inputs
-    if isinstance(shown, dict) or not mistakes:
+    if not mistakes:
         return report
-    shown = np.asarray(shown)[mistakes]
+    # Only these: a set of images may not fit into memory.
+    shown = split.arrays(np.array(mistakes))[0] if shown_inputs is None else np.asarray(shown_inputs)[mistakes]
+    if isinstance(shown, dict):
+        return report
 
     def titles(names: Sequence[str]) -> list[str]:
         return [

@@ -18,6 +18,7 @@ from common.multiworker import SILENCE, Cluster
 from common.upstream import apply_patch
 
 import keras
+import psutil
 import tensorflow as tf
 from tensorflow.compiler.xla.tsl.protobuf.coordination_config_pb2 import CoordinatedJob
 from tensorflow.python.eager import context
@@ -54,6 +55,21 @@ def describe_machine() -> Machine:
         len(tf.config.list_physical_devices("TPU")),
         not details or bool(re.search(r"(avx512_|amx_|\b)bf16\b", details)),
     )
+
+
+def free_memory() -> int:
+    """Returns the bytes of memory that this process may still use. A container can have less than the machine."""
+    free = psutil.virtual_memory().available
+    for folder, limit, usage in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # No such group, or no limit: "max".
+            files = {name: pathlib.Path(folder, name).read_text() for name in (limit, usage, "memory.stat")}
+            # The system gives up cached files when a process needs memory.
+            cached = re.search(r"^inactive_file (\d+)", files["memory.stat"], re.M)
+            free = min(free, int(files[limit]) - int(files[usage]) + int(cached[1] if cached else 0))
+    return max(free, 0)
 
 
 def choose(machine: Machine, config: SharedConfig, workers: int = 0) -> dict[str, tuple[Any, str]]:

@@ -11,10 +11,15 @@ import tensorflow as tf
 def input_digests(inputs: Any) -> np.ndarray:
     """Returns a 64-bit number per example, uint64 [n]; equal inputs have equal numbers.
 
-    `inputs` are arrays [n, ...] or dictionaries of arrays. NumPy reads arrays in files without copying them to memory.
+    `inputs` are arrays [n, ...], tensors or a `MappedArray`, or dictionaries of them. Reads an array in a file without
+    copying it to memory, and not at all if its digests are known.
     """
     digests: Any = np.uint64(0)
     for part in tf.nest.flatten(inputs):
+        if (numbers := getattr(part, "digests", None)) is not None:
+            digests = digests * np.uint64(1_000_003) + numbers
+            continue
+        part = np.asarray(part)
         if part.ndim == 1:
             numbers = pd.util.hash_array(np.asarray(part), categorize=False)
         else:

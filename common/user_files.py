@@ -1,32 +1,21 @@
-"""Reads the user's images, texts and tables. Errors name the file or row that can't be used."""
+"""Finds the user's files, and reads texts and tables. Errors name the file or row that can't be used."""
 
+import collections
 import pathlib
 import re
 import warnings
+from collections.abc import Collection, Sequence
+from typing import Any
 
 from common.batches import Arrays
 from common.cli import UserError
+from common.console import say
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageOps
 
-
-def read_image_folders(folder: pathlib.Path, size: tuple[int, int]) -> Arrays:
-    """Reads images from a folder per class, below `train`, `validation` and `test` if these exist; else as "train".
-
-    Returns:
-        uint8 [n, height, width, channels] per split, resized to `size` by `read_image`. There is one channel if all
-        training images are greyscale, else there are three.
-    """
-    files = _class_files(folder, "images", [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"])
-    arrays, channels = {}, 3
-    for split, found in files.items():  # "train" comes first and sets the channels.
-        images = np.stack([read_image(path, (*size, channels)) for path, _ in found])
-        if split == "train" and (images == images[..., :1]).all():
-            images, channels = images[..., :1], 1
-        arrays[split] = (images, np.array([class_name for _, class_name in found]))
-    return arrays
+# (file, class name) pairs of each split.
+ClassFiles = dict[str, list[tuple[pathlib.Path, str]]]
 
 
 def read_labelled_texts(path: pathlib.Path, text_column: str, label_column: str) -> Arrays:
@@ -34,7 +23,7 @@ def read_labelled_texts(path: pathlib.Path, text_column: str, label_column: str)
     if path.is_dir():
         return {
             split: (np.array([_read_text(file) for file, _ in found], object), np.array([name for _, name in found]))
-            for split, found in _class_files(path, "texts", [".txt"]).items()
+            for split, found in class_files(path, "texts", [".txt"]).items()
         }
     if text_column == label_column:
         raise UserError(f"--text-column {text_column}: also the --label-column; give another column")
@@ -53,9 +42,20 @@ def read_table(path: pathlib.Path, target: str, classes: bool) -> tuple[Arrays, 
     return {"train": (numbers(path, inputs), targets)}, tuple(inputs.columns)
 
 
-def _class_files(folder: pathlib.Path, kind: str, suffixes: list[str]) -> dict[str, list[tuple[pathlib.Path, str]]]:
-    """Returns (file, class name) pairs for each split."""
-    kind = f"{kind} ({', '.join(suffixes)})"
+def class_files(folder: pathlib.Path, kind: str, suffixes: Collection[str], test_folder: str = "") -> ClassFiles:
+    """Finds files with one of `suffixes` in a folder per class. Says how many other files are left out, by suffix.
+
+    Args:
+        folder: holds the folders of the classes, or folders `train`, `validation` and `test` that do; without them, all
+            files count as "train".
+        kind: what the files are, for messages, such as "images".
+        suffixes: in lower case, with the point.
+        test_folder: another folder with a folder per class, of the test examples; empty: none.
+
+    Returns:
+        (file, class name) pairs by split; "train" comes first.
+    """
+    shown = f"{kind} ({', '.join(sorted(suffixes))})" if len(suffixes) < 5 else kind
     if not folder.is_dir():
         raise UserError(f"--data {folder}: not a folder; give a folder that holds a folder per class")
     folders = {path.name.lower(): path for path in sorted(folder.glob("[!.]*/"))}  # Ignores case.
@@ -64,43 +64,50 @@ def _class_files(folder: pathlib.Path, kind: str, suffixes: list[str]) -> dict[s
         raise UserError(f"{folder}: has a folder {next(iter(splits.values())).name!r} but none called 'train'; add it")
     for other in folders.keys() - splits if splits else ():
         raise UserError(f"{folders[other]}: not a split; name the folder train, validation or test")
-    found = {}
-    for split, place in (splits or {"train": folder}).items():
+    places = splits or {"train": folder}
+    if test_folder:
+        if "test" in places:
+            raise UserError(f"--test-data {test_folder}: {places['test']} has test examples already; leave one out")
+        places["test"] = pathlib.Path(test_folder)
+        if not places["test"].is_dir():
+            raise UserError(f"--test-data {test_folder}: not a folder; give a folder that holds a folder per class")
+    found: ClassFiles = {}
+    left_out: collections.Counter[str] = collections.Counter()
+    for split, place in places.items():
         found[split] = []
-        for class_folder in sorted(place.glob("[!.]*/")):
-            if re.search("[\ud800-\udfff]", class_folder.name):  # Surrogates for bytes that are not UTF-8.
-                raise UserError(f"{str(class_folder)!r}: not a valid class name; rename the folder, in UTF-8")
-            files = [path for path in sorted(class_folder.glob("[!.]*")) if path.suffix.lower() in suffixes]
+        empty, nested = [], []
+        for path in sorted(place.glob("[!.]*")):
+            if not path.is_dir():
+                left_out[path.suffix.lower() or "without suffix"] += 1
+                continue
+            if re.search("[\ud800-\udfff]", path.name):  # Surrogates for bytes that are not UTF-8.
+                raise UserError(f"{str(path)!r}: not a valid class name; rename the folder, in UTF-8")
+            files = []
+            for file in sorted(path.glob("[!.]*")):
+                if file.suffix.lower() in suffixes:
+                    files.append((file, path.name))
+                elif file.is_dir():
+                    nested.append(file)
+                else:
+                    left_out[file.suffix.lower() or "without suffix"] += 1
             if not files:
-                raise UserError(f"{class_folder}: no {kind} in this folder; add some or remove it")
-            for subfolder in class_folder.glob("[!.]*/"):
-                raise UserError(f"{subfolder}: a folder inside the folder of a class; move its files up, or remove it")
-            found[split] += [(file, class_folder.name) for file in files]
-        if not found[split]:
-            raise UserError(f"{place}: no folders of {kind}; make one for each class")
+                empty.append(path)
+            found[split] += files
+        if nested:
+            raise UserError(f"{some(nested)}: a folder inside the folder of a class; move its files up, or remove it")
+        if not (found[split] or empty):
+            raise UserError(f"{place}: no folders of {shown}; make one for each class")
+        if empty:
+            raise UserError(f"{some(empty)}: no {shown} in this folder; add some or remove it")
+    if left_out:
+        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in left_out.most_common(10))
+        say(f"{folder}: left out {counts}{', …' * (len(left_out) > 10)}")
     return found
 
 
-def read_image(path: pathlib.Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """Reads an image file as uint8 of `shape`, (height, width, channels), with 1 or 3 channels.
-
-    Keeps the aspect ratio and pads with black. Transparent areas become white.
-    """
-    height, width, channels = shape
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as opened:
-                image = ImageOps.exif_transpose(opened)
-                if image.mode.startswith("I"):  # Converts 16-bit greyscale to 8 bits.
-                    image = Image.fromarray((np.asarray(image).astype(int) // 257).clip(0, 255).astype(np.uint8))
-                if image.has_transparency_data:
-                    layered = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layered)
-                image = image.convert("L" if channels == 1 else "RGB")
-    except Exception as error:  # Pillow's decoders raise errors of many types.
-        raise UserError(f"{path}: not a readable image ({error}); repair or remove it") from error
-    return np.asarray(ImageOps.pad(image, (width, height))).reshape(shape)
+def some(items: Sequence[Any], most: int = 10) -> str:
+    """Returns items for a message: the first ones, and how many more there are."""
+    return ", ".join(map(str, items[:most])) + (f" and {len(items) - most:,} more" if len(items) > most else "")
 
 
 def _read_text(path: pathlib.Path) -> bytes:

@@ -11,7 +11,7 @@ Run       python recipes/cifar10_cnn.py
 """
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 from common.batches import (
     evaluation_batches,
@@ -33,6 +33,7 @@ import keras
 
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
+    image_size: Annotated[int, 18, 4097] = 32  # height and width to which images are resized, in pixels
     epochs: Count = 40  # passes over the training images
     batch_size: Count = 256  # images per step, summed over all devices
     learning_rate: Positive = 0.015  # peak of the learning rate schedule
@@ -46,7 +47,7 @@ class Config(SharedConfig):
 
 
 def load_data(config: Config) -> Data:
-    return load_images(CIFAR10, config, size=(32, 32))
+    return load_images(CIFAR10, config, size=(config.image_size, config.image_size))
 
 
 def build_model(config: Config, data: Data) -> keras.Model:
@@ -119,9 +120,15 @@ def naive_accuracy(config: Config, data: Data) -> float:
     """Test accuracy of the same model, trained as in tutorials."""
     model = build_model(config, data)
     model.compile("adam", "categorical_crossentropy", metrics=["accuracy"])
-    epochs = min(config.epochs, config.naive_epochs)
-    model.fit(data.train.inputs, data.train.targets, batch_size=32, epochs=epochs, verbose=0)
-    return model.evaluate(data.test.inputs, data.test.targets, return_dict=True, verbose=0)["accuracy"]
+    model.fit(
+        training_batches(data.train, 32, config.seed),
+        steps_per_epoch=steps_per_epoch(data.train, 32),
+        shuffle=False,
+        epochs=min(config.epochs, config.naive_epochs),
+        verbose=0,
+    )
+    test, steps = evaluation_batches(data.test, 500), evaluation_steps(data.test, 500)
+    return model.evaluate(test, steps=steps, return_dict=True, verbose=0)["accuracy"]
 
 
 def main() -> None:

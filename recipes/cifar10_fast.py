@@ -10,7 +10,7 @@ After Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (https://arxiv.o
 """
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 from common.batches import (
     evaluation_batches,
@@ -33,6 +33,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
+    image_size: Annotated[int, 9, 4097] = 32  # height and width to which images are resized, in pixels
     epochs: Count = 12  # passes over the training images
     batch_size: Count = 500  # images per step, summed over all devices
     learning_rate: Positive = 0.01  # peak of the learning rate schedule
@@ -45,13 +46,14 @@ class Config(SharedConfig):
 
 
 def load_data(config: Config) -> Data:
-    return load_images(CIFAR10, config, size=(32, 32))
+    return load_images(CIFAR10, config, size=(config.image_size, config.image_size))
 
 
 def build_model(config: Config, data: Data) -> keras.Model:
     images = keras.Input(data.train.input_shape, dtype="uint8", name="image")
     x = keras.layers.Rescaling(1 / 127.5, offset=-1)(images)
-    x = whitening(data.train.arrays(slice(5000))[0])(x)
+    height, width, _ = data.train.input_shape
+    x = whitening(data.train.arrays(slice(-(-5000 * 32 * 32 // (height * width))))[0])(x)
     x = Activation("silu")(x)
     for filters in (config.width, 4 * config.width, 4 * config.width):
         for pool_size in (2, 1):
@@ -70,10 +72,11 @@ def build_model(config: Config, data: Data) -> keras.Model:
 
 def whitening(images: np.ndarray) -> keras.layers.Layer:
     """A fixed convolution that whitens patches: uncorrelated outputs of variance 1, and their negatives."""
-    patches = (images / 127.5 - 1).reshape(-1, 16, 2, 16, 2, images.shape[3]).swapaxes(2, 3)
-    variances, directions = np.linalg.eigh(np.cov(patches.reshape(-1, 4 * images.shape[3]), rowvar=False))
+    height, width, channels = (images.shape[1] // 2, images.shape[2] // 2, images.shape[3])
+    patches = images[:, : 2 * height, : 2 * width].reshape(-1, height, 2, width, 2, channels).swapaxes(2, 3)
+    variances, directions = np.linalg.eigh(np.cov(patches.reshape(-1, 4 * channels) / 127.5 - 1, rowvar=False))
     # Small variances are mostly noise: 5e-4 keeps it from being amplified.
-    filters = (directions / np.sqrt(variances + 5e-4)).reshape(2, 2, images.shape[3], -1)
+    filters = (directions / np.sqrt(variances + 5e-4)).reshape(2, 2, channels, -1)
     kernel = keras.initializers.Constant(np.concatenate([filters, -filters], axis=-1))
     return keras.layers.Conv2D(2 * len(variances), 2, use_bias=False, kernel_initializer=kernel, trainable=False)
 

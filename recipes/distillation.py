@@ -12,7 +12,7 @@ import hashlib
 import os
 import pathlib
 import zipfile
-from typing import Literal
+from typing import Annotated, Literal
 
 from common.batches import (
     Split,
@@ -38,6 +38,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
+    image_size: Annotated[int, 18, 4097] = 32  # height and width to which images are resized, in pixels
     epochs: Count = 8  # passes over the training images, also of the teacher; with many, distillation gains less
     batch_size: Count = 256  # images per step, summed over all devices
     learning_rate: Positive = 0.015  # peak of the learning rate schedule
@@ -49,7 +50,7 @@ class Config(SharedConfig):
 
 
 def load_data(config: Config) -> Data:
-    return load_images(CIFAR10, config, size=(32, 32))
+    return load_images(CIFAR10, config, size=(config.image_size, config.image_size))
 
 
 def build_model(config: Config, data: Data, width: int = 1) -> keras.Model:
@@ -77,11 +78,12 @@ def teacher_logits(path: pathlib.Path, data: Data) -> np.ndarray:
         kept = path.with_name(f"logits-{origin}.npz")
         if not kept.exists():
             teacher = keras.models.load_model(path, compile=False)
-            images = np.concatenate([data.train.inputs, data.validation.inputs])
-            answers, names = teacher.predict(images, verbose=0), [*data.class_names]
-            if isinstance(answers, dict):  # The saved model of a run also outputs class names.
-                answers, names = answers["probabilities"], teacher.get_layer("class_names").get_vocabulary()
-            if answers.shape != (len(images), len(names)) or names != [*data.class_names] or not np.min(answers) >= 0:
+            names, splits = [*data.class_names], filter(len, (data.train, data.validation))
+            if isinstance(teacher.output, dict):  # The saved model of a run also outputs class names.
+                names = teacher.get_layer("class_names").get_vocabulary()
+                teacher = keras.Model(teacher.inputs, teacher.output["probabilities"])
+            answers = np.concatenate([teacher.predict(evaluation_batches(each, 256), verbose=0) for each in splits])
+            if names != [*data.class_names] or answers.shape[1:] != (len(names),) or not np.min(answers) >= 0:
                 raise ValueError("no probabilities of these classes")
             np.savez(part, logits=np.log(answers + 1e-7))
             os.replace(part, kept)
@@ -90,6 +92,13 @@ def teacher_logits(path: pathlib.Path, data: Data) -> np.ndarray:
         remedy = "make room" if part.exists() else "give another model.keras, or remove logits-*.npz"
         part.unlink(missing_ok=True)
         raise UserError(f"--teacher {path}: {str(error).partition(chr(10))[0]}; {remedy}") from error
+
+
+def with_logits(split: Split, logits: np.ndarray) -> Split:
+    """The split with a second input: the logits of the teacher. The images, which may be in a file, are not copied."""
+    stored = np.zeros([split.stored_targets.shape[0], logits.shape[1]], np.float32)
+    stored[slice(None) if split.rows is None else split.rows] = logits
+    return Split.from_arrays({"image": split.stored_inputs, "teacher_logits": stored}, split.stored_targets, split.rows)
 
 
 class Distiller(keras.distillation.Distiller):
@@ -174,10 +183,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             )
             once(run, lambda: teacher.save(path))
         logits = once(run, lambda: teacher_logits(path, data))
-    taught = [
-        Split({"image": split.inputs, "teacher_logits": part}, split.targets)
-        for split, part in zip((data.train, data.validation), np.split(logits, [len(data.train)]), strict=True)
-    ]
+    parts = np.split(logits, [len(data.train)])
+    taught = [with_logits(*pair) for pair in zip((data.train, data.validation), parts, strict=True)]
     fit(lambda: with_teacher(student, config), *taught, augment_taught, callbacks, True, run.start_step)
     if config.baseline:
         fit(lambda: alone, data.train, data.validation, augment, [EpochLine("baseline, without a teacher")])

@@ -10,7 +10,7 @@ Run       python recipes/pruning.py
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from common.batches import (
     evaluation_batches,
@@ -33,6 +33,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
+    image_size: Annotated[int, 10, 4097] = 28  # height and width to which images are resized, in pixels
     epochs: Count = 20  # passes over the training images
     batch_size: Count = 128  # images per step, summed over all devices
     learning_rate: Positive = 0.006  # peak of the learning rate schedule
@@ -47,7 +48,7 @@ class Config(SharedConfig):
 
 
 def load_data(config: Config) -> Data:
-    return load_images(MNIST, config, size=(28, 28))
+    return load_images(MNIST, config, size=(config.image_size, config.image_size))
 
 
 def build_model(config: Config, data: Data, widths: tuple[int, int, int] = (32, 64, 128)) -> keras.Model:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import io
 import pathlib
-from typing import Literal
+from typing import Annotated, Literal
 
 from common.batches import (
     Split,
@@ -38,6 +38,7 @@ from ai_edge_litert.interpreter import Interpreter
 
 @dataclasses.dataclass(frozen=True)
 class Config(SharedConfig):
+    image_size: Annotated[int, 18, 4097] = 32  # height and width to which images are resized, in pixels
     epochs: Count = 40  # passes over the training images
     batch_size: Count = 256  # images per step, summed over all devices
     learning_rate: Positive = 0.015  # peak of the learning rate schedule
@@ -48,7 +49,7 @@ class Config(SharedConfig):
 
 
 def load_data(config: Config) -> Data:
-    return load_images(CIFAR10, config, size=(32, 32))
+    return load_images(CIFAR10, config, size=(config.image_size, config.image_size))
 
 
 def build_model(config: Config, data: Data) -> keras.Model:
@@ -88,15 +89,15 @@ def litert_accuracy(path: pathlib.Path, split: Split) -> float:
     """Accuracy of a LiteRT model on a split."""
     interpreter = Interpreter(str(path))
     (taken,), (given,) = interpreter.get_input_details(), interpreter.get_output_details()
-    images, labels, right = split.inputs.numpy(), split.targets.numpy().argmax(axis=1), 0
-    for start in range(0, len(images), 500):
-        batch = images[start : start + 500]
+    right = 0
+    for start in range(0, len(split), 500):
+        batch, labels = split.arrays(slice(start, start + 500))
         interpreter.resize_tensor_input(taken["index"], batch.shape)
         interpreter.allocate_tensors()
         interpreter.set_tensor(taken["index"], batch)
         interpreter.invoke()
-        right += np.sum(interpreter.get_tensor(given["index"]).argmax(axis=1) == labels[start : start + 500])
-    return float(right / len(images))
+        right += np.sum(interpreter.get_tensor(given["index"]).argmax(axis=1) == labels.argmax(axis=1))
+    return float(right / len(split))
 
 
 def train(config: Config, data: Data | None = None) -> dict[str, float]:

@@ -19,7 +19,8 @@ import tempfile
 from common import artefacts
 from common.cli import Parser, UserError, run_script
 from common.console import is_terminal, status_line
-from common.user_files import numbers, read_csv, read_image, read_texts
+from common.images import read_image
+from common.user_files import numbers, read_csv, read_texts
 
 import numpy as np
 import tensorflow as tf
@@ -91,7 +92,8 @@ def standard_input(folder: pathlib.Path) -> pathlib.Path:
 
 def read_images(description: dict, sources: list[tuple[str, pathlib.Path]]) -> tuple[list[str], np.ndarray]:
     """Reads one image per file."""
-    return [title for title, _ in sources], np.stack([read_image(path, description["shape"]) for _, path in sources])
+    shape, pixel_range = description["shape"], description.get("pixel_range", ())
+    return [title for title, _ in sources], np.stack([read_image(path, shape, pixel_range) for _, path in sources])
 
 
 def read_lines(description: dict, sources: list[tuple[str, pathlib.Path]]) -> tuple[list[str], np.ndarray]:

@@ -14,8 +14,8 @@ from common import data as data_module
 from common.batches import Split
 from common.cli import SharedConfig, UserError
 from common.data import CIFAR10, IMDB, MNIST, Data, load_images, load_texts, tfds_folder
+from common.images import read_image
 from common.records import weights_sha256
-from common.user_files import read_image
 
 import damage
 import keras

@@ -5,8 +5,8 @@ import zipfile
 
 from common import artefacts
 from common.cli import UserError
+from common.images import read_image
 from common.records import file_sha256
-from common.user_files import read_image
 
 import export
 import keras
