@@ -13,7 +13,7 @@ import numpy as np
 _NO_SPACES = {"CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"}
 # What capitals or informal writing leave out: grave, acute, Greek accents and breathings, the dot of i; the Arabic
 # stroke that lengthens words. Apostrophes do not end a word.
-_IGNORED = set("\u0300\u0301\u0307\u0313\u0314\u0342\u0640'’ʼ＇")
+_IGNORED = set("\u0300\u0301\u0307\u0313\u0314\u0342\u0640'\u2019\u02bc\uff07")
 # Kinds of characters. A mark belongs to the character before. From _MARK_OF_SINGLE on, no letter joins the word.
 _LETTER, _MARK, _MARK_OF_SINGLE, _SINGLE, _SEPARATOR = range(5)
 PRIME = 0x9E3779B97F4A7C15 - 2**64  # Multiplier of all hashes: odd, so that it has an inverse modulo 2**64.
@@ -32,7 +32,7 @@ def folded(character: str) -> tuple[int, str]:
         return _MARK_OF_SINGLE, ""
     if _is_ignored(character):
         return _MARK, ""
-    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", character).casefold()).replace("ı", "i")
+    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", character).casefold()).replace("\u0131", "i")
     text = "".join(part for part in text if unicodedata.category(part)[0] in "LMN" or _is_ignored(part))
     if not text:
         return _SEPARATOR, ""
@@ -57,11 +57,9 @@ def _all_folded() -> dict[str, tuple[int, str]]:
 
 
 def _hash(text: str) -> tuple[int, int]:
-    """Returns the hash h of folded text and f: the hash of any text before it, then it, is that hash / f + h.
+    """Returns a hash h and a factor f of folded text: if g is the hash of what precedes it, that of both is g / f + h.
 
-    All numbers are modulo 2**64.
-
-    The order of marks has no influence, because it differs between ways to write a letter.
+    All are modulo 2**64. The order of marks has no influence, because it differs between ways to write a letter.
     """
     value, shrinkage = 0, 1
     for part in text:

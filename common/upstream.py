@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from common.cli import UserError, warn
 
-import keras
 import tensorflow as tf
 from keras.src import tree
 from keras.src.backend.tensorflow import trainer as tensorflow_trainer

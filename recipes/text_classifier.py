@@ -46,10 +46,11 @@ class Config(SharedConfig):
     class_weights: Literal["none", "balanced"] = "none"  # balanced: each class has the same influence on the loss
     text_column: str = "text"  # the column with the text, with --data FILE.csv
     label_column: str = "label"  # the column with the class, with --data FILE.csv
+    group: str = ""  # texts with equal values in this column are in one split, such as the author; with --data FILE.csv
 
 
 def load_data(config: Config) -> Data:
-    return load_texts(IMDB, config, config.text_column, config.label_column)
+    return load_texts(IMDB, config, config.text_column, config.label_column, config.group)
 
 
 @status("learning the vocabulary")

@@ -395,7 +395,9 @@ def _save_for_serving(model: keras.Model, path: pathlib.Path, images: bool, pixe
 
     def predict_files(files: tf.Tensor) -> dict[str, tf.Tensor]:
         image = tf.TensorSpec(signature.shape[1:], tf.uint8)
-        return predict(tf.map_fn(lambda file: _decoded(file, image.shape, pixel_range), files, fn_output_signature=image))
+        return predict(
+            tf.map_fn(lambda file: _decoded(file, image.shape, pixel_range), files, fn_output_signature=image)
+        )
 
     archive = keras.export.ExportArchive()
     archive.track(network)
