@@ -40,7 +40,6 @@ class Config(SharedConfig):
     batch_size: Count = 256  # texts per step, summed over all devices
     learning_rate: Positive = 0.01  # initial learning rate of Adam; cosine decay to zero
     label_smoothing: Share = 0.1  # share of each label that is spread evenly over all classes
-    start: float = 0.25  # scale of the log-count ratios used as initial weights; 0: zeros
     vocabulary: Count = 1_000_000  # number of n-grams that the model knows: the most frequent ones
     length: Annotated[int, 3, math.inf] = 1000  # maximum number of words per text, and of its n-grams; keeps the rarest
     class_weights: Literal["none", "balanced"] = "none"  # balanced: each class has the same influence on the loss
@@ -111,7 +110,7 @@ def build_model(config: Config, data: Data, ratios: np.ndarray) -> keras.Model:
     tokens = keras.Input([config.length], dtype="int32", name="tokens")
     evidence = keras.layers.Embedding(*ratios.shape, name="evidence")
     x = evidence(tokens)
-    evidence.set_weights([config.start * ratios])
+    evidence.set_weights([0.25 * ratios])  # Scaled down, because n-grams of a text say the same again and again.
     # Sums over the tokens. The square root of their number keeps long texts from dominating.
     there = keras.ops.expand_dims(keras.ops.cast(keras.ops.not_equal(tokens, 0), x.dtype), axis=-1)
     x = keras.ops.sum(x * there, axis=1) / keras.ops.sqrt(keras.ops.sum(there, axis=1) + 1)
