@@ -122,12 +122,21 @@ def load_images(dataset: Dataset, config: SharedConfig, size: tuple[int, int]) -
     return _load(dataset, "image", config, read_files, size, about)
 
 
-def load_texts(dataset: Dataset, config: SharedConfig, text_column: str, label_column: str) -> Data:
+def load_texts(dataset: Dataset, config: SharedConfig, text_column: str, label_column: str, group: str = "") -> Data:
     """Loads labelled texts as UTF-8 strings from the source that `config.data` names; see `load_images`.
 
-    The user's own texts are .txt files in a folder per class, or a CSV with the two named columns.
+    The user's own texts are .txt files in a folder per class, or a CSV with the named columns. Texts with equal values
+    in the column `group` are in one split.
     """
-    return _load(dataset, "text", config, lambda path: read_labelled_texts(path, text_column, label_column))
+    if group and config.data in ("auto", "tfds", "sample"):
+        raise UserError(f"--group {group}: is for files of your own; give a CSV with --data, or leave it out")
+    about: dict[str, Any] = {}
+
+    def read_files(path: pathlib.Path) -> Arrays:
+        arrays, about["groups"] = read_labelled_texts(path, text_column, label_column, group, config)
+        return arrays
+
+    return _load(dataset, "text", config, read_files, about=about)
 
 
 def load_table(name: str, config: SharedConfig, generate: Callable[[], Arrays], target: str, classes: bool) -> Data:

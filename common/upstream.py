@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from common.cli import UserError, warn
 
-import keras
 import tensorflow as tf
 from keras.src import tree
 from keras.src.backend.tensorflow import trainer as tensorflow_trainer
@@ -134,13 +133,3 @@ def replica_datasets(
             experimental_replication_mode=tf.distribute.InputReplicationMode.PER_REPLICA,
         ),
     )
-
-
-def with_vocabulary_in_config(layer: keras.layers.TextVectorization) -> keras.layers.TextVectorization:
-    """Returns the layer with its vocabulary as a constructor argument, so that any vocabulary can be saved.
-
-    Keras 3.15 saves a vocabulary from `adapt` as a file with one word per line and loads it with `str.splitlines`. That
-    also splits at characters inside words, such as U+0085 ("The passed vocabulary has at least one repeated term").
-    Keras saves a vocabulary that is a constructor argument in the configuration of the layer instead.
-    """
-    return keras.layers.TextVectorization.from_config({**layer.get_config(), "vocabulary": layer.get_vocabulary()})

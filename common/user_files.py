@@ -1,6 +1,9 @@
 """Finds the user's files, and reads texts and tables. Errors name the file or row that can't be used."""
 
+import codecs
 import collections
+import contextlib
+import itertools
 import pathlib
 import re
 import warnings
@@ -8,7 +11,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from common.batches import Arrays
-from common.cli import UserError
+from common.cli import SharedConfig, UserError, warn
 from common.console import say
 
 import numpy as np
@@ -18,18 +21,71 @@ import pandas as pd
 ClassFiles = dict[str, list[tuple[pathlib.Path, str]]]
 
 
-def read_labelled_texts(path: pathlib.Path, text_column: str, label_column: str) -> Arrays:
-    """Reads texts from a CSV with a text and a label column, or from .txt files in a folder per class."""
+def read_labelled_texts(
+    path: pathlib.Path, text_column: str, label_column: str, group_column: str, config: SharedConfig
+) -> tuple[Arrays, np.ndarray | None]:
+    """Reads texts from a CSV with a text and a label column, or from .txt files in a folder per class.
+
+    Returns:
+        UTF-8 texts, [n], and class names, [n], of "train" and perhaps "validation" and "test"; and the values of the
+        group column for "train", [n], if it has a name.
+
+    Raises:
+        UserError: names the files or rows that can't be read; with `config.skip_broken`, only if none is left.
+    """
     if path.is_dir():
-        return {
-            split: (np.array([_read_text(file) for file, _ in found], object), np.array([name for _, name in found]))
-            for split, found in class_files(path, "texts", [".txt"]).items()
-        }
-    if text_column == label_column:
-        raise UserError(f"--text-column {text_column}: also the --label-column; give another column")
-    table = read_csv(path, [text_column, label_column], "name others with --text-column and --label-column")
-    texts = np.array([text.encode() for text in _filled(path, table[text_column])], object)
-    return {"train": (texts, _filled(path, table[label_column]).astype(str))}
+        if group_column:
+            raise UserError(f"--group {group_column}: {path} is a folder without columns; give a CSV, or leave it out")
+        arrays, broken, encodings = {}, [], collections.Counter()
+        for split, files in class_files(path, "texts", [".txt"], config.test_data).items():
+            texts = [_text_or_problem(file, encodings) for file, _ in files]
+            read = [row for row, text in enumerate(texts) if isinstance(text, bytes)]
+            broken += [f"{file}: {text}" for (file, _), text in zip(files, texts, strict=True) if isinstance(text, str)]
+            arrays[split] = (_objects(texts)[read], np.array([name for _, name in files])[read])
+        _say_encodings(str(path), encodings)
+        _leave_out(str(path), broken, "files", arrays, config.skip_broken)
+        return arrays, None
+    columns = {"--group": group_column, "--text-column": text_column, "--label-column": label_column}
+    for (flag, name), (other, same) in itertools.combinations(columns.items(), 2):
+        if name == same:
+            raise UserError(f"{flag} {name}: also the {other}; give another column")
+    arrays, groups = {}, None
+    for split, file in {"train": path, "test": pathlib.Path(config.test_data or path)}.items():
+        if split == "test" and not config.test_data:
+            continue
+        names = [text_column, label_column, *([group_column] if group_column and split == "train" else [])]
+        table = read_csv(file, names, "name others with --text-column, --label-column and --group")
+        values = {name: table[name].str.strip().to_numpy(object) for name in names}
+        empty = [(row + 2, name) for name, of in values.items() for row in np.flatnonzero(of == "")]
+        broken = [f"{file}, row {row}, column {name!r}: empty" for row, name in sorted(empty)]
+        read = np.setdiff1d(np.arange(len(table)), [row - 2 for row, _ in empty])
+        texts = _objects([text.encode() for text in values[text_column]])
+        arrays[split] = (texts[read], values[label_column][read])
+        if split == "train" and group_column:
+            groups = values[group_column][read]
+        _leave_out(str(file), broken, "rows", arrays, config.skip_broken)
+    return arrays, groups
+
+
+def _objects(values: list) -> np.ndarray:
+    """Returns an object array: fixed-width strings would each use the memory of the longest."""
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array
+
+
+def _leave_out(place: str, broken: list[str], kind: str, arrays: Arrays, skip: bool) -> None:
+    """Warns about unreadable files or rows, which `arrays` lack; an error if there are any and `skip` is False."""
+    if broken and not skip:
+        if len(broken) == 1:
+            raise UserError(f"{broken[0]}; correct or remove it, or give --skip-broken")
+        number = f"{len(broken):,} {kind} can't be used: {some(broken)}"
+        raise UserError(f"{number}; correct or remove them, or give --skip-broken")
+    if broken:
+        warn(f"{place}: left out {len(broken):,} {kind} that can't be used: {some(broken)}")
+    for split, (texts, _) in arrays.items():
+        if not len(texts):
+            raise UserError(f"{place}: none of the {kind} of {split} can be used; give texts that can be read")
 
 
 def read_table(path: pathlib.Path, target: str, classes: bool) -> tuple[Arrays, tuple[str, ...]]:
@@ -110,21 +166,41 @@ def some(items: Sequence[Any], most: int = 10) -> str:
     return ", ".join(map(str, items[:most])) + (f" and {len(items) - most:,} more" if len(items) > most else "")
 
 
-def _read_text(path: pathlib.Path) -> bytes:
+def _text_or_problem(path: pathlib.Path, encodings: collections.Counter[str]) -> bytes | str:
+    """Reads a text as UTF-8 bytes, or says why it can't be used. Counts encodings other than UTF-8 and UTF-16."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as UTF-8 text; repair or remove it") from error
+        content = path.read_bytes()
+    except OSError as error:
+        return f"can't be read ({error.strerror})"
+    has_mark = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = encoding = "\0"
+    for encoding in ["utf-16"] if has_mark else ["utf-8-sig", "Windows-1252", "Latin-1"]:
+        with contextlib.suppress(UnicodeDecodeError):
+            text = content.decode(encoding)
+            break
+    if "\0" in text:
+        return "not a text file"
     if not text.strip():
-        raise UserError(f"{path}: no text in this file; write some or remove it")
+        return "no text in this file"
+    if encoding in ("Windows-1252", "Latin-1"):
+        encodings[encoding] += 1
     return text.encode()
+
+
+def _say_encodings(place: str, encodings: collections.Counter[str]) -> None:
+    for encoding, count in encodings.items():
+        warn(f"{place}: {count:,} {'file is' if count == 1 else 'files are'} not UTF-8; read as {encoding}")
 
 
 def read_texts(path: pathlib.Path, column: str) -> list[bytes]:
     """Reads the texts of a CSV column, or the lines of any other file; skips blank lines."""
-    if path.suffix.lower() == ".csv":
+    if path.suffix.lower() in (".csv", ".tsv"):
         return [text.encode() for text in _filled(path, read_csv(path, [column])[column])]
-    return [line for line in _read_text(path).splitlines() if line.strip()]
+    text = _text_or_problem(path, encodings := collections.Counter())
+    if isinstance(text, str):
+        raise UserError(f"{path}: {text}; correct or remove it")
+    _say_encodings(str(path), encodings)
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def read_csv(path: pathlib.Path, columns: list[str], remedy: str = "rename one") -> pd.DataFrame:

@@ -24,7 +24,7 @@ from common.data import IMDB, Data, class_weights, load_texts
 from common.evaluation import evaluate_classifier
 from common.optimizers import FusedAdam
 from common.runs import start_run
-from common.upstream import with_vocabulary_in_config
+from common.texts import word_hashes
 
 import keras
 import numpy as np
@@ -40,58 +40,53 @@ class Config(SharedConfig):
     batch_size: Count = 256  # texts per step, summed over all devices
     learning_rate: Positive = 0.01  # initial learning rate of Adam; cosine decay to zero
     label_smoothing: Share = 0.1  # share of each label that is spread evenly over all classes
-    start: float = 0.25  # scale of the log-count ratios used as initial weights; 0: zeros
-    vocabulary: Annotated[int, 3, 2_000_000] = 200_000  # number of words in the vocabulary: the most frequent ones
+    vocabulary: Count = 1_000_000  # number of n-grams that the model knows: the most frequent ones
     length: Annotated[int, 3, math.inf] = 1000  # maximum number of words per text, and of its n-grams; keeps the rarest
     class_weights: Literal["none", "balanced"] = "none"  # balanced: each class has the same influence on the loss
     text_column: str = "text"  # the column with the text, with --data FILE.csv
     label_column: str = "label"  # the column with the class, with --data FILE.csv
+    group: str = ""  # texts with equal values in this column are in one split, such as the author; with --data FILE.csv
 
 
 def load_data(config: Config) -> Data:
-    return load_texts(IMDB, config, config.text_column, config.label_column)
+    return load_texts(IMDB, config, config.text_column, config.label_column, config.group)
 
 
 @status("learning the vocabulary")
-def build_tokenizer(config: Config, data: Data) -> keras.Model:
-    """Maps raw texts to the ids of their distinct words, pairs and triples. Fitted on the training split only."""
-    words = keras.layers.TextVectorization(
-        max_tokens=config.vocabulary,
-        standardize="lower_and_strip_punctuation",
-        output_sequence_length=config.length,
-        name="words",
-    )
-    words.adapt(tf.data.Dataset.from_tensor_slices(data.train.inputs).batch(1000))
-    if words.vocabulary_size() <= 2:  # Padding and the unknown word are always part of it.
-        raise UserError(f"{data.name}: the training texts hold no words; give texts that do")
-    words = with_vocabulary_in_config(words)
+def build_tokenizer(config: Config, data: Data) -> tuple[keras.Model, Split]:
+    """Maps raw texts to the ids of their distinct words, pairs and triples. Fitted on the training split only.
 
+    Also returns the tokens of this split.
+    """
     texts = keras.Input([], dtype="string", name="text")
-    word = keras.ops.cast(words(texts), "int64")
-    # An n-gram's id is a number whose digits are word ids: two million cubed fits into 64 bits. 0 is padding.
-    base = words.vocabulary_size()
-    pair = keras.ops.where(word[:, 1:] > 0, word[:, :-1] * base + word[:, 1:], 0)
-    triple = keras.ops.where(word[:, 2:] > 0, pair[:, :-1] * base + word[:, 2:], 0)
+    # An n-gram's id is a hash of 64 bits; 0 is padding.
+    word = word_hashes(texts, data.train.inputs.numpy(), config.length)
+    pair = keras.ops.where(word[:, 1:] != 0, word[:, :-1] * 1_000_003 + word[:, 1:], 0)
+    triple = keras.ops.where(word[:, 2:] != 0, pair[:, :-1] * 1_000_003 + word[:, 2:], 0)
     ngrams = keras.ops.sort(keras.ops.concatenate([word, pair, triple], axis=1), axis=1)
     first = keras.ops.pad(ngrams[:, 1:] != ngrams[:, :-1], [[0, 0], [1, 0]], constant_values=True)
     ngrams = keras.ops.where(first, ngrams, 0)
 
     # N-grams of a single training text don't generalize. The most frequent come first.
-    counted = tokenized(data.train, keras.Model(texts, ngrams)).inputs.numpy()
-    found, counts = np.unique(counted[counted > 0], return_counts=True)
-    order = np.argsort(-counts, kind="stable")
+    train_ngrams = tokenized(data.train, keras.Model(texts, ngrams))
+    counted = train_ngrams.inputs.numpy()
+    found, counts = np.unique(counted[counted != 0], return_counts=True)
+    if not len(found):
+        raise UserError(f"{data.name}: the training texts hold no words; give texts that do")
+    order = np.argsort(-counts, kind="stable")[: config.vocabulary]
     known = found[order][counts[order] > 1]
     if not len(known):
         raise UserError(f"{data.name}: no two training texts share a word; give more texts")
     numbers = keras.layers.IntegerLookup(vocabulary=known, mask_token=0, name="ngrams")(ngrams)
     # The largest ids are the rarest n-grams; unknown ones (id 1) become padding.
     tokens, _ = keras.ops.top_k(numbers - 1, config.length)
-    return keras.Model(texts, keras.ops.cast(keras.ops.maximum(tokens, 0), "int32"), name="tokenizer")
+    tokens = keras.ops.cast(keras.ops.maximum(tokens, 0), "int32")
+    return keras.Model(texts, tokens, name="tokenizer"), tokenized(train_ngrams, keras.Model(ngrams, tokens))
 
 
 def tokenized(split: Split, tokenizer: keras.Model) -> Split:
     """Token ids of the texts of a split: [n, length]."""
-    batches = tf.data.Dataset.from_tensor_slices(split.inputs).batch(500).map(tokenizer, tf.data.AUTOTUNE)
+    batches = tf.data.Dataset.from_tensor_slices(split.inputs).batch(100).map(tokenizer, tf.data.AUTOTUNE)
     nothing = np.zeros([0, *tokenizer.output_shape[1:]], tokenizer.output.dtype)
     return Split.from_arrays(np.concatenate([nothing, *batches.as_numpy_iterator()]), split.targets)
 
@@ -108,14 +103,19 @@ def log_count_ratios(tokens: Split) -> np.ndarray:
 
 
 def build_model(config: Config, data: Data, ratios: np.ndarray) -> keras.Model:
-    """Maps token ids to probabilities; the saved model contains the tokenizer too."""
+    """Maps token ids to probabilities; the saved model contains the tokenizer too.
+
+    A text without known words gets the frequencies of the classes: equal ones, if the loss is balanced.
+    """
     tokens = keras.Input([config.length], dtype="int32", name="tokens")
     evidence = keras.layers.Embedding(*ratios.shape, name="evidence")
     x = evidence(tokens)
-    evidence.set_weights([config.start * ratios])
+    evidence.set_weights([0.25 * ratios])  # Scaled down, because n-grams of a text say the same again and again.
     # Sums over the tokens. The square root of their number keeps long texts from dominating.
     there = keras.ops.expand_dims(keras.ops.cast(keras.ops.not_equal(tokens, 0), x.dtype), axis=-1)
     x = keras.ops.sum(x * there, axis=1) / keras.ops.sqrt(keras.ops.sum(there, axis=1) + 1)
+    if config.class_weights == "none":
+        x = x + np.log(data.train.targets.numpy().mean(axis=0, dtype=np.float32))
     # Always float32: softmax outputs lose too much precision in 16 bits.
     probabilities = keras.layers.Activation("softmax", dtype="float32")(x)
     return keras.Model(tokens, probabilities, name="text_classifier")
@@ -127,11 +127,9 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     steps = steps_per_epoch(data.train, config.batch_size)
 
     # Tokenized once, before training.
-    tokenizer = build_tokenizer(config, data)
+    tokenizer, train_tokens = build_tokenizer(config, data)
     with status("tokenizing"):
-        train_tokens, validation_tokens, test_tokens = (
-            tokenized(split, tokenizer) for split in (data.train, data.validation, data.test)
-        )
+        validation_tokens, test_tokens = (tokenized(split, tokenizer) for split in (data.validation, data.test))
     ratios = log_count_ratios(train_tokens)
 
     schedule = keras.optimizers.schedules.CosineDecay(config.learning_rate, decay_steps=config.epochs * steps)
@@ -167,25 +165,29 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
     )
     texts = keras.Input([], dtype="string", name="text")
     from_text = keras.Model(texts, model(tokenizer(texts)), name="text_classifier")
-    return run.finish(from_text, data, report, baselines=baselines(data) if config.baseline else {})
+    return run.finish(from_text, data, report, baselines=baselines(data, tokenizer) if config.baseline else {})
 
 
 @status("fitting the baselines")
-def baselines(data: Data) -> dict[str, float]:
+def baselines(data: Data, tokenizer: keras.Model) -> dict[str, float]:
     """Test accuracy of always predicting the most frequent class, and of a linear model on word counts."""
 
     def labels(split):
         return np.asarray(split.targets).argmax(axis=1)
 
     commonest = np.bincount(labels(data.train)).argmax()
+    tokenizer_words = keras.Model(tokenizer.input, tokenizer.get_layer("words").output)
+    words, test_words = (tokenized(split, tokenizer_words).inputs.numpy() for split in (data.train, data.test))
     counted_words = sklearn.pipeline.make_pipeline(
-        sklearn.feature_extraction.text.CountVectorizer(binary=True, max_features=20_000, token_pattern=r"\w+"),
+        sklearn.feature_extraction.text.CountVectorizer(
+            binary=True, max_features=20_000, analyzer=lambda words: words[words != 0].tolist()
+        ),
         sklearn.linear_model.LogisticRegression(C=0.1, max_iter=1000),
     )
-    counted_words.fit(data.train.inputs.numpy(), labels(data.train))
+    counted_words.fit(words, labels(data.train))
     return {
         "majority_accuracy": float(np.mean(labels(data.test) == commonest)),
-        "bag_of_words_accuracy": counted_words.score(data.test.inputs.numpy(), labels(data.test)),
+        "bag_of_words_accuracy": counted_words.score(test_words, labels(data.test)),
     }
 
 

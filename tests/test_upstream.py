@@ -228,19 +228,6 @@ def test_loss_scaling_still_asks_the_first_replica_only():
     assert not np.isfinite(variable.numpy()).all(), "fixed upstream: allow mixed_float16 on several devices"
 
 
-def test_a_vocabulary_that_was_learned_is_not_read_back_as_it_was_saved(tmp_path):
-    words = keras.layers.TextVectorization()
-    words.adapt(np.array(["one\x85two three"]))
-    texts = keras.Input([], dtype="string")
-    keras.Model(texts, words(texts)).save(tmp_path / "adapted.keras")
-    kept = upstream.with_vocabulary_in_config(words)
-    keras.Model(texts, kept(texts)).save(tmp_path / "kept.keras")
-    text = tf.constant(["three one\x85two"])
-    np.testing.assert_array_equal(keras.models.load_model(tmp_path / "kept.keras")(text), words(text))
-    adapted = keras.models.load_model(tmp_path / "adapted.keras")
-    assert not np.array_equal(adapted(text), words(text)), "fixed upstream: delete with_vocabulary_in_config"
-
-
 def test_tf2onnx_takes_the_constants_of_normalization_for_inputs(tmp_path):
     onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
     pytest.importorskip("tf2onnx", reason="the extra `export` is not installed")

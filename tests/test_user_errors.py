@@ -146,8 +146,8 @@ def texts(folder, another: bytes):
     return folder
 
 
-def latin_text(folder):
-    return texts(folder, "schön".encode("latin-1"))
+def no_text(folder):
+    return texts(folder, b"\x00\x01\xff")
 
 
 def blank_text(folder):
@@ -186,7 +186,7 @@ def empty_class_of_texts(folder):
 
 
 def no_words(folder):
-    return table(folder / "texts.csv", text=["!!!", "?"] * 20, label=["pos", "neg"] * 20)
+    return table(folder / "texts.csv", text=["?" * number for number in range(1, 41)], label=["pos", "neg"] * 20)
 
 
 def no_word_twice(folder):
@@ -398,8 +398,8 @@ def checkpoints_that_are_a_file(folder):
         ("text_classifier", one_column_for_both, "--text-column text: also the --label-column; give another column"),
         ("text_classifier", text_without_label, "row 3, column 'label': empty"),
         ("text_classifier", empty_text, "row 3, column 'text': empty"),
-        ("text_classifier", latin_text, "neg/b.txt: not readable as UTF-8 text"),
-        ("text_classifier", blank_text, "neg/b.txt: no text in this file; write some or remove it"),
+        ("text_classifier", no_text, "neg/b.txt: not a text file; correct or remove it, or give --skip-broken"),
+        ("text_classifier", blank_text, "neg/b.txt: no text in this file; correct or remove it"),
         ("mnist_cnn", link_to_nowhere, "dog/gone.png: not a readable image ("),
         ("mnist_cnn", class_name_in_no_utf8, "not a valid class name; rename the folder, in UTF-8"),
         ("text_classifier", empty_class_of_texts, "pos: no texts (.txt) in this folder"),
