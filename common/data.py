@@ -317,10 +317,15 @@ def _cut(
     fields of `Data`.
     """
     # Without classes, all examples count as one class.
-    labels = {name: of if task["output"] == "class" else np.zeros(_count(of)) for name, (_, of) in arrays.items()}
+    labels = {split: of if task["output"] == "class" else np.zeros(_count(of)) for split, (_, of) in arrays.items()}
+    if task["output"] == "class" and len(only := np.unique(labels["train"])) == 1:
+        raise UserError(f"{name}: only one class to train on, {str(only[0])!r}; add examples of another class")
     rows = {split: np.arange(len(of)) for split, of in labels.items()}
-    if groups is None:
-        groups = input_digests(arrays["train"][0])
+    digests = {split: input_digests(inputs) for split, (inputs, _) in arrays.items()}
+    groups = digests["train"] if groups is None else groups
+    for split in arrays if source == "files" else ():
+        if split != "train" and (equal := int(np.isin(digests[split], digests["train"]).sum())):
+            warn(f"{name}: {equal:,} of {len(digests[split]):,} inputs of {split} are also in train; remove them there")
 
     def hold_out(share: float, seed: int) -> np.ndarray:
         """Takes a share of the training examples, in random order."""
@@ -368,8 +373,6 @@ def _count(targets: Any) -> int:
 def _class_names(name: str, labels: dict[str, np.ndarray]) -> tuple[str, ...]:
     """Returns the classes of "train", sorted. Warns about classes that other splits lack."""
     class_names = np.unique(labels["train"])
-    if len(class_names) == 1:
-        raise UserError(f"{name}: only one class to train on, {str(class_names[0])!r}; add examples of another class")
     for split, of in labels.items():
         if len(unknown := np.setdiff1d(of, class_names)):
             remedy = "add training examples of it, or remove it"

@@ -82,6 +82,12 @@ def test_groups_are_in_one_split():
     assert 50 <= len(data.test) <= 150
 
 
+def test_inputs_of_a_given_test_split_that_are_in_train_are_told(capsys):
+    given = {"test": (np.arange(35, 45), np.array(["a", "b"] * 5))}
+    cut(np.arange(40), ["a", "b"] * 20, given=given)
+    assert "a table: 5 of 10 inputs of test are also in train" in capsys.readouterr().err
+
+
 def test_a_large_group_does_not_take_a_split():
     groups = np.concatenate([np.zeros(900), np.arange(100)])
     for seed in range(5):
