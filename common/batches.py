@@ -55,10 +55,10 @@ class Split:
     def from_arrays(cls, inputs: Any, targets: Any, rows: np.ndarray | None = None) -> "Split":
         """Converts arrays to a split. The tensors stay on the CPU, because a dataset may not fit in GPU memory."""
         with tf.device("CPU:0"):
-            stored = tf.nest.map_structure(
+            inputs, targets = tf.nest.map_structure(
                 lambda part: part if isinstance(part, MappedArray) else tf.convert_to_tensor(part), (inputs, targets)
             )
-        return cls(*stored, rows)
+        return cls(inputs, targets, rows)
 
     def __len__(self) -> int:
         return int(tf.nest.flatten(self.stored_targets)[0].shape[0]) if self.rows is None else len(self.rows)

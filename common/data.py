@@ -395,8 +395,10 @@ def class_weights(data: Data, config: Any) -> np.ndarray | None:
 
     Returns None unless `--class-weights balanced` is given.
     """
+    if config.class_weights != "balanced":
+        return None
     counts = data.train.targets.numpy().sum(axis=0)
-    return np.float32(len(data.train) / len(counts) / counts) if config.class_weights == "balanced" else None
+    return (len(data.train) / len(counts) / counts).astype(np.float32)
 
 
 def imbalance(data: Data) -> str:

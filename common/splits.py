@@ -23,7 +23,7 @@ def input_digests(inputs: Any) -> np.ndarray:
         if part.ndim == 1:
             numbers = pd.util.hash_array(np.asarray(part), categorize=False)
         else:
-            rows = (hashlib.blake2b(np.ascontiguousarray(row), digest_size=8).digest() for row in part)
+            rows = (hashlib.blake2b(np.ascontiguousarray(row).data, digest_size=8).digest() for row in part)
             numbers = np.frombuffer(b"".join(rows), np.uint64)
         digests = digests * np.uint64(1_000_003) + numbers
     return digests

@@ -19,7 +19,7 @@ from typing import Any
 
 from common import artefacts, console
 from common.batches import Split
-from common.cli import Parser, UserError, listed, run_script, warn
+from common.cli import Parser, SharedConfig, UserError, listed, run_script, warn
 from common.console import is_terminal, say
 from common.evaluation import Report, evaluate_classifier, evaluate_regressor, figure_png
 from common.records import load_program, rename, write_file, write_json
@@ -120,7 +120,8 @@ def image_examples(description: dict, config: dict, folder: pathlib.Path) -> Exa
 def text_examples(description: dict, config: dict, path: pathlib.Path) -> Examples:
     """Reads texts and labels of a CSV, or .txt files in a folder per class."""
     path = test_folder(path) if path.is_dir() else path
-    texts, labels = read_labelled_texts(path, config["text_column"], config["label_column"])["train"]
+    arrays, _ = read_labelled_texts(path, config["text_column"], config["label_column"], "", SharedConfig())
+    texts, labels = arrays["train"]
     return [text.decode() for text in texts], texts, labels
 
 
