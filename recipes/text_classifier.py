@@ -110,7 +110,7 @@ def build_model(config: Config, data: Data, ratios: np.ndarray) -> keras.Model:
     tokens = keras.Input([config.length], dtype="int32", name="tokens")
     evidence = keras.layers.Embedding(*ratios.shape, name="evidence")
     x = evidence(tokens)
-    evidence.set_weights([0.25 * ratios])  # Scaled down, because n-grams of a text say the same again and again.
+    evidence.set_weights([0.25 * ratios])  # Scaled down, because the n-grams of a text overlap.
     # Sums over the tokens. The square root of their number keeps long texts from dominating.
     there = keras.ops.expand_dims(keras.ops.cast(keras.ops.not_equal(tokens, 0), x.dtype), axis=-1)
     x = keras.ops.sum(x * there, axis=1) / keras.ops.sqrt(keras.ops.sum(there, axis=1) + 1)
