@@ -58,6 +58,7 @@ class SharedConfig:
 
     data: str = "auto"  # auto, tfds, sample, or the path of your own files
     data_dir: str = ""  # folder of prepared TFDS data; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets
+    test_data: str = ""  # another file or folder with the test examples
     validation_size: Share = 0.1  # share of the training examples to use for validation; 0: none
     epochs: Count = 10  # passes over the training examples
     batch_size: Count = 128  # examples per step, summed over all devices

@@ -19,7 +19,8 @@ from common.console import print_line, status
 from common.multiworker import current_cluster
 from common.samples import drawn_shapes, handwritten_digits, written_reviews
 from common.splits import held_out, input_digests
-from common.user_files import read_image_folders, read_labelled_texts, read_table
+from common.tables import TableConfig, UserTable
+from common.user_files import read_image_folders, read_labelled_texts
 
 import keras
 import numpy as np
@@ -38,7 +39,8 @@ class Data:
 
     `source` is tfds, sample, generated or files. `task` names the kind of "input" (image, text, table, audio, series,
     pair) and "output" (class, number, mask, boxes, text, series, image, score, action). `class_names` is empty if there
-    are no classes; `columns` is empty except for a CSV of numbers. `seconds` is the loading time.
+    are no classes; `columns` are the kinds of a table's columns by name: number, boolean, date with a format, category.
+    `seconds` is the loading time.
     """
 
     name: str
@@ -48,7 +50,7 @@ class Data:
     validation: Split
     test: Split
     class_names: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
 
     def counts(self) -> dict[str, int]:
@@ -59,13 +61,15 @@ class Data:
         """Returns the SHA-256 of all examples in order."""
         sha256 = hashlib.sha256()
         for split in (self.train, self.validation, self.test):
-            first = split.arrays(slice(0))
-            for place, (path, empty) in enumerate(keras.tree.flatten_with_path(first)):  # Ends of paths are names.
-                shape = (len(split), *empty.shape[1:])
-                sha256.update(f"{''.join(map(str, path[1:]))}{empty.dtype}{shape}".encode())
-                rows = max(1, 2**26 // max(1, math.prod(empty.shape[1:]) * empty.itemsize))
+            stored = keras.tree.flatten_with_path((split.stored_inputs, split.stored_targets))
+            for path, part in stored:  # Ends of paths are names.
+                array = np.asarray(part)
+                chosen = np.arange(len(array)) if split.rows is None else split.rows
+                shape = (len(split), *array.shape[1:])
+                sha256.update(f"{''.join(map(str, path[1:]))}{array.dtype}{shape}".encode())
+                rows = max(1, 2**26 // max(1, math.prod(array.shape[1:]) * array.itemsize))
                 for start in range(0, len(split), rows):  # A set may not fit into memory.
-                    values = tf.nest.flatten(split.arrays(slice(start, start + rows)))[place]
+                    values = array[chosen[start : start + rows]]
                     texts = values if values.dtype == object else ()
                     sha256.update(
                         b"".join(len(text).to_bytes(8, "little") + text for text in texts) or values.tobytes()
@@ -115,22 +119,33 @@ def load_texts(dataset: Dataset, config: SharedConfig, text_column: str, label_c
     return _load(dataset, "text", config, lambda path: read_labelled_texts(path, text_column, label_column))
 
 
-def load_table(name: str, config: SharedConfig, generate: Callable[[], Arrays], target: str, classes: bool) -> Data:
-    """Loads rows of numbers as float32 from the user's CSV, or calls `generate`; its data is called `name`.
+def load_table(name: str, config: TableConfig, generate: Callable[[], Arrays], classes: bool) -> Data:
+    """Loads a table from the user's CSV or Parquet file, or calls `generate`; its data is called `name`.
 
-    `generate` returns inputs and targets of "train" and "test"; validation is split from "train". `target` is the CSV
-    column to predict: a class if `classes`, else a number. All other columns are inputs and must contain numbers.
+    Inputs are columns by name, as `common.tables.column_values` returns them. `config.target` is the column to predict:
+    a class if `classes`, else a number. Kinds of columns are inferred from the training rows.
+
+    `generate` returns inputs, [n, columns], and targets of "train" and "test"; validation is split from "train". Its
+    columns are called x0, x1 and so on.
     """
     started, task = time.perf_counter(), {"input": "table", "output": "class" if classes else "number"}
     if config.data == "tfds":
         raise UserError("--data tfds: this recipe generates its data; use --data auto, or a CSV file of your own")
     if config.data in ("auto", "sample"):
         with status(f"generating {name}"):
-            return _cut(name, "generated", task, generate(), config, started)
+            arrays = {
+                split: ({f"x{number}": column for number, column in enumerate(inputs.T.astype(np.float64))}, targets)
+                for split, (inputs, targets) in generate().items()
+            }
+            columns = dict.fromkeys(arrays["train"][0], "number")
+            return _cut(name, "generated", task, arrays, config, started, columns=columns)
     path = _existing(config.data)
+    if config.test_data:
+        _existing(config.test_data, "--test-data")
     with status(f"loading {path}"):
-        arrays, columns = read_table(path, target, classes)
-        return _cut(config.data, "files", task, arrays, config, started, columns=columns)
+        table = UserTable(path, config, classes)
+        arrays = {split: (None, targets) for split, targets in table.targets.items()}
+        return _cut(config.data, "files", task, arrays, config, started, table.groups, table.inputs)
 
 
 def _load(dataset: Dataset, kind: str, config: SharedConfig, read_files: Callable[[pathlib.Path], Arrays]) -> Data:
@@ -151,9 +166,10 @@ def _load(dataset: Dataset, kind: str, config: SharedConfig, read_files: Callabl
         return _cut(name, source, task, read(), config, started)
 
 
-def _existing(path: str) -> pathlib.Path:
+def _existing(path: str, flag: str = "--data") -> pathlib.Path:
     if not os.path.exists(path):
-        raise UserError(f"--data {path}: no such file or folder; give auto, tfds, sample or an existing path")
+        remedy = "give auto, tfds, sample or an existing path" if flag == "--data" else "give an existing path"
+        raise UserError(f"{flag} {path}: no such file or folder; {remedy}")
     return pathlib.Path(path)
 
 
@@ -232,13 +248,15 @@ def _cut(
     config: SharedConfig,
     started: float,
     groups: np.ndarray | None = None,
+    convert: Callable[[np.ndarray], tuple[dict[str, Any], dict[str, str]]] | None = None,
     **about: Any,
 ) -> Data:
     """Splits missing validation and test sets from the training examples, stratified by class.
 
     Examples of equal `groups`, [n], stay together; by default, those with equal inputs. Converts class targets to
-    one-hot float32 [n, classes], and numbers to float64 [n, 1]; leaves other targets unchanged. `about` holds further
-    fields of `Data`.
+    one-hot float32 [n, classes], and numbers to float64 [n, 1]; leaves other targets unchanged. If inputs depend on
+    what train contains, `convert` returns those of "train" and "test", and the kinds of their columns, from the rows of
+    train. `about` holds further fields of `Data`.
     """
     # Without classes, all examples count as one class.
     labels = {name: of if task["output"] == "class" else np.zeros(_count(of)) for name, (_, of) in arrays.items()}
@@ -277,7 +295,10 @@ def _cut(
         targets = {split: np.eye(len(names), dtype=np.float32)[of] for split, of in numbers.items()}
     elif task["output"] == "number":
         targets = {split: values[:, None].astype(np.float64) for split, values in targets.items()}
-    stored = {split: Split.from_arrays(arrays[split][0], targets[split]) for split in arrays}
+    inputs = {split: of for split, (of, _) in arrays.items()}
+    if convert:
+        inputs, about["columns"] = convert(rows["train"])
+    stored = {split: Split.from_arrays(inputs[split], targets[split]) for split in arrays}
     splits = {split: dataclasses.replace(stored[of], rows=rows[split]) for split, of in of_split.items()}
     data = Data(name, source, task, **splits, **about, seconds=time.perf_counter() - started)
     for cluster in current_cluster:  # Before models exist: TensorFlow fails if their shapes differ between workers.

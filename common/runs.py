@@ -65,7 +65,7 @@ def start_run(config: SharedConfig, **files: str) -> "Run":
     strategy = apply(choices, config, cluster)
     shared = {"workers": list(workers), "tensorflow": tf.__version__, "keras": keras.__version__, "code": code_sha256()}
     shared |= {"recipe": recipe, **settings["config"], **chosen, **settings["files"]}
-    ignored = {*RUNTIME_FLAGS, "threads", "data"} - {"baseline"}
+    ignored = {*RUNTIME_FLAGS, "threads", "data", "test_data"} - {"baseline"}
     cluster.compare({key: value for key, value in shared.items() if key not in ignored})
 
     def find_run() -> tuple:
