@@ -523,8 +523,10 @@ def show_kinds(kinds: dict[str, Kind], most: int = 20) -> None:
         say(f"  and {len(rest):,} more: {counts}")
 
 
-def read_inputs(path: pathlib.Path, kinds: dict[str, str]) -> dict[str, np.ndarray]:
-    """Reads the columns that a model takes from a file: see `column_values`. Other columns are ignored.
+def read_inputs(path: pathlib.Path, kinds: dict[str, str]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Reads the columns that a model takes from a file: see `column_values`. Also returns the names of the rows.
+
+    Other columns are ignored.
 
     Args:
         path: a CSV or Parquet file.
@@ -534,7 +536,8 @@ def read_inputs(path: pathlib.Path, kinds: dict[str, str]) -> dict[str, np.ndarr
     require(path, table.columns, kinds, "the model takes them; rename or add columns")
     found = {name: column_values(table, name, kind) for name, kind in kinds.items()}
     refuse(table, {name: (kinds[name], wrong) for name, (_, wrong) in found.items()}, "correct them")
-    return {name: values for name, (values, _) in found.items()}
+    count = len(next(iter(found.values()))[0])
+    return {name: values for name, (values, _) in found.items()}, [table.where(row) for row in range(count)]
 
 
 class Features(NamedTuple):
