@@ -42,7 +42,7 @@ LARGEST = 1e100  # Squares of larger numbers overflow.
 MOST_CATEGORIES = 50  # One-hot columns of a category: its most frequent values.
 NO_TEXT = "\0"  # In no cell of a table.
 # Layers of a saved model have unique names, and each column is an input layer.
-_LAYERS = {"encoder", "argmax", "arg_max", "class_names", "units", "offset"}
+_LAYERS = {"encoder", "stack", "argmax", "class_names", "dense_classifier", "dense_regression", "linear_regression"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -589,26 +589,27 @@ def build_encoder(features: Features) -> keras.Model:
     Numbers are shifted and scaled in float64; missing ones become the mean, and columns with missing numbers in train
     get an indicator. Categories become one-hot; values that are rare or unseen in train are all zeros.
     """
-    names = sorted([*features.numbers, *features.categories])  # Keras sorts dictionaries.
-    kinds = ["string" if name in features.categories else "float64" for name in names]
-    columns = [keras.Input([], dtype=kind, name=f"column_{place}") for place, kind in enumerate(kinds)]
-    by_name, parts = dict(zip(names, columns, strict=True)), []
+    kinds = dict.fromkeys(features.numbers, "float64") | dict.fromkeys(features.categories, "string")
+    inputs = {name: keras.Input([], dtype=kind, name=name) for name, kind in kinds.items()}
+    categories = [keras.Input([], dtype="string") for _ in features.categories]
+    columns, parts = [inputs[name] for name in features.categories], []
     if features.numbers:
-        raw = keras.ops.stack([by_name[name] for name in features.numbers], axis=1)
+        columns = [keras.ops.stack([inputs[name] for name in features.numbers], axis=1), *columns]
+        raw = keras.Input([len(features.numbers)], dtype="float64", name="numbers")
         mean, deviation = np.array([*features.numbers.values()]).T
         missing = keras.ops.isnan(raw)
         parts.append(keras.ops.cast(keras.ops.where(missing, 0.0, (raw - mean) / deviation), "float32"))
         if features.gaps:
             places = [[*features.numbers].index(name) for name in features.gaps]
             parts.append(keras.ops.cast(keras.ops.take(missing, places, axis=1), "float32"))
-    for name, values in features.categories.items():
+    for column, values in zip(categories, features.categories.values(), strict=True):
         # By default, "[UNK]" could not be a category.
         lookup = keras.layers.StringLookup(vocabulary=values, oov_token=NO_TEXT, output_mode="one_hot")
-        parts.append(lookup(by_name[name])[:, 1:])
+        parts.append(lookup(column)[:, 1:])
     matrix = keras.ops.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-    encoder = keras.Model(columns, matrix, name="encoder")
-    inputs = {name: keras.Input([], dtype=kind, name=name) for name, kind in zip(names, kinds, strict=True)}
-    return keras.Model(inputs, encoder([*inputs.values()]))
+    # A model of its own, because a column may have the name of a layer.
+    encoder = keras.Model([raw, *categories] if features.numbers else categories, matrix, name="encoder")
+    return keras.Model(inputs, encoder(columns))
 
 
 def encoded(split: Split, encoder: keras.Model, mean: float = 0.0, deviation: float = 1.0) -> Split:
