@@ -31,8 +31,8 @@ class Artefact(NamedTuple):
 
     `description` describes inputs and outputs: `task`, as in `Data`; `shape` and `dtype` of the input, or dictionaries
     of them for several inputs; `class_names` (empty if there are none); kinds of `columns` and `text_column` of a CSV.
-    `answer` maps inputs [n, *shape] to outputs [n, ...]: probabilities [n, classes] for classes, values [n, 1] for numbers.
-    Several inputs or outputs are dictionaries.
+    `answer` maps inputs [n, *shape] to outputs [n, ...]: probabilities [n, classes] for classes, values [n, 1] for
+    numbers. Several inputs or outputs are dictionaries.
     """
 
     description: dict[str, Any]

@@ -112,7 +112,8 @@ def evaluate_regressor(model: keras.Model, split: Split, batch_size: int, strate
 
     The metrics are computed in float64.
     """
-    predicted, true = (np.float64(each) for each in (_predict(model, split, batch_size, strategy), split.targets))
+    predicted = _predict(model, split, batch_size, strategy).astype(np.float64)
+    true = split.targets.numpy().astype(np.float64)
     figure = Figure(figsize=(5.5, 5.5), layout="constrained")
     axes = figure.add_subplot(xlabel="true value", ylabel="predicted value")
     axes.plot(true[:2000], predicted[:2000], ".", markersize=3, label=f"{min(2000, len(true)):,} examples")

@@ -576,7 +576,8 @@ def fit_features(data: Any) -> Features:
         numbers[name] = mean, deviation if deviation > 1e-14 * abs(mean) else 1.0
         if len(known) < len(values):
             gaps.append(name)
-        sample = np.unique(known[:10_000])
+        # Without the last digits, which may be noise.
+        sample = np.unique(np.char.mod("%.12g", known[:1000]).astype(np.float64))
         remain = len(np.unique(((sample - mean) / numbers[name][1]).astype(np.float32)))
         if remain < 0.9 * len(sample):
             warn(f"column {name!r}: only {remain:,} of {len(sample):,} numbers stay different in float32")

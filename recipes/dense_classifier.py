@@ -60,13 +60,13 @@ def load_data(config: Config) -> Data:
     return load_table("ten classes of four clouds", config, generate, classes=True)
 
 
-def build_model(config: Config, features: int, classes: int) -> keras.Model:
+def build_model(config: Config, data: Data, features: int) -> keras.Model:
     """Maps features to probabilities; the saved model contains the encoder of columns too."""
     inputs = keras.Input([features], name="features")
     x = keras.layers.Dense(64, activation="relu")(inputs)
     x = keras.layers.Dense(64, activation="relu")(x)
     # Always float32: softmax outputs lose too much precision in 16 bits.
-    probabilities = keras.layers.Dense(classes, activation="softmax", dtype="float32")(x)
+    probabilities = keras.layers.Dense(len(data.class_names), activation="softmax", dtype="float32")(x)
     return keras.Model(inputs, probabilities, name="dense_classifier")
 
 
@@ -82,7 +82,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
             encoded(split, encoder) for split in (data.train, data.validation, data.test)
         )
     with run.strategy.scope():
-        model = build_model(config, *train_rows.input_shape, len(data.class_names))
+        model = build_model(config, data, *train_rows.input_shape)
         learning_rate = keras.optimizers.schedules.CosineDecay(config.learning_rate, config.epochs * steps)
         model.compile(
             optimizer=keras.optimizers.AdamW(learning_rate, weight_decay=config.weight_decay),

@@ -61,7 +61,7 @@ def load_data(config: Config) -> Data:
     return load_table("curve of hidden causes", config, generate, classes=False)
 
 
-def build_model(config: Config, features: int) -> keras.Model:
+def build_model(config: Config, data: Data, features: int) -> keras.Model:
     """Maps features to the standardized target; the saved model contains the encoder of columns and the units too."""
     inputs = keras.Input([features], name="features")
     x = keras.layers.Dense(500, activation="relu")(inputs)
@@ -85,7 +85,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         )
         test_rows = encoded(data.test, encoder)
     with run.strategy.scope():
-        model = build_model(config, *train_rows.input_shape)
+        model = build_model(config, data, *train_rows.input_shape)
         learning_rate = keras.optimizers.schedules.CosineDecay(config.learning_rate, config.epochs * steps)
         model.compile(
             optimizer=FusedAdam(learning_rate, weight_decay=config.weight_decay),

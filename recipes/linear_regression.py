@@ -57,7 +57,7 @@ def load_data(config: Config) -> Data:
     return load_table("noisy line", config, generate, classes=False)
 
 
-def build_model(config: Config, features: int) -> keras.Model:
+def build_model(config: Config, data: Data, features: int) -> keras.Model:
     """Maps features to the standardized target; the saved model contains the encoder of columns and the units too."""
     inputs = keras.Input([features], name="features")
     # Always float32: predictions lose too much precision in 16 bits.
@@ -79,7 +79,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         )
         test_rows = encoded(data.test, encoder)
     with run.strategy.scope():
-        model = build_model(config, *train_rows.input_shape)
+        model = build_model(config, data, *train_rows.input_shape)
         model.compile(
             optimizer=keras.optimizers.SGD(config.learning_rate),
             loss="mse",

@@ -143,8 +143,8 @@ def save(
 ) -> None:
     """Writes a model and its description to a new file or folder.
 
-    LiteRT and ONNX have no strings, and LiteRT no float64. For texts and tables, the file holds the network that follows
-    the encoder, such as a tokenizer, plus the encoder as a Keras model.
+    LiteRT and ONNX have no strings, and LiteRT has no float64. For texts and tables, the file holds the network that
+    follows the encoder, such as a tokenizer, plus the encoder as a Keras model.
 
     Args:
         model: the model as saved by the run.
@@ -278,9 +278,9 @@ def _save_for_serving(model: keras.Model, path: pathlib.Path, images: bool) -> N
     TensorFlow Serving requires this suffix for base64 values. Several inputs have `artefacts.served_names`.
     """
     network = keras.Model(artefacts.by_name(model.input), artefacts.by_name(model.output))
-    signature, names = artefacts.signature(model), {}
+    signature: Any = artefacts.signature(model)
+    names = artefacts.served_names(signature) if isinstance(signature, dict) else {}
     if isinstance(signature, dict):
-        names = artefacts.served_names(signature)
         specs = {names[name]: spec for name, spec in signature.items()}
         signature = {name: tf.TensorSpec(spec.shape, spec.dtype, name) for name, spec in specs.items()}
 
@@ -309,9 +309,9 @@ def is_saved_model(folder: pathlib.Path) -> bool:
 def compare(reference: Callable, exported: Callable, inputs: Any, tolerance: float, output: str) -> dict[str, Any]:
     """Compares the predictions of two models. `output` is the kind of output, such as "class" or "mask".
 
-    Differences are relative to the largest distance of an expected value from their mean if that exceeds 1. For classes and masks, the share of equal
-    classes must also reach a threshold: 0.9, or less if the expected classes vary, namely halfway between the share of
-    the most frequent class and 1.
+    Differences are relative to the largest deviation of an expected value from the mean if that exceeds 1. For classes
+    and masks, the share of equal classes must also reach a threshold: 0.9, or less if the expected classes vary, namely
+    halfway between the share of the most frequent class and 1.
     """
     pairs = list(zip(tf.nest.flatten(reference(inputs)), tf.nest.flatten(exported(inputs)), strict=True))
     difference, equal, threshold = float(np.max([_difference(*pair) for pair in pairs])), [], 0.0
