@@ -63,7 +63,8 @@ def _numbers(outputs: Any) -> Any:
     """Returns the outputs of a model by name, without class names."""
     if isinstance(outputs, dict) and set(outputs) == {"class", "probabilities"}:
         return outputs["probabilities"]
-    return by_name(outputs)
+    named = by_name(outputs)
+    return next(iter(named.values())) if isinstance(named, dict) and len(named) == 1 else named
 
 
 def signature(model: keras.Model) -> Any:
@@ -72,10 +73,10 @@ def signature(model: keras.Model) -> Any:
 
 
 def served_names(names: Iterable[str]) -> dict[str, str]:
-    """Returns the name of each input in a SavedModel: only letters, digits and _, no digit or _ at the start."""
+    """Returns the name of each input in a SavedModel: only ASCII letters, digits and _, with a letter at the start."""
     served: dict[str, str] = {}
     for name in sorted(names):
-        plain = re.sub(r"\W", "_", name)
+        plain = re.sub(r"\W", "_", name, flags=re.ASCII)
         plain = plain if plain[0].isalpha() else f"column_{plain}"
         while plain in served.values():
             plain += "_"

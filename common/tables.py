@@ -141,7 +141,7 @@ def _read_csv(path: pathlib.Path, texts: set[str], all_texts: bool) -> tuple[pa.
             if isinstance(error, UnicodeError) or "UTF8" in str(error):
                 continue
             if "Expected" in str(error):
-                width = read(encoding, collect).num_columns
+                width = read("latin-1", collect).num_columns
                 found = ", ".join(wrong[:10]) + (f" and {len(wrong) - 10} more" if len(wrong) > 10 else "")
                 problem = f"the first line has {width} values, and {found}"
                 remedy = f"correct them, or put values with {delimiter!r} into quotes"
@@ -342,7 +342,7 @@ def _unless_useless(kind: Kind, values: np.ndarray, rows: np.ndarray, wanted: bo
         return Kind("", "empty")
     if len(known) == len(rows) and known.min() == known.max():
         return Kind("", f"constant in train, {known[0]:g}")
-    if kind.name == "number" and not wanted and len(known) == len(rows) >= 10 and (known % 1 == 0).all():
+    if kind.name == "number" and not wanted and len(known) == len(rows) >= 10 and (np.trunc(known) == known).all():
         distinct = len(np.unique(known))
         if (of_train - rows == of_train[0] - rows[0]).all() or (
             distinct == len(rows) and np.ptp(known) < 1.3 * len(values)
@@ -404,10 +404,9 @@ class UserTable:
             values = np.array([*distinct.values, None], object)[:-1][distinct.codes].astype(str)
         else:
             if _is_text(column):
-                kind = column_kind(table, name, np.arange(len(column)), Flags([], [], []))
-                if kind.name in ("category", "boolean"):
-                    found = listed(dict.fromkeys(value for value in column.to_pylist()[:1000] if value), 3)
-                    problem = f"{table.path}: column {name!r} holds texts ({found})"
+                texts = [text for text in _Distinct.of(column).values if text.casefold() not in MISSING]
+                if texts and np.isnan(_parsed(texts, "number", table.mark)).mean() > 0.5:
+                    problem = f"{table.path}: column {name!r} holds texts ({listed(texts, 3)})"
                     raise UserError(f"{problem}, and this recipe predicts numbers; train dense_classifier")
             values, wrong = column_values(table, name, "number")
             self._refuse(table, {name: ("number", wrong)})
@@ -567,8 +566,9 @@ def fit_features(data: Any) -> Features:
         values = np.asarray(data.train.stored_inputs[name])
         values = values if data.train.rows is None else values[data.train.rows]
         if data.columns[name] == "category":
-            found = pd.Series(values).value_counts()  # Also sorts.
-            categories[name] = [value.decode() for value in found.index[:MOST_CATEGORIES]]
+            most = pd.Series(values).value_counts().index[:MOST_CATEGORIES]  # By their number.
+            # The missing value is last: Keras drops an empty string that is first in a vocabulary.
+            categories[name] = [value.decode() for value in sorted(most, key=lambda value: value == b"")]
             continue
         known = values[~np.isnan(values)]
         mean, deviation = (float(known.mean()), float(known.std())) if len(known) else (0.0, 0.0)

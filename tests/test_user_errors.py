@@ -92,7 +92,7 @@ def missing_target(folder):
 
 
 def infinite_number(folder):
-    return table(folder / "table.csv", a=[1, 2, 3, "inf"] * 5, target=[0, 1] * 10)
+    return table(folder / "table.csv", a=[*range(1, 38, 2), "inf"], target=[0, 1] * 10)
 
 
 def empty_file(folder):
@@ -109,14 +109,7 @@ def no_inputs(folder):
 
 
 def one_label(folder):
-    return table(folder / "table.csv", a=[1, 2] * 10, target=["same"] * 20)
-
-
-def rare_label(folder):
-    # Row 20 - 1 of the fixed test cut: found by its content, whatever that cut is.
-    order = np.random.default_rng(0).permutation(20)
-    labels = np.where(np.arange(20) == order[0], "rare", np.where(np.arange(20) % 2, "a", "b"))
-    return table(folder / "table.csv", a=np.arange(20), target=labels)
+    return table(folder / "table.csv", a=range(1, 40, 2), target=["same"] * 20)
 
 
 def binary_file(folder):
@@ -149,7 +142,7 @@ def blank_text(folder):
 
 
 def huge_number(folder):
-    return table(folder / "table.csv", a=[1, 2, 3, 1e308] * 5, target=[0, 1] * 10)
+    return table(folder / "table.csv", a=[*range(1, 38, 2), 1e308], target=[0, 1] * 10)
 
 
 def two_columns_of_one_name(folder):
@@ -199,7 +192,7 @@ def link_to_nowhere(folder):
 
 
 def text_target(folder):
-    return table(folder / "table.csv", a=[1, 2] * 10, target=["same"] * 20)
+    return table(folder / "table.csv", a=range(1, 40, 2), target=["same"] * 20)
 
 
 def number_target(folder):
@@ -359,20 +352,15 @@ def checkpoints_that_are_a_file(folder):
             text_among_numbers,
             "column 'a': 1 of 40 cells are not numbers ('three' in row 4); correct",
         ),
-        ("dense_classifier", missing_target, "column 'target' is empty in row 3, row 7, row 11"),
-        (
-            "dense_classifier",
-            infinite_number,
-            "column 'a': 5 of 20 cells are not numbers ('inf' in row 5, 'inf' in row 9, 'inf' in row 13, …)",
-        ),
+        ("dense_classifier", missing_target, "column 'target' is empty in row 3, row 5, row 7"),
+        ("dense_classifier", infinite_number, "column 'a': 1 of 20 cells are not numbers ('inf' in row 21)"),
         ("dense_classifier", empty_file, "empty.csv: not readable as a table (Empty CSV file); save it"),
         ("dense_classifier", header_only, "no rows below the column names"),
         ("dense_classifier", no_inputs, "'target' is the only column; add input columns"),
         ("dense_classifier", one_label, "only one class to train on, 'same'"),
-        ("dense_classifier", rare_label, "class 'rare' is in test but not in train"),
         ("dense_classifier", binary_file, "table.csv: "),
         ("cifar10_cnn", only_test_folder, "has a folder 'test' but none called 'train'"),
-        ("dense_classifier", huge_number, "column 'a': 5 of 20 cells are not numbers ('1e+308' in row 5"),
+        ("dense_classifier", huge_number, "column 'a': 1 of 20 cells are not numbers ('1e+308' in row 21"),
         ("dense_classifier", two_columns_of_one_name, "there are two columns 'a'"),
         ("dense_classifier", longer_rows, "the first line has 2 values, and row 2 has 3, row 3 has 3"),
         ("cifar10_cnn", unknown_split, "val: not a split; name the folder train, validation or test"),
