@@ -6,6 +6,7 @@ import json
 import operator
 import os
 import pathlib
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
@@ -22,14 +23,14 @@ import tensorflow as tf
 BATCH = 512
 # Files stored with an exported model: in the zip archive of Keras; in a zip archive appended to the LiteRT file; in the
 # metadata of ONNX; in the folder assets.extra of a SavedModel.
-DESCRIPTION, TOKENIZER = "description.json", "tokenizer.keras"
+DESCRIPTION, ENCODER = "description.json", "encoder.keras"
 
 
 class Artefact(NamedTuple):
     """A loaded model.
 
     `description` describes inputs and outputs: `task`, as in `Data`; `shape` and `dtype` of the input, or dictionaries
-    of them for several inputs; `class_names` (empty if there are none); `columns` and `text_column` of a CSV;
+    of them for several inputs; `class_names` (empty if there are none); kinds of `columns` and `text_column` of a CSV;
     `pixel_range` as in `Data`. `answer` maps inputs [n, *shape] to outputs [n, ...]: probabilities [n, classes] for
     classes, values [n, 1] for numbers. Several inputs or outputs are dictionaries.
     """
@@ -54,21 +55,34 @@ def without_class_names(model: keras.Model) -> keras.Model:
 
 
 def by_name(tensors: Any) -> Any:
-    """Returns several tensors as a dictionary by name, and a single tensor unchanged."""
+    """Returns several tensors, or a dictionary, as a dictionary by name, and a single tensor unchanged."""
     named = tensors if isinstance(tensors, dict) else {tensor.name: tensor for tensor in tf.nest.flatten(tensors)}
-    return named if len(named) > 1 else next(iter(named.values()))
+    return named if len(named) > 1 or isinstance(tensors, dict) else next(iter(named.values()))
 
 
 def _numbers(outputs: Any) -> Any:
     """Returns the outputs of a model by name, without class names."""
     if isinstance(outputs, dict) and set(outputs) == {"class", "probabilities"}:
         return outputs["probabilities"]
-    return by_name(outputs)
+    named = by_name(outputs)
+    return next(iter(named.values())) if isinstance(named, dict) and len(named) == 1 else named
 
 
 def signature(model: keras.Model) -> Any:
     """Returns shapes and dtypes of the inputs of a model."""
     return tf.nest.map_structure(lambda x: tf.TensorSpec(x.shape, x.dtype, x.name), by_name(model.input))
+
+
+def served_names(names: Iterable[str]) -> dict[str, str]:
+    """Returns the name of each input in a SavedModel: only ASCII letters, digits and _, with a letter at the start."""
+    served: dict[str, str] = {}
+    for name in sorted(names):
+        plain = re.sub(r"\W", "_", name, flags=re.ASCII)
+        plain = plain if plain[0].isalpha() else f"column_{plain}"
+        while plain in served.values():
+            plain += "_"
+        served[name] = plain
+    return served
 
 
 def optional_package(name: str) -> Any:
@@ -97,12 +111,12 @@ def load(path: pathlib.Path, threads: int = 0) -> Artefact:
         if DESCRIPTION not in notes:
             raise UserError(f"{path}: not written by scripts/export.py; give the folder of its run, or export that")
         description = json.loads(notes[DESCRIPTION])
-        if TOKENIZER not in notes:
+        if ENCODER not in notes:
             return Artefact(description, answer)
         with tempfile.TemporaryDirectory() as folder:
-            (file := pathlib.Path(folder, TOKENIZER)).write_bytes(notes[TOKENIZER])
-            tokens = keras_answer(load_keras(file))
-        return Artefact(description, lambda texts: answer(tokens(texts)))
+            (file := pathlib.Path(folder, ENCODER)).write_bytes(notes[ENCODER])
+            encode = keras_answer(load_keras(file))
+        return Artefact(description, lambda inputs: answer(encode(inputs)))
     except UserError:
         raise
     except Exception as error:  # Readers raise errors of many types, also for files that could do harm.
@@ -145,7 +159,7 @@ def _zip_notes(path: pathlib.Path) -> dict[str, bytes]:
     if not zipfile.is_zipfile(path):  # A LiteRT file that scripts/export.py did not write.
         return {}
     with zipfile.ZipFile(path) as archive:
-        return {name: archive.read(name) for name in (DESCRIPTION, TOKENIZER) if name in archive.namelist()}
+        return {name: archive.read(name) for name in (DESCRIPTION, ENCODER) if name in archive.namelist()}
 
 
 def _load_keras(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Callable]:
@@ -156,9 +170,14 @@ def _load_saved_model(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes
     notes = {DESCRIPTION: (path / "assets.extra" / DESCRIPTION).read_bytes()}
     loaded = tf.saved_model.load(path)
     inputs = loaded.signatures["inputs"].structured_input_signature[1]
-    # The lambda keeps a reference to `loaded`: a signature alone would lose its variables.
-    answer = _adapted(lambda **named: loaded.signatures["inputs"](**tf.nest.map_structure(tf.constant, named)), inputs)
-    return notes, answer
+    shape = json.loads(notes[DESCRIPTION])["shape"]
+    names = served_names(shape if isinstance(shape, dict) else inputs)
+
+    # The function keeps a reference to `loaded`: a signature alone would lose its variables.
+    def answer(**named: Any) -> Any:
+        return loaded.signatures["inputs"](**{names[name]: tf.constant(values) for name, values in named.items()})
+
+    return notes, _adapted(answer, names)
 
 
 def _load_litert(path: pathlib.Path, threads: int) -> tuple[dict[str, bytes], Callable]:

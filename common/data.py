@@ -20,7 +20,8 @@ from common.images import Store, file_states, fitted, read_image_folders, resize
 from common.multiworker import current_cluster
 from common.samples import drawn_shapes, handwritten_digits, written_reviews
 from common.splits import held_out, input_digests
-from common.user_files import read_labelled_texts, read_table
+from common.tables import TableConfig, UserTable
+from common.user_files import read_labelled_texts
 
 import keras
 import numpy as np
@@ -40,8 +41,9 @@ class Data:
 
     `source` is tfds, sample, generated or files. `task` names the kind of "input" (image, text, table, audio, series,
     pair) and "output" (class, number, mask, boxes, text, series, image, score, action). `class_names` is empty if there
-    are no classes; `columns` is empty except for a CSV of numbers. `pixel_range` holds the values that became
-    0 and 255, if training images have more than 8 bits. `seconds` is the loading time.
+    are no classes; `columns` are the kinds of a table's columns by name: number, boolean, date with a format, category.
+    `pixel_range` holds the values that became 0 and 255, if training images have more than 8 bits. `seconds` is the
+    loading time.
     """
 
     name: str
@@ -51,7 +53,7 @@ class Data:
     validation: Split
     test: Split
     class_names: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
     pixel_range: tuple[float, ...] = ()
     seconds: float = 0.0
 
@@ -63,18 +65,18 @@ class Data:
         """Returns the SHA-256 of all examples in order; of images, that of their `input_digests`."""
         sha256 = hashlib.sha256()
         for split in (self.train, self.validation, self.test):
-            first = split.arrays(slice(0))
-            for place, (path, empty) in enumerate(keras.tree.flatten_with_path(first)):  # Ends of paths are names.
-                shape = (len(split), *empty.shape[1:])
-                sha256.update(f"{''.join(map(str, path[1:]))}{empty.dtype}{shape}".encode())
-                if empty.ndim > 2:  # A file of images knows them, and need not be read.
-                    stored = tf.nest.flatten((split.stored_inputs, split.stored_targets))[place]
-                    digests = input_digests(stored)
-                    sha256.update((digests if split.rows is None else digests[split.rows]).tobytes())
+            stored = keras.tree.flatten_with_path((split.stored_inputs, split.stored_targets))
+            for path, part in stored:  # Ends of paths are names.
+                array = np.asarray(part)
+                chosen = np.arange(len(array)) if split.rows is None else split.rows
+                shape = (len(split), *array.shape[1:])
+                sha256.update(f"{''.join(map(str, path[1:]))}{array.dtype}{shape}".encode())
+                if array.ndim > 2:  # A file of images knows them, and need not be read.
+                    sha256.update(input_digests(part)[chosen].tobytes())
                     continue
-                rows = max(1, 2**26 // max(1, math.prod(empty.shape[1:]) * empty.itemsize))
+                rows = max(1, 2**26 // max(1, math.prod(array.shape[1:]) * array.itemsize))
                 for start in range(0, len(split), rows):  # A set may not fit into memory.
-                    values = tf.nest.flatten(split.arrays(slice(start, start + rows)))[place]
+                    values = array[chosen[start : start + rows]]
                     texts = values if values.dtype == object else ()
                     sha256.update(
                         b"".join(len(text).to_bytes(8, "little") + text for text in texts) or values.tobytes()
@@ -139,22 +141,35 @@ def load_texts(dataset: Dataset, config: SharedConfig, text_column: str, label_c
     return _load(dataset, "text", config, read_files, about=about)
 
 
-def load_table(name: str, config: SharedConfig, generate: Callable[[], Arrays], target: str, classes: bool) -> Data:
-    """Loads rows of numbers as float32 from the user's CSV, or calls `generate`; its data is called `name`.
+def load_table(name: str, config: TableConfig, generate: Callable[[], Arrays], classes: bool) -> Data:
+    """Loads a table from the user's CSV or Parquet file, or calls `generate`; its data is called `name`.
 
-    `generate` returns inputs and targets of "train" and "test"; validation is split from "train". `target` is the CSV
-    column to predict: a class if `classes`, else a number. All other columns are inputs and must contain numbers.
+    Inputs are columns by name, as `common.tables.column_values` returns them. `config.target` is the column to predict:
+    a class if `classes`, else a number. Kinds of columns are inferred from the training rows.
+
+    `generate` returns inputs, [n, columns], and targets of "train" and "test"; validation is split from "train". Its
+    columns are called x0, x1 and so on.
     """
     started, task = time.perf_counter(), {"input": "table", "output": "class" if classes else "number"}
     if config.data == "tfds":
         raise UserError("--data tfds: this recipe generates its data; use --data auto, or a CSV file of your own")
     if config.data in ("auto", "sample"):
         with status(f"generating {name}"):
-            return _cut(name, "generated", task, generate(), config, started)
+            arrays = {
+                split: ({f"x{number}": column for number, column in enumerate(inputs.T.astype(np.float64))}, targets)
+                for split, (inputs, targets) in generate().items()
+            }
+            columns = dict.fromkeys(arrays["train"][0], "number")
+            return _cut(name, "generated", task, arrays, config, started, columns=columns)
     path = _existing(config.data)
+    if config.skip_broken:
+        raise UserError("--skip-broken: is for images and texts; correct cells, or leave columns out with --drop")
+    if config.test_data:
+        _existing(config.test_data, "--test-data")
     with status(f"loading {path}"):
-        arrays, columns = read_table(path, target, classes)
-        return _cut(config.data, "files", task, arrays, config, started, columns=columns)
+        table = UserTable(path, config, classes)
+        arrays = {split: (None, targets) for split, targets in table.targets.items()}
+        return _cut(config.data, "files", task, arrays, config, started, table.groups, table.inputs)
 
 
 def _load(
@@ -192,9 +207,10 @@ def _read_sample(dataset: Dataset, size: tuple[int, int] | None) -> Arrays:
     return {split: (resized(inputs, size), labels) for split, (inputs, labels) in arrays.items()} if size else arrays
 
 
-def _existing(path: str) -> pathlib.Path:
+def _existing(path: str, flag: str = "--data") -> pathlib.Path:
     if not os.path.exists(path):
-        raise UserError(f"--data {path}: no such file or folder; give auto, tfds, sample or an existing path")
+        remedy = "give auto, tfds, sample or an existing path" if flag == "--data" else "give an existing path"
+        raise UserError(f"{flag} {path}: no such file or folder; {remedy}")
     return pathlib.Path(path)
 
 
@@ -308,24 +324,23 @@ def _cut(
     config: SharedConfig,
     started: float,
     groups: np.ndarray | None = None,
+    convert: Callable[[np.ndarray], tuple[dict[str, Any], dict[str, str]]] | None = None,
     **about: Any,
 ) -> Data:
     """Splits missing validation and test sets from the training examples, stratified by class.
 
     Examples of equal `groups`, [n], stay together; by default, those with equal inputs. Converts class targets to
-    one-hot float32 [n, classes], and numbers to float64 [n, 1]; leaves other targets unchanged. `about` holds further
-    fields of `Data`.
+    one-hot float32 [n, classes], and numbers to float64 [n, 1]; leaves other targets unchanged. If inputs depend on
+    what train contains, `convert` returns those of "train" and "test", and the kinds of their columns, from the rows of
+    train. `about` holds further fields of `Data`.
     """
     # Without classes, all examples count as one class.
     labels = {split: of if task["output"] == "class" else np.zeros(_count(of)) for split, (_, of) in arrays.items()}
     if task["output"] == "class" and len(only := np.unique(labels["train"])) == 1:
         raise UserError(f"{name}: only one class to train on, {str(only[0])!r}; add examples of another class")
     rows = {split: np.arange(len(of)) for split, of in labels.items()}
-    digests = {split: input_digests(inputs) for split, (inputs, _) in arrays.items()}
-    groups = digests["train"] if groups is None else groups
-    for split in arrays if source == "files" else ():
-        if split != "train" and (equal := int(np.isin(digests[split], digests["train"]).sum())):
-            warn(f"{name}: {equal:,} of {len(digests[split]):,} inputs of {split} are also in train; remove them there")
+    if groups is None:
+        groups = input_digests(arrays["train"][0])
 
     def hold_out(share: float, seed: int) -> np.ndarray:
         """Takes a share of the training examples, in random order."""
@@ -358,12 +373,22 @@ def _cut(
         targets = {split: np.eye(len(names), dtype=np.float32)[of] for split, of in numbers.items()}
     elif task["output"] == "number":
         targets = {split: values[:, None].astype(np.float64) for split, values in targets.items()}
-    stored = {split: Split.from_arrays(arrays[split][0], targets[split]) for split in arrays}
+    inputs = {split: of for split, (of, _) in arrays.items()}
+    if convert:
+        inputs, about["columns"] = convert(rows["train"])
+    for split in arrays if source == "files" else ():
+        if split != "train" and (equal := _count_equal(inputs[split], inputs["train"])):
+            warn(f"{name}: {equal:,} of {counts[split]:,} inputs of {split} are also in train; remove them there")
+    stored = {split: Split.from_arrays(inputs[split], targets[split]) for split in arrays}
     splits = {split: dataclasses.replace(stored[of], rows=rows[split]) for split, of in of_split.items()}
     data = Data(name, source, task, **splits, **about, seconds=time.perf_counter() - started)
     for cluster in current_cluster:  # Before models exist: TensorFlow fails if their shapes differ between workers.
         cluster.compare({"data": data.digest()})
     return data
+
+
+def _count_equal(inputs: Any, others: Any) -> int:
+    return int(np.isin(input_digests(inputs), input_digests(others)).sum())
 
 
 def _count(targets: Any) -> int:

@@ -51,7 +51,7 @@ def evaluate_classifier(
     occur in the split or in the predictions. The compiled `model` returns probabilities [n, classes], in the order of
     `class_names`. Pass `shown_inputs`, images or texts that illustrate mistakes, if the model takes other inputs.
     """
-    probabilities = predictions(model, split, batch_size, strategy)
+    probabilities = predictions(model, split, batch_size, strategy).astype(np.float32)
     one_hot = split.targets.numpy()
     loss = float(np.mean(keras.losses.get(model.loss)(one_hot, probabilities)))
     true, predicted = one_hot.argmax(axis=1), probabilities.argmax(axis=1)
@@ -110,8 +110,12 @@ def majority_accuracy(data: Data) -> float:
 
 @status("evaluating")
 def evaluate_regressor(model: keras.Model, split: Split, batch_size: int, strategy: tf.distribute.Strategy) -> Report:
-    """Computes mean squared error, mean absolute error and R² of a model that predicts one number per example."""
-    predicted, true = predictions(model, split, batch_size, strategy), split.targets.numpy()
+    """Computes mean squared error, mean absolute error and R² of a model that predicts one number per example.
+
+    The metrics are computed in float64.
+    """
+    predicted = predictions(model, split, batch_size, strategy).astype(np.float64)
+    true = split.targets.numpy().astype(np.float64)
     figure = Figure(figsize=(5.5, 5.5), layout="constrained")
     axes = figure.add_subplot(xlabel="true value", ylabel="predicted value")
     axes.plot(true[:2000], predicted[:2000], ".", markersize=3, label=f"{min(2000, len(true)):,} examples")
@@ -132,8 +136,7 @@ def predictions(
     # Keras 3.15 concatenates the outputs of several steps per execution in quadratic time.
     model.steps_per_execution = 1
     batches = evaluation_batches(split, batch_size, strategy)
-    predicted = model.predict(batches, steps=evaluation_steps(split, batch_size), verbose=0)
-    return predicted.astype(np.float32)
+    return model.predict(batches, steps=evaluation_steps(split, batch_size), verbose=0)
 
 
 def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:

@@ -1,4 +1,4 @@
-"""Finds the user's files, and reads texts and tables. Errors name the file or row that can't be used."""
+"""Finds the user's files, and reads texts. Errors name the file or row that can't be used."""
 
 import codecs
 import collections
@@ -6,13 +6,13 @@ import contextlib
 import itertools
 import pathlib
 import re
-import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from common.batches import Arrays
 from common.cli import SharedConfig, UserError, warn
 from common.console import say
+from common.tables import read_csv
 
 import numpy as np
 import pandas as pd
@@ -86,16 +86,6 @@ def _leave_out(place: str, broken: list[str], kind: str, arrays: Arrays, skip: b
     for split, (texts, _) in arrays.items():
         if not len(texts):
             raise UserError(f"{place}: none of the {kind} of {split} can be used; give texts that can be read")
-
-
-def read_table(path: pathlib.Path, target: str, classes: bool) -> tuple[Arrays, tuple[str, ...]]:
-    """Reads a CSV of numbers: `target` is the column to predict, all others are inputs. Also returns input names."""
-    table = read_csv(path, [target], "name another with --target")
-    inputs = table.drop(columns=target)
-    if inputs.empty:
-        raise UserError(f"{path}: {target!r} is the only column; add input columns")
-    targets = _filled(path, table[target]).astype(str) if classes else numbers(path, table[[target]])[:, 0]
-    return {"train": (numbers(path, inputs), targets)}, tuple(inputs.columns)
 
 
 def class_files(folder: pathlib.Path, kind: str, suffixes: Collection[str], test_folder: str = "") -> ClassFiles:
@@ -201,44 +191,6 @@ def read_texts(path: pathlib.Path, column: str) -> list[bytes]:
         raise UserError(f"{path}: {text}; correct or remove it")
     _say_encodings(str(path), encodings)
     return [line for line in text.splitlines() if line.strip()]
-
-
-def read_csv(path: pathlib.Path, columns: list[str], remedy: str = "rename one") -> pd.DataFrame:
-    """Reads a CSV with all values as strings. If one of `columns` is missing, the error message includes `remedy`."""
-    options = {"dtype": str, "keep_default_na": False, "index_col": False, "skip_blank_lines": False}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # Pandas only warns about rows that are too long.
-            names = pd.read_csv(path, header=None, nrows=1, **options).iloc[0].str.strip()
-            table = pd.read_csv(path, **options)
-    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        problem = f"some rows have more or fewer values than the first line ({str(error).strip()})"
-        raise UserError(f"{path}: {problem}; correct them, or put values with commas into quotes") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as CSV ({error}); save it as UTF-8 with commas") from error
-    for number in np.flatnonzero(names == ""):
-        raise UserError(f"{path}: column {number + 1} has no name; name it, or remove it if it counts rows")
-    for name in names[names.duplicated()]:
-        raise UserError(f"{path}: there are two columns {name!r}; rename or remove one")
-    table.columns = list(names)
-    for column in columns:
-        if column not in table:
-            raise UserError(f"{path}: no column {column!r} among {', '.join(names)}; {remedy}, or save it with commas")
-    if table.empty:
-        raise UserError(f"{path}: no rows below the column names; add some")
-    return table
-
-
-def numbers(path: pathlib.Path, columns: pd.DataFrame) -> np.ndarray:
-    """Converts columns to float32 [rows, columns]. Raises a `UserError` for values that are not numbers."""
-    with np.errstate(over="ignore"):
-        found = columns.apply(pd.to_numeric, errors="coerce").to_numpy(np.float32)
-    for row, column in np.argwhere(~(abs(found) < 1e15)):  # Keeps sums of squares finite.
-        cell, name = columns.iloc[row, column], columns.columns[column]
-        problem = f"{cell!r} is {'not a number' if np.isnan(found[row, column]) else 'not between -1e15 and 1e15'}"
-        problem, remedy = (problem, "correct it (decimals have a point)") if cell.strip() else ("empty", "fill it")
-        raise UserError(f"{path}, row {row + 2}, column {name!r}: {problem}; {remedy} or remove the row")
-    return found
 
 
 def _filled(path: pathlib.Path, column: pd.Series) -> np.ndarray:

@@ -24,7 +24,8 @@ from common.console import is_terminal, say
 from common.evaluation import Report, evaluate_classifier, evaluate_regressor, figure_png
 from common.records import load_program, rename, write_file, write_json
 from common.runs import shown_number
-from common.user_files import numbers, read_csv, read_labelled_texts
+from common.tables import read_target
+from common.user_files import read_labelled_texts
 
 import keras
 import numpy as np
@@ -128,10 +129,7 @@ def text_examples(description: dict, config: dict, path: pathlib.Path) -> Exampl
 def table_examples(description: dict, config: dict, path: pathlib.Path) -> Examples:
     """Reads the rows of a CSV, with the columns and the target of the training."""
     titles, inputs = read(description, [(str(path), path)])
-    target = read_csv(path, [config["target"]])[[config["target"]]]
-    if description["task"]["output"] == "number":
-        return titles, inputs, numbers(path, target)[:, 0]
-    return titles, inputs, target[config["target"]].str.strip().to_numpy(str)
+    return titles, inputs, read_target(path, config["target"], description["task"]["output"] == "class")
 
 
 # A reader takes the model's description, the configuration of the run and the path of the data.

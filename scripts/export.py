@@ -144,8 +144,8 @@ def save(
 ) -> None:
     """Writes a model and its description to a new file or folder.
 
-    LiteRT and ONNX have no tokenizer. For a text model, the file holds the network that follows the tokenizer, plus
-    the tokenizer as a Keras model.
+    LiteRT and ONNX have no strings, and LiteRT has no float64. For texts and tables, the file holds the network that
+    follows the encoder, such as a tokenizer, plus the encoder as a Keras model.
 
     Args:
         model: the model as saved by the run.
@@ -166,12 +166,15 @@ def save(
         _save_for_serving(model, path, description["task"]["input"] == "image", description["pixel_range"])
     else:
         network = artefacts.without_class_names(model)
-        if description["dtype"] == "string" and len(network.layers) == 3:
-            _, tokenizer, network = network.layers
+        parts = [layer for layer in network.layers if isinstance(layer, keras.Model)]
+        if len(parts) == 2 and description["task"]["input"] in ("text", "table"):
+            inputs, network = network.input, parts[1]
+            encoder = keras.Model(inputs, network._inbound_nodes[-1].input_tensors[0])
             with tempfile.TemporaryDirectory() as folder:
-                tokenizer.save(file := pathlib.Path(folder, artefacts.TOKENIZER))
-                metadata[artefacts.TOKENIZER] = file.read_bytes()
-            examples = examples if examples is None else artefacts.keras_answer(tokenizer)(examples)
+                encoder.save(file := pathlib.Path(folder, artefacts.ENCODER))
+                metadata[artefacts.ENCODER] = file.read_bytes()
+            examples = examples if examples is None else artefacts.keras_answer(encoder)(examples)
+            network = in_float32(network, "float64")
         # The converters print their progress, and tf2onnx 1.17 uses names that NumPy has removed.
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), quiet_native_stderr():
             warnings.simplefilter("ignore")
@@ -239,12 +242,13 @@ def _with_int8_weights(model: keras.Model) -> keras.Model:
     return copy
 
 
-def in_float32(model: keras.Model) -> keras.Model:
-    """Converts a mixed-precision model to float32, since few runtimes support mixed precision."""
-    if "mixed_" not in (config := model.to_json()):
+def in_float32(model: keras.Model, dtype: str = "mixed_b?float16") -> keras.Model:
+    """Converts layers of a dtype, a regular expression, to float32, since few runtimes support mixed precision."""
+    if not re.search(f'"{dtype}"', config := model.to_json()):
         return model
     # Only names and dtypes: "bfloat16" may also be a word in a vocabulary.
-    copy = keras.models.model_from_json(re.sub(r'("(?:name|dtype)": )"(mixed_)?b?float16"', r'\1"float32"', config))
+    config = re.sub(rf'("(?:name|dtype)": )"({dtype}|b?float16)"', r'\1"float32"', config)
+    copy = keras.models.model_from_json(config)
     with tempfile.TemporaryDirectory() as folder:
         # Through a file: `set_weights` does not update the constants that `Normalization` derives from its weights.
         model.save_weights(file := pathlib.Path(folder, "model.weights.h5"))
@@ -384,13 +388,17 @@ def _save_for_serving(model: keras.Model, path: pathlib.Path, images: bool, pixe
     """Writes a SavedModel with two signatures: `serving_default` for clients, `inputs` for the model's own inputs.
 
     They differ only for images: `serving_default` takes encoded image files. Its input name ends in `_bytes`, because
-    TensorFlow Serving requires this suffix for base64 values.
+    TensorFlow Serving requires this suffix for base64 values. Several inputs have `artefacts.served_names`.
     """
     network = keras.Model(artefacts.by_name(model.input), artefacts.by_name(model.output))
-    signature = artefacts.signature(model)
+    signature: Any = artefacts.signature(model)
+    names = artefacts.served_names(signature) if isinstance(signature, dict) else {}
+    if isinstance(signature, dict):
+        specs = {names[name]: spec for name, spec in signature.items()}
+        signature = {name: tf.TensorSpec(spec.shape, spec.dtype, name) for name, spec in specs.items()}
 
     def predict(inputs: Any) -> dict[str, tf.Tensor]:
-        outputs = network(inputs, training=False)
+        outputs = network({name: inputs[names[name]] for name in names} or inputs, training=False)
         return outputs if isinstance(outputs, dict) else {"value": outputs}
 
     def predict_files(files: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -416,9 +424,9 @@ def is_saved_model(folder: pathlib.Path) -> bool:
 def compare(reference: Callable, exported: Callable, inputs: Any, tolerance: float, output: str) -> dict[str, Any]:
     """Compares the predictions of two models. `output` is the kind of output, such as "class" or "mask".
 
-    Differences are relative to the largest expected value if that exceeds 1. For classes and masks, the share of equal
-    classes must also reach a threshold: 0.9, or less if the expected classes vary, namely halfway between the share of
-    the most frequent class and 1.
+    Differences are relative to the largest deviation of an expected value from the mean if that exceeds 1. For classes
+    and masks, the share of equal classes must also reach a threshold: 0.9, or less if the expected classes vary, namely
+    halfway between the share of the most frequent class and 1.
     """
     pairs = list(zip(tf.nest.flatten(reference(inputs)), tf.nest.flatten(exported(inputs)), strict=True))
     difference, equal, threshold = float(np.max([_difference(*pair) for pair in pairs])), [], 0.0
@@ -441,7 +449,7 @@ def _difference(expected: np.ndarray, actual: np.ndarray) -> float:
     if expected.dtype == object:  # Strings.
         return float(np.any(actual != expected))
     difference = np.subtract(actual, expected, dtype=np.result_type(expected, np.float32))
-    return float(np.max(np.abs(difference)) / max(1.0, np.abs(expected).max()))
+    return float(np.max(np.abs(difference)) / max(1.0, np.abs(expected - expected.mean(dtype=np.float64)).max()))
 
 
 def run_data(result: dict[str, Any], data_dir: str = "") -> Data:

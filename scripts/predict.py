@@ -6,8 +6,8 @@
     echo "a film to remember" | python scripts/predict.py runs/my_run - --json
 
 The model determines the kind of input. Images: one per file, of any size. Texts: one per line, or a .csv file with the
-text column used in training. Tables: a CSV file with the columns used in training, in any order. Folders are searched
-for such files. `-` reads standard input: an image, lines of text or a CSV of numbers.
+text column used in training. Tables: a CSV or Parquet file with the columns used in training, in any order. Folders are
+searched for such files. `-` reads standard input: an image, lines of text or a CSV.
 
 A file that can't be read is named at the end, with exit code 2; all others are predicted.
 """
@@ -29,7 +29,8 @@ from common.cli import Parser, UserError, run_script, warn
 from common.console import columns, is_terminal, print_line, status_line
 from common.images import read_image
 from common.records import rename
-from common.user_files import numbers, read_csv, read_texts
+from common.tables import read_inputs
+from common.user_files import read_texts
 
 import numpy as np
 import tensorflow as tf
@@ -234,20 +235,14 @@ def read_lines(description: dict, sources: list[tuple[str, pathlib.Path]]) -> tu
     return [text.decode() for text in texts], np.array(texts, object)
 
 
-def read_rows(description: dict, sources: list[tuple[str, pathlib.Path]]) -> tuple[list[str], np.ndarray]:
-    """Reads the rows of all files, with the columns used in training."""
-    shape, titles, rows = description["shape"], [], []
+def read_rows(description: dict, sources: list[tuple[str, pathlib.Path]]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Reads the columns used in training from all files; ignores others."""
+    titles, tables = [], []
     for title, path in sources:
-        table = read_csv(path, [])
-        columns = description["columns"] or list(table.columns)  # Generated columns have no names.
-        missing = [column for column in columns if column not in table]
-        if missing or len(columns) != shape[0]:
-            expected = ", ".join(description["columns"]) or f"{shape[0]} columns"
-            actual = ", ".join(table.columns)
-            raise UserError(f"{title}: the model takes {expected}, and the file has {actual}; rename or add columns")
-        rows.append(numbers(path, table[columns]))
-        titles += [f"{title}, row {number}" for number in range(2, len(table) + 2)]
-    return titles, np.concatenate(rows)
+        inputs, rows = read_inputs(path, description["columns"])
+        titles += [f"{title}, {row}" for row in rows]
+        tables.append(inputs)
+    return titles, {name: np.concatenate([table[name] for table in tables]) for name in description["columns"]}
 
 
 def write_class(description: dict, probabilities: np.ndarray) -> dict:

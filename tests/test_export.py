@@ -78,7 +78,7 @@ def test_fewer_bits_are_smaller_files_of_nearly_the_same_answers(run_of, name, t
         assert parity["quantization"] == kind
         sizes[form, kind] = path.stat().st_size
         if form == "litert" and name == "text_classifier":
-            sizes[form, kind] -= len(artefacts._zip_notes(path)[artefacts.TOKENIZER])
+            sizes[form, kind] -= len(artefacts._zip_notes(path)[artefacts.ENCODER])
     for kind in ("dynamic", "int8"):
         # The network of texts is a few kilobytes, of which the weights are not the most.
         assert sizes["litert", kind] < (0.5 if name == "text_classifier" else 0.35) * sizes["litert", "none"], kind

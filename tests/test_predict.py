@@ -121,7 +121,7 @@ def test_rows_from_training_to_prediction(tmp_path, name):
     else:
         np.testing.assert_allclose([answer["value"] for answer in answers], [-1.9, 1.9], atol=0.05)
     pd.DataFrame({"a": [1], "b": [2]}).to_csv(tmp_path / "other.csv", index=False)
-    with pytest.raises(predict.UserError, match=r"the model takes width, height, and the file has a, b; rename"):
+    with pytest.raises(predict.UserError, match=r"no column 'width', 'height' among 'a', 'b'; the model takes"):
         predict.predict(tmp_path / "run", [str(tmp_path / "other.csv")])
 
 

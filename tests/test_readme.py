@@ -125,7 +125,8 @@ def checkout(tmp_path_factory):
         Image.new("RGB", (40, 20), "grey").save(folder / "new" / name)
     texts = pd.DataFrame({"review": ["fine film", "poor film"] * 15, "verdict": ["good", "bad"] * 15})
     texts.to_csv(folder / "texts.csv", index=False)
-    table = pd.DataFrame({"length": range(30), "width": range(30), "species": ["a", "b", "c"] * 10})
+    squares = np.arange(30) ** 2
+    table = pd.DataFrame({"length": squares, "island": ["x", "y"] * 15, "species": ["a", "b", "c"] * 10})
     table.to_csv(folder / "table.csv", index=False)
     (folder / "runs").mkdir()
     return folder
