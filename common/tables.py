@@ -383,9 +383,9 @@ class UserTable:
                     require(table.path, table.columns, names, f"correct --{flag}")
                     if config.target in names and flag != "categories":
                         raise UserError(f"--{flag} {config.target}: is the column to predict; name another --target")
-                wanted = {*table.columns} - {*self.flags.drop, config.group}
+                wanted = [name for name in table.columns if name not in (*self.flags.drop, config.group)]
             require(table.path, table.columns, wanted, "name the columns as in --data")
-            for name in table.columns.keys() - wanted - {config.group}:
+            for name in table.columns.keys() - {*wanted, config.group}:
                 del table.columns[name]
             self.targets[split] = self._target(table)
         train = self.tables["train"]

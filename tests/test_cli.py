@@ -68,7 +68,7 @@ def test_help_lists_the_flags_in_groups_within_80_columns(recipe, monkeypatch, c
     }
     flags = {title: re.findall(r"^  --([\w-]+)", text, flags=re.MULTILINE) for title, text in groups.items()}
     assert {name.replace("-", "_") for name in flags["recipe"]} == own
-    assert flags["data"] == ["data", "data-dir", "validation-size"]
+    assert flags["data"] == ["data", "data-dir", "test-data", "skip-broken", "cache-dir", "validation-size"]
     assert (flags["training"][0], flags["hardware"][0], flags["run"][-1]) == ("epochs", "strategy", "quiet")
 
 

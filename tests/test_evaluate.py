@@ -130,7 +130,7 @@ def test_tables(name, tmp_path, monkeypatch, capsys):
     assert "the run was trained on most of these examples" in capsys.readouterr().err
     new.drop(columns="kind").to_csv(tmp_path / "bare.csv", index=False)
     assert run_main(monkeypatch, tmp_path / "run", tmp_path / "bare.csv") == 2
-    assert "no column 'kind' among height, width" in capsys.readouterr().err
+    assert "no column 'kind' among 'height', 'width'" in capsys.readouterr().err
 
 
 @pytest.mark.long

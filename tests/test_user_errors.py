@@ -432,7 +432,7 @@ def test_bad_flags(tmp_path, monkeypatch, capsys, flags, named):
 
 
 @pytest.mark.parametrize(
-    ("devices", "named"), [("50", "there are 41 training examples"), ("3", "leaves devices without")]
+    ("devices", "named"), [("50", "there are 40 training examples"), ("3", "leaves devices without")]
 )
 def test_more_devices_than_examples_in_a_batch(devices, named, tmp_path):
     """In a process of its own, for the number of devices."""
