@@ -111,26 +111,36 @@ def _read_csv(path: pathlib.Path, texts: set[str], all_texts: bool) -> tuple[pa.
         start = file.read(2**16)
     encodings = ["utf-16"] if start[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf8", "cp1252", "latin-1"]
     rows, delimiter = _sample(start.decode(encodings[0], errors="replace").removeprefix("\ufeff"))
-    mark, wrong = _decimal_mark(rows[1:], delimiter), []
+    mark = _decimal_mark(rows[1:], delimiter)
 
-    def read(encoding: str, handler: Callable | None = None) -> pa.Table:
-        named = rows[0] if all_texts else texts
-        return pyarrow.csv.read_csv(
-            path,
-            pyarrow.csv.ReadOptions(
-                encoding=encoding, use_threads=handler is None, block_size=2**26 if all_texts else 2**22
-            ),
+    def options(encoding: str, handler: Callable | None, types: dict[str, pa.DataType]) -> tuple:
+        block_size = 2**26 if all_texts else 2**22  # A cell must fit into a block.
+        return (
+            pyarrow.csv.ReadOptions(encoding=encoding, use_threads=handler is None, block_size=block_size),
             pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=handler),
             pyarrow.csv.ConvertOptions(
-                column_types=dict.fromkeys(named, pa.string()),
+                column_types=dict.fromkeys(rows[0] if all_texts else texts, pa.string()) | types,
                 null_values=_NULLS,
                 strings_can_be_null=False,
                 decimal_point=mark,
             ),
         )
 
+    def read(encoding: str, handler: Callable | None = None) -> pa.Table:
+        # Where Arrow infers a type, it keeps the text of the whole column. So numbers are inferred from the first rows.
+        with pyarrow.csv.open_csv(path, *options(encoding, handler, {})) as reader:
+            numbers = [field.name for field in reader.schema if field.type in (pa.int64(), pa.float64())]
+        try:
+            return pyarrow.csv.read_csv(path, *options(encoding, handler, dict.fromkeys(numbers, pa.float64())))
+        except pa.ArrowInvalid as error:
+            if "conversion error" not in str(error):
+                raise
+        return pyarrow.csv.read_csv(path, *options(encoding, handler, {}))
+
+    wrong = {}
+
     def collect(row: Any) -> str:
-        wrong.append(f"row {row.number} has {row.actual_columns}")
+        wrong[row.number] = f"row {row.number} has {row.actual_columns}"
         return "skip"
 
     for encoding in encodings:
@@ -144,7 +154,7 @@ def _read_csv(path: pathlib.Path, texts: set[str], all_texts: bool) -> tuple[pa.
                 continue
             if "Expected" in str(error):
                 width = read("latin-1", collect).num_columns
-                found = ", ".join(wrong[:10]) + (f" and {len(wrong) - 10} more" if len(wrong) > 10 else "")
+                found = ", ".join([*wrong.values()][:10]) + (f" and {len(wrong) - 10} more" if len(wrong) > 10 else "")
                 problem = f"the first line has {width} values, and {found}"
                 remedy = f"correct them, or put values with {delimiter!r} into quotes"
                 raise UserError(f"{path}: {problem}; {remedy}") from error
@@ -447,6 +457,7 @@ class UserTable:
                     wrong[name] = used[name], places
                     continue
                 del table.columns[name]
+                pa.default_memory_pool().release_unused()
                 if split == "train":
                     kinds[name] = Kind(used[name], _note(used[name], values, rows))
                 with tf.device("CPU:0"):

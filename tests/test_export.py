@@ -36,7 +36,7 @@ def large_vocabulary(tmp_path_factory):
 
 
 def outputs_of(model: keras.Model, inputs: np.ndarray) -> dict[str, tf.Tensor]:
-    outputs = keras.Model(model.inputs[0], model.output)(tf.constant(inputs), training=False)
+    outputs = model(tf.nest.map_structure(tf.constant, inputs), training=False)
     return outputs if isinstance(outputs, dict) else {"probabilities": outputs}
 
 
@@ -48,7 +48,7 @@ def test_each_format_answers_as_the_model(run_of, recipe, tmp_path):
         assert b'"module": "common.' not in archive.read("config.json")
     data = export.run_data(result)
     inputs = export.first_inputs(data, export.COMPARED)
-    assert len(inputs) == min(export.COMPARED, sum(data.counts().values()))
+    assert len(tf.nest.flatten(inputs)[0]) == min(export.COMPARED, sum(data.counts().values()))
     wanted = outputs_of(model, inputs)["probabilities"].numpy()
     for form, suffix in export.SUFFIXES.items():
         path = tmp_path / (form + suffix)
@@ -69,7 +69,7 @@ def test_each_format_answers_as_the_model(run_of, recipe, tmp_path):
 def test_fewer_bits_are_smaller_files_of_nearly_the_same_answers(run_of, name, tmp_path):
     result, model = artefacts.load_run(run_of(name))
     data, sizes = export.run_data(result), {}
-    inputs, examples = export.first_inputs(data, 200), data.train.inputs[: export.EXAMPLES].numpy()
+    inputs, examples = export.first_inputs(data, 200), data.train.arrays(slice(export.EXAMPLES))[0]
     kinds = [("keras", "int8")] * (name != "mnist_cnn") + [("litert", each) for each in export.QUANTIZATIONS["litert"]]
     for form, kind in kinds:
         path = tmp_path / (form + kind + export.SUFFIXES[form])
