@@ -66,8 +66,8 @@ class Data:
             for place, (path, empty) in enumerate(keras.tree.flatten_with_path(first)):  # Ends of paths are names.
                 shape = (len(split), *empty.shape[1:])
                 sha256.update(f"{''.join(map(str, path[1:]))}{empty.dtype}{shape}".encode())
+                stored = tf.nest.flatten((split.stored_inputs, split.stored_targets))[place]
                 if empty.ndim > 2:  # A file of images knows them, and need not be read.
-                    stored = tf.nest.flatten((split.stored_inputs, split.stored_targets))[place]
                     if id(stored) not in of_images:
                         of_images[id(stored)] = input_digests(stored)
                     digests = of_images[id(stored)]
@@ -75,7 +75,7 @@ class Data:
                     continue
                 rows = max(1, 2**26 // max(1, math.prod(empty.shape[1:]) * empty.itemsize))
                 for start in range(0, len(split), rows):  # A set may not fit into memory.
-                    values = tf.nest.flatten(split.arrays(slice(start, start + rows)))[place]
+                    values = split._arrays(stored, slice(start, start + rows))
                     texts = values if values.dtype == object else ()
                     sha256.update(
                         b"".join(len(text).to_bytes(8, "little") + text for text in texts) or values.tobytes()
