@@ -1,6 +1,7 @@
 """Input pipelines. Batch t depends only on (seed, t), so resumed and distributed runs see the same batches."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import pathlib
@@ -32,9 +33,13 @@ class MappedArray:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.memmap(self.path, self.dtype.as_numpy_dtype, "r", shape=self.shape)
 
+    @functools.cached_property
     def tensor(self) -> tf.Tensor:
-        """Maps the file. Call it in a graph only: eagerly, the operation copies the file to memory."""
-        return tf.raw_ops.ImmutableConst(dtype=self.dtype, shape=self.shape, memory_region_name=str(self.path))
+        """The mapped file as a tensor on the CPU. `ImmutableConst`, TensorFlow's own operation, copies it to memory."""
+        # NumPy shares arrays only if they can be written to. Nothing writes to a tensor.
+        array = np.memmap(self.path, self.dtype.as_numpy_dtype, "r+", shape=self.shape)
+        with tf.device("CPU:0"):
+            return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +264,7 @@ def _gather(split: Split, examples: tf.Tensor) -> tuple:
     examples = examples if split.rows is None else tf.gather(split.rows, examples)
 
     def take(part: Any) -> tf.Tensor:
-        return tf.gather(part.tensor() if isinstance(part, MappedArray) else part, examples)
+        return tf.gather(part.tensor if isinstance(part, MappedArray) else part, examples)
 
     return tf.nest.map_structure(take, (split.stored_inputs, split.stored_targets))
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from common.batches import Arrays, MappedArray, Split
 from common.cli import SharedConfig, UserError, listed, warn
 from common.console import elapsed, print_line, status, status_line
-from common.images import Store, file_states, fitted, read_image_folders, resized, stored_images
+from common.images import Store, as_image, file_states, fitted, read_image_folders, resized, stored_images
 from common.multiworker import current_cluster
 from common.samples import drawn_shapes, handwritten_digits, written_reviews
 from common.splits import held_out, input_digests
@@ -26,7 +26,6 @@ from common.user_files import read_labelled_texts
 import keras
 import numpy as np
 import tensorflow as tf
-from PIL import Image
 
 NETWORK_TIMEOUT_SECONDS = 4
 
@@ -63,7 +62,7 @@ class Data:
 
     def digest(self) -> str:
         """Returns the SHA-256 of all examples in order; of images, that of their `input_digests`."""
-        sha256 = hashlib.sha256()
+        sha256, of_images = hashlib.sha256(), {}
         for split in (self.train, self.validation, self.test):
             stored = keras.tree.flatten_with_path((split.stored_inputs, split.stored_targets))
             for path, part in stored:  # Ends of paths are names.
@@ -72,7 +71,9 @@ class Data:
                 shape = (len(split), *array.shape[1:])
                 sha256.update(f"{''.join(map(str, path[1:]))}{array.dtype}{shape}".encode())
                 if array.ndim > 2:  # A file of images knows them, and need not be read.
-                    sha256.update(input_digests(part)[chosen].tobytes())
+                    if id(part) not in of_images:
+                        of_images[id(part)] = input_digests(part)
+                    sha256.update(of_images[id(part)][chosen].tobytes())
                     continue
                 rows = max(1, 2**26 // max(1, math.prod(array.shape[1:]) * array.itemsize))
                 for start in range(0, len(split), rows):  # A set may not fit into memory.
@@ -264,7 +265,7 @@ def _read_tfds_images(
         for batch in builder.as_dataset(split=split).batch(1 if None in shape else 512):
             for image, label in zip(np.asarray(batch[dataset.inputs]), np.asarray(batch["label"]), strict=True):
                 if image.shape[:2] != size:
-                    image = fitted(Image.fromarray(image.squeeze()), *size).reshape(*size, channels)
+                    image = fitted(as_image(image), *size).reshape(*size, channels)
                 store.write(len(rows), image)
                 rows.append(label)
         if len(rows) != count:

@@ -105,7 +105,7 @@ def evaluate_classifier(
 def majority_accuracy(data: Data) -> float:
     """Returns the test accuracy of always predicting the most frequent class of the training examples."""
     commonest = data.train.targets.numpy().sum(axis=0).argmax()
-    return float(data.test.targets.numpy()[:, commonest].mean())
+    return float(data.test.targets.numpy()[:, commonest].mean(dtype=np.float64))
 
 
 @status("evaluating")

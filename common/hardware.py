@@ -57,12 +57,15 @@ def describe_machine() -> Machine:
     )
 
 
-def free_memory() -> int:
-    """Returns the bytes of memory that this process may still use. A container can have less than the machine."""
+def free_memory(groups: str = "/sys/fs/cgroup") -> int:
+    """Returns the bytes of memory that this process may still use. A container can have less than the machine.
+
+    `groups` is the folder of its control group.
+    """
     free = psutil.virtual_memory().available
     for folder, limit, usage in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        (groups, "memory.max", "memory.current"),
+        (f"{groups}/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         with contextlib.suppress(OSError, ValueError):  # No such group, or no limit: "max".
             files = {name: pathlib.Path(folder, name).read_text() for name in (limit, usage, "memory.stat")}

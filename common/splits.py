@@ -23,10 +23,14 @@ def input_digests(inputs: Any) -> np.ndarray:
         if part.ndim == 1:
             numbers = pd.util.hash_array(np.asarray(part), categorize=False)
         else:
-            rows = (hashlib.blake2b(np.ascontiguousarray(row).data, digest_size=8).digest() for row in part)
-            numbers = np.frombuffer(b"".join(rows), np.uint64)
+            numbers = np.frombuffer(b"".join(map(row_digest, part)), np.uint64)
         digests = digests * np.uint64(1_000_003) + numbers
     return digests
+
+
+def row_digest(row: np.ndarray) -> bytes:
+    """Returns 8 bytes that stand for the content of an array."""
+    return hashlib.blake2b(np.ascontiguousarray(row).data, digest_size=8).digest()
 
 
 def held_out(groups: np.ndarray, labels: np.ndarray, share: float, seed: int) -> np.ndarray:

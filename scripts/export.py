@@ -305,7 +305,7 @@ def _jpeg(file: tf.Tensor, largest: int) -> tf.Tensor:
     """Decodes a JPEG file to int32 [height, width, 3], reduced like `images.jpeg_reduction`."""
     size = tf.image.extract_jpeg_shape(file)[:2]
     large, small = tf.reduce_max(size), tf.reduce_min(size)
-    step = sum(tf.cast((large >= 2 * by * largest) & (small >= by), tf.int32) for by in (2, 4, 8))
+    step = sum(tf.cast((3 * large >= 4 * by * largest) & (small >= by), tf.int32) for by in (2, 4, 8))
     decode = [
         functools.partial(tf.io.decode_jpeg, file, 3, ratio=by, dct_method="INTEGER_ACCURATE") for by in (1, 2, 4, 8)
     ]

@@ -5,7 +5,7 @@ import platform
 import textwrap
 
 from common.cli import SharedConfig, UserError
-from common.hardware import Machine, choose, describe_machine
+from common.hardware import Machine, choose, describe_machine, free_memory
 
 import pytest
 from programs import run_program
@@ -170,3 +170,17 @@ def test_the_configuration_of_keras_is_not_that_of_the_user(tmp_path):
     """
     run = run_program("-c", textwrap.dedent(program), KERAS_HOME=str(tmp_path), TF_USE_LEGACY_KERAS="1")
     assert run.stdout == "3 channels_last float32 1e-07 tensorflow\n", run.stderr
+
+
+def test_the_limit_of_a_container_counts(tmp_path):
+    """Cached files are no obstacle: the system drops them when memory is needed."""
+    whole = free_memory(str(tmp_path))
+    assert whole > 10**8
+    for version, limit, usage in (("", "max", "current"), ("memory/", "limit_in_bytes", "usage_in_bytes")):
+        for name, content in ((limit, "50000000"), (usage, "40000000"), ("stat", "anon 1\ninactive_file 15000000\n")):
+            path = tmp_path / f"{version}memory.{name}"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(content)
+        assert free_memory(str(tmp_path)) == 25_000_000
+        (tmp_path / f"{version}memory.{limit}").write_text("max")
+    assert free_memory(str(tmp_path)) > 10**8
