@@ -109,6 +109,8 @@ def read_table(path: pathlib.Path, texts: Iterable[str] = (), all_texts: bool = 
 def _read_csv(path: pathlib.Path, texts: set[str], all_texts: bool) -> tuple[pa.Table, str]:
     with pa.input_stream(str(path)) as file:  # Also decompresses .gz.
         start = file.read(2**16)
+    if b"\0" in start and start[:2] not in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{path}: not a text file; save it as CSV in UTF-8, or as Parquet with the suffix .parquet")
     encodings = ["utf-16"] if start[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf8", "cp1252", "latin-1"]
     rows, delimiter = _sample(start.decode(encodings[0], errors="replace").removeprefix("\ufeff"))
     mark = _decimal_mark(rows[1:], delimiter)

@@ -102,7 +102,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         callbacks=run.callbacks(data),
         verbose=run.verbose,
     )
-    model = in_units(model, mean, deviation)
+    with run.strategy.scope():
+        model = in_units(model, mean, deviation)
     report = evaluate_regressor(model, test_rows, config.batch_size, run.strategy)
     from_columns = keras.Model(encoder.input, model(encoder.output), name="dense_regression")
     own_data = data.source == "files"

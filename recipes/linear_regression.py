@@ -96,7 +96,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, float]:
         verbose=run.verbose,
     )
     weights = np.append(*model.get_layer("line").get_weights())
-    model = in_units(model, mean, deviation)
+    with run.strategy.scope():
+        model = in_units(model, mean, deviation)
     report = evaluate_regressor(model, test_rows, 1000, run.strategy)
     from_columns = keras.Model(encoder.input, model(encoder.output), name="linear_regression")
     extra_metrics = {"noise_floor_mse": NOISE**2} if data.source == "generated" else {}

@@ -205,7 +205,7 @@ def save(
     else:
         with zipfile.ZipFile(path, "a") as archive:
             for name, content in metadata.items():
-                archive.writestr(name, content)
+                archive.writestr(name, content, zipfile.ZIP_DEFLATED)  # An encoder of many columns is mostly text.
 
 
 def _converter_settings(quantization: str, examples: Any) -> dict[str, Any]:

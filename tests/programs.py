@@ -92,7 +92,8 @@ def start_program(command: list[str | pathlib.Path], **options) -> subprocess.Po
     """
     script = pathlib.Path(options.get("cwd") or ".", *command[1:2]).resolve()
     can_fork = command[0] == sys.executable and script.suffix == ".py" and script.is_file()
-    can_fork = can_fork and script.name != "launch.py" and not (script.parent / "common").exists()
+    own = [folder / "common" for folder in script.resolve().parents[:2] if (folder / "common").exists()]
+    can_fork = can_fork and script.name != "launch.py" and own in ([], [ROOT / "common"])
     changed = dict(set((options.get("env") or os.environ).items()) ^ set(os.environ.items()))
     if not can_fork or changed.keys() - READ_LATE or tf.config.list_physical_devices("GPU"):
         return subprocess.Popen(list(map(str, command)), **{"text": True, **options})

@@ -65,7 +65,7 @@ def test_the_figures_are_those_of_the_results(folder):
         assert row["parameters"] == 3
         assert not row.keys() & {"recipe", "data", "--epochs", "--run-dir"}  # They are equal, or do not matter.
     figure = compare.curves(runs)
-    assert [chart.get_title() for chart in figure.axes] == ["loss", "mae"]
+    assert [chart.get_title() for chart in figure.axes] == ["loss"]
     for style, prefix in (("--", ""), ("-", "val_")):
         lines = [line for line in figure.axes[0].lines if line.get_linestyle() == style]
         assert [list(line.get_ydata()) for line in lines] == [

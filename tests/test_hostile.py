@@ -99,7 +99,10 @@ def change_config(members, change):
 def change_weights(members, change):
     file = io.BytesIO(members["model.weights.h5"])
     with h5py.File(file, "r+") as weights:
-        change(weights["layers/dense/vars"])
+        names = []
+        weights.visit(names.append)
+        (name,) = (name for name in names if name.endswith("dense/vars"))
+        change(weights[name])
     members["model.weights.h5"] = file.getvalue()
 
 

@@ -283,7 +283,7 @@ def test_the_share_of_equal_answers_is_counted_per_pixel():
     several = {"a": wanted, "b": np.uint8([1, 2])}
     other = {"a": wanted, "b": np.uint8([1, 1])}
     assert export.compare(lambda _: several, lambda _: several, None, 0.0, "boxes")["passed"]
-    assert export.compare(lambda _: several, lambda _: other, None, 0.4, "boxes")["largest_difference"] == 0.5
+    assert export.compare(lambda _: several, lambda _: other, None, 0.4, "boxes")["largest_difference"] == 1.0
     broken = {"a": wanted, "b": np.float32([np.nan, 2])}
     assert not export.compare(lambda _: several, lambda _: broken, None, 9.0, "boxes")["passed"]
     said = np.array([b"yes", b"no"], object)

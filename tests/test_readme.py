@@ -123,7 +123,12 @@ def checkout(tmp_path_factory):
     (folder / "new").mkdir()
     for name in ("one.png", "two.jpg"):
         Image.new("RGB", (40, 20), "grey").save(folder / "new" / name)
-    texts = pd.DataFrame({"review": ["fine film", "poor film"] * 15, "verdict": ["good", "bad"] * 15})
+    texts = pd.DataFrame(
+        {
+            "review": [f"{word} film {row}" for row in range(15) for word in ("fine", "poor")],
+            "verdict": ["good", "bad"] * 15,
+        }
+    )
     texts.to_csv(folder / "texts.csv", index=False)
     squares = np.arange(30) ** 2
     table = pd.DataFrame({"length": squares, "island": ["x", "y"] * 15, "species": ["a", "b", "c"] * 10})

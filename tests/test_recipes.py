@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import dataclasses
 import itertools
 import json
 import os
@@ -146,9 +147,11 @@ def test_mirrored_computes_what_one_device_computes(recipe, tmp_path, monkeypatc
         monkeypatch.setattr(recipe, "once", lambda run, make: {})
     config = smoke_config(recipe, tmp_path / "data", validation_size=0.09)
     data = recipe.load_data(config)
+    if len(data.validation) % 2 == 0:
+        odd = dataclasses.replace(data.validation, rows=data.validation.rows[1:])
+        data = dataclasses.replace(data, validation=odd)
     batch_size = len(data.train) // 20 * 2
     steps = steps_per_epoch(data.train, batch_size)
-    assert len(data.validation) % 2, "all slices are of one size, in validation too"
     outcomes = []
     for strategy, devices in (("none", 0), ("mirrored", 2)):
         directory = tmp_path / strategy

@@ -61,11 +61,11 @@ def test_a_training_is_one_run_with_every_documented_tag(recipe, runs):
     events = read(runs(recipe))
     assert set(events.Runs()) == {"."}
     classes = bool(smoke_data(recipe.__name__).class_names)
-    expected = {tag.format("accuracy" if classes else "mae") for tag in EVERY_RECIPE}
+    expected = {tag.format("accuracy") for tag in EVERY_RECIPE if classes or "{}" not in tag}
     if classes:
         expected |= {"confusion_matrix", "test/precision", "test/recall", "test/f1"}
     else:
-        expected |= {"predictions", "test/mse", "test/r2"}
+        expected |= {"predictions", "test/mse", "test/mae", "test/r2"}
     if recipe.__name__ in ("mnist_cnn", "cifar10_cnn", "text_classifier"):
         expected |= {"examples"}
         if json.loads((runs(recipe) / "result.json").read_text())["metrics"]["accuracy"] < 1:
