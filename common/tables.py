@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from common.batches import Split, evaluation_batches
+from common.batches import Split
 from common.cli import SharedConfig, UserError, listed, warn
 from common.console import say
 
@@ -653,11 +653,13 @@ def encoded(split: Split, encoder: keras.Model, mean: float = 0.0, deviation: fl
 
     With `mean` and `deviation`, targets become (target - mean) / deviation in float32; else they stay as they are.
     """
-    matrix, at = np.empty((len(split), *encoder.output_shape[1:]), np.float32), 0
-    batches = evaluation_batches(split, 10_000)
-    for batch in batches.map(lambda inputs, _: encoder(inputs), tf.data.AUTOTUNE) if len(split) else ():
-        matrix[at : at + len(batch)] = batch
-        at += len(batch)
+    matrix = np.empty((len(split), *encoder.output_shape[1:]), np.float32)
+    for start in range(0, len(split), 10_000):
+        rows = slice(start, start + 10_000)
+        # Not in a dataset: its graph would have an operation per column, and take seconds to build.
+        inputs, _ = split.arrays(rows)
+        with tf.device("CPU:0"):
+            matrix[rows] = encoder(tf.nest.map_structure(tf.constant, inputs))
     targets = np.asarray(split.targets)
     if (mean, deviation) != (0.0, 1.0):
         targets = ((targets - mean) / deviation).astype(np.float32)

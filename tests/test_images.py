@@ -554,6 +554,7 @@ def test_a_damaged_file_is_not_served(tmp_path):
                 decode(tf.constant(content[:size]))
 
 
+@pytest.mark.long
 def test_the_range_of_deep_images_is_kept_with_the_model(tmp_path):
     """In result.json, for predict.py, and in exports."""
     for name, level in (("cat", 200), ("dog", 1009)):

@@ -317,7 +317,7 @@ def test_inputs_of_a_saved_model_have_names_that_tensorflow_accepts():
     assert [*names.values()] == ["column_50_", "column__a", "b", "mass__g_", "mass__g__", "column___"]
 
 
-@pytest.mark.parametrize("name", ["dense_regression", "linear_regression"])
+@pytest.mark.parametrize("name", ["linear_regression", pytest.param("dense_regression", marks=pytest.mark.long)])
 def test_a_target_with_a_large_offset(tmp_path, name):
     """The digits of a target of a billion survive, in the metrics, the baselines and the saved model."""
     random = np.random.default_rng(0)
