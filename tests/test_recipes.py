@@ -54,6 +54,7 @@ def test_smoke_run_from_a_foreign_directory(recipe, finished_run):
     assert not list(directory.glob("*part*"))
 
 
+@pytest.mark.long
 def test_compiled_by_xla_it_learns_the_same(finished_run, tmp_path):
     """XLA, which --deterministic excludes, may round in another way, and no more."""
     name = "dense_classifier"

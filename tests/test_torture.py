@@ -13,7 +13,7 @@ SHORT = ("--", "--smoke", "--data", "sample", "--batch-size", "8", "--checkpoint
 TIMED = ("seconds", "examples_per_second")
 
 
-@short_set("text_classifier", slow=["quantization"])
+@short_set("linear_regression", slow=["quantization"])
 def test_killed_in_a_checkpoint_write_and_resumed(recipe, finished_run, tmp_path):
     """Ends like the run that nobody killed."""
     name = recipe.__name__
