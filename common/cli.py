@@ -60,7 +60,7 @@ class SharedConfig:
     data: str = "auto"  # auto, tfds, sample, or the path of your own files
     data_dir: str = ""  # folder of prepared TFDS data; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets
     test_data: str = ""  # another file or folder with the test examples
-    skip_broken: bool = False  # go on without files and rows that can't be read
+    skip_broken: bool = False  # leave out files and rows that can't be read
     cache_dir: str = ""  # folder for sets of images that are too large for memory; empty: ~/.cache/keras_recipes
     validation_size: Share = 0.1  # share of the training examples to use for validation; 0: none
     epochs: Count = 10  # passes over the training examples
@@ -173,10 +173,15 @@ def field_comments(config_class: type) -> dict[str, str]:
     return dict(re.findall(r"^ {4}(\w+): .*?  # (.*)$", source, flags=re.MULTILINE))
 
 
+def some(items: Iterable[Any], most: int = 10) -> str:
+    """Returns items for a message: the first ones, and how many more there are."""
+    items = list(map(str, items))
+    return ", ".join(items[:most]) + (f" and {len(items) - most:,} more" if len(items) > most else "")
+
+
 def listed(names: Iterable[Any], most: int = 10) -> str:
-    """Returns names for a message: the first ones, in quotation marks, and how many more there are."""
-    names = [repr(str(name)) for name in names]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    """Returns names for a message, like `some`, in quotation marks."""
+    return some((repr(str(name)) for name in names), most)
 
 
 def warn(line: str) -> None:

@@ -377,8 +377,10 @@ def _cut(
     inputs = {split: of for split, (of, _) in arrays.items()}
     if convert:
         inputs, about["columns"] = convert(rows["train"])
-    for split in arrays if source == "files" else ():
-        if split != "train" and (equal := _count_equal(inputs[split], inputs["train"])):
+    given = [split for split in arrays if split != "train" and source == "files"]
+    of_train = input_digests(inputs["train"]) if given else ()
+    for split in given:
+        if equal := int(np.isin(input_digests(inputs[split]), of_train).sum()):
             warn(f"{name}: {equal:,} of {counts[split]:,} inputs of {split} are also in train; remove them there")
     stored = {split: Split.from_arrays(inputs[split], targets[split]) for split in arrays}
     splits = {split: dataclasses.replace(stored[of], rows=rows[split]) for split, of in of_split.items()}
@@ -386,10 +388,6 @@ def _cut(
     for cluster in current_cluster:  # Before models exist: TensorFlow fails if their shapes differ between workers.
         cluster.compare({"data": data.digest()})
     return data
-
-
-def _count_equal(inputs: Any, others: Any) -> int:
-    return int(np.isin(input_digests(inputs), input_digests(others)).sum())
 
 
 def _count(targets: Any) -> int:

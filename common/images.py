@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from common.batches import Arrays, MappedArray
-from common.cli import SharedConfig, UserError, warn
+from common.cli import SharedConfig, UserError, some, warn
 from common.console import elapsed, say, status_line
 from common.hardware import describe_machine, free_memory
 from common.records import rename, write_file
 from common.splits import held_out, row_digest
-from common.user_files import class_files, some
+from common.user_files import class_files
 
 import numpy as np
 import PIL

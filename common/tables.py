@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from common.batches import Split
-from common.cli import SharedConfig, UserError, listed, warn
+from common.cli import SharedConfig, UserError, listed, some, warn
 from common.console import say
 
 import keras
@@ -40,6 +40,7 @@ _NUMBERS = {  # By decimal mark; the other mark, spaces and apostrophes separate
 }
 LARGEST = 1e100  # Squares of larger numbers overflow.
 MOST_CATEGORIES = 50  # One-hot columns of a category: its most frequent values.
+_REMEDY = "correct them, or name the columns with --categories or --drop"
 NO_TEXT = "\0"  # In no cell of a table.
 # Layers of a saved model have unique names, and each column is an input layer.
 _LAYERS = {"encoder", "stack", "argmax", "class_names", "dense_classifier", "dense_regression", "linear_regression"}
@@ -156,8 +157,7 @@ def _read_csv(path: pathlib.Path, texts: set[str], all_texts: bool) -> tuple[pa.
                 continue
             if "Expected" in str(error):
                 width = read("latin-1", collect).num_columns
-                found = ", ".join([*wrong.values()][:10]) + (f" and {len(wrong) - 10} more" if len(wrong) > 10 else "")
-                problem = f"the first line has {width} values, and {found}"
+                problem = f"the first line has {width} values, and {some(wrong.values())}"
                 remedy = f"correct them, or put values with {delimiter!r} into quotes"
                 raise UserError(f"{path}: {problem}; {remedy}") from error
             raise
@@ -412,25 +412,14 @@ class UserTable:
     def _target(self, table: Table) -> np.ndarray:
         """Removes the column to predict from a table and returns it: class names, or float64."""
         name, column = self.config.target, table.columns[self.config.target]
-        if self.classes:
-            distinct = _Distinct.of(column)
-            absent = np.array([value.casefold() in _EMPTY for value in distinct.values])[distinct.codes]
-            values = np.array([*distinct.values, None], object)[:-1][distinct.codes].astype(str)
-        else:
-            if _is_text(column):
-                texts = [text for text in _Distinct.of(column).values if text.casefold() not in MISSING]
-                if texts and np.isnan(_parsed(texts, "number", table.mark)).mean() > 0.5:
-                    problem = f"{table.path}: column {name!r} holds texts ({listed(texts, 3)})"
-                    raise UserError(f"{problem}, and this recipe predicts numbers; train dense_classifier")
-            values, wrong = column_values(table, name, "number")
-            self._refuse(table, {name: ("number", wrong)})
-            absent = np.isnan(values)
-        if len(empty := np.flatnonzero(absent)):
-            rows = ", ".join(table.where(row) for row in empty[:10])
-            more = f" and {len(empty) - 10:,} more" if len(empty) > 10 else ""
-            raise UserError(f"{table.path}: column {name!r} is empty in {rows}{more}; fill it or remove the rows")
+        if not self.classes and _is_text(column):
+            texts = [text for text in _Distinct.of(column).values if text.casefold() not in MISSING]
+            if texts and np.isnan(_parsed(texts, "number", table.mark)).mean() > 0.5:
+                problem = f"{table.path}: column {name!r} holds texts ({listed(texts, 3)})"
+                raise UserError(f"{problem}, and this recipe predicts numbers; train dense_classifier")
+        values = target_values(table, name, self.classes, _REMEDY)
         if self.classes and name not in self.flags.categories:
-            classes = [value for value in distinct.values if value]
+            classes = np.unique(values).tolist()
             if len(classes) > max(50, len(values) / 10) and not np.isnan(_parsed(classes, "number", table.mark)).any():
                 problem = f"column {name!r} holds {len(classes):,} different numbers in {len(values):,} rows"
                 remedy = f"train dense_regression to predict numbers; if they are classes, give --categories {name}"
@@ -464,17 +453,13 @@ class UserTable:
                     kinds[name] = Kind(used[name], _note(used[name], values, rows))
                 with tf.device("CPU:0"):
                     found[split][name] = tf.convert_to_tensor(values)
-            self._refuse(table, wrong)
+            refuse(table, wrong, _REMEDY)
         if not self.config.quiet:
             show_kinds(kinds)
         if not used:
             left = "; ".join(f"{name}: {kind.note}" for name, kind in [*kinds.items()][:10])
             raise UserError(f"{train.path}: no columns to learn from ({left}); add some")
         return found, used
-
-    @staticmethod
-    def _refuse(table: Table, wrong: dict[str, tuple[str, np.ndarray]]) -> None:
-        refuse(table, wrong, "correct them, or name the columns with --categories or --drop")
 
 
 def refuse(table: Table, wrong: dict[str, tuple[str, np.ndarray]], remedy: str) -> None:
@@ -555,22 +540,28 @@ def read_inputs(path: pathlib.Path, kinds: dict[str, str]) -> tuple[dict[str, np
 
 
 def read_target(path: pathlib.Path, target: str, classes: bool) -> np.ndarray:
-    """Reads the column to predict: class names, or float64, [n]. Raises a `UserError` for empty and other cells."""
+    """Reads the column to predict from a file; see `target_values`."""
     table = read_table(path, [target] if classes else [])
     require(path, table.columns, [target], "the model predicts it; add it")
+    return target_values(table, target, classes, "correct them")
+
+
+def target_values(table: Table, name: str, classes: bool, remedy: str) -> np.ndarray:
+    """Returns the column to predict: class names, or float64, [n].
+
+    Raises a `UserError` for empty cells, and for those that are not numbers, with `remedy`.
+    """
     if classes:
-        distinct = _Distinct.of(table.columns[target])
+        distinct = _Distinct.of(table.columns[name])
         values = np.array(distinct.values)[distinct.codes]
-        empty = values == ""
+        absent = np.array([value.casefold() in _EMPTY for value in distinct.values])[distinct.codes]
     else:
-        values, wrong = column_values(table, target, "number")
-        refuse(table, {target: ("number", wrong)}, "correct them")
-        empty = np.isnan(values)
-    if empty.any():
-        rows = ", ".join(map(table.where, np.flatnonzero(empty)[:10]))
-        raise UserError(
-            f"{path}: column {target!r} is empty in {int(empty.sum()):,} rows ({rows}); fill or remove them"
-        )
+        values, wrong = column_values(table, name, "number")
+        refuse(table, {name: ("number", wrong)}, remedy)
+        absent = np.isnan(values)
+    if absent.any():
+        rows = some(map(table.where, np.flatnonzero(absent).tolist()))
+        raise UserError(f"{table.path}: column {name!r} is empty in {rows}; fill it or remove the rows")
     return values
 
 

@@ -6,11 +6,10 @@ import contextlib
 import itertools
 import pathlib
 import re
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection
 
 from common.batches import Arrays
-from common.cli import SharedConfig, UserError, warn
+from common.cli import SharedConfig, UserError, some, warn
 from common.console import say
 from common.tables import read_csv
 
@@ -149,11 +148,6 @@ def class_files(folder: pathlib.Path, kind: str, suffixes: Collection[str], test
         counts = ", ".join(f"{count:,} {suffix}" for suffix, count in left_out.most_common(10))
         say(f"{folder}: left out {counts}{', …' * (len(left_out) > 10)}")
     return found
-
-
-def some(items: Sequence[Any], most: int = 10) -> str:
-    """Returns items for a message: the first ones, and how many more there are."""
-    return ", ".join(map(str, items[:most])) + (f" and {len(items) - most:,} more" if len(items) > most else "")
 
 
 def _text_or_problem(path: pathlib.Path, encodings: collections.Counter[str]) -> bytes | str:

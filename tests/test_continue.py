@@ -7,7 +7,7 @@ import shutil
 import signal
 
 from common.batches import evaluation_batches, training_batches
-from common.cli import AlreadyFinishedError, SharedConfig, UserError
+from common.cli import AlreadyFinishedError, UserError
 from common.evaluation import evaluate_regressor
 from common.initial_weights import InitialWeights
 from common.records import read_json
@@ -16,6 +16,7 @@ from common.runs import start_run, with_class_names
 import keras
 import numpy as np
 import pytest
+import test_resume
 import torture
 from conftest import load_recipe, short_set, smoke_config
 from programs import ROOT, run_program
@@ -23,15 +24,10 @@ from test_resume import STEPS, Interruption, splits
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(SharedConfig):
+class Config(test_resume.Config):
     """Settings of the training below."""
 
     epochs: int = 12
-    batch_size: int = 16
-    threads: int = 2
-    deterministic: bool = True
-    quiet: bool = True
-    strategy: str = "none"
 
 
 class Recorder(keras.callbacks.Callback):

@@ -1,6 +1,6 @@
 """Measures how fast large sets of images are read, how much memory that takes, and how fast training is from a file.
 
-    python tools/measure_images.py /tmp/photos --count 120000
+    python tools/measure_images.py photos --count 120000
 
 Generates JPEG files of 256x256 pixels in a folder, unless it exists, and then measures, in processes of their own:
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10_000, help="images to generate (default: 10,000)")
     parser.add_argument("--image-size", type=int, default=96, help="size to which they are resized (default: 96)")
     parser.add_argument("--part", choices=PARTS, help="measure this part only")
-    parser.add_argument("--cache-dir", default="", help="folder for the file of images; default: beside FOLDER")
+    parser.add_argument("--cache-dir", default="", help="folder for the file of images; default: that of FOLDER")
     arguments = parser.parse_args()
     if arguments.part:
         print(json.dumps(PARTS[arguments.part](arguments)))
