@@ -12,7 +12,7 @@ import struct
 import types
 import zlib
 
-from common import artefacts
+from common import artefacts, served_images
 from common import images as images_module
 from common.batches import MappedArray, Split
 from common.cli import SharedConfig, UserError
@@ -522,7 +522,7 @@ PIXEL_RANGE = (0.0, 1009.0)
 @functools.cache
 def serving(shape, pixel_range):
     """Decodes as a SavedModel does: in a graph."""
-    decode = functools.partial(export._decoded, shape=tf.TensorShape(shape), pixel_range=pixel_range)
+    decode = functools.partial(served_images.decoded, shape=tf.TensorShape(shape), pixel_range=pixel_range)
     return tf.function(decode, input_signature=[tf.TensorSpec([], tf.string)])
 
 
